@@ -1,0 +1,24 @@
+# make style      rewrite the code as ruff wants it
+# make quality    the same as a check, nothing rewritten
+# make test       the unit tests
+# make smoke      the scripts as users run them
+# Everything runs offline; any of these needs only `pip install -r requirements-dev.txt`.
+
+PYTHON ?= python
+export HF_HUB_OFFLINE = 1
+
+.PHONY: style quality test smoke
+
+style:
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+quality:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+test:
+	$(PYTHON) -m pytest -q tests --ignore=tests/test_smoke.py
+
+smoke:
+	$(PYTHON) -m pytest -q tests/test_smoke.py

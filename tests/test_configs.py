@@ -1,0 +1,149 @@
+"""The files of accelerate_configs/ do what their comments say: the CPU ones are started, all are checked key by key."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+# Two gloo processes abort at interpreter exit in a few runs of a hundred: hence os._exit, as the scripts do.
+PROBE = """
+import os
+import sys
+
+import torch
+from accelerate import Accelerator
+
+accelerator = Accelerator()
+total = accelerator.reduce(torch.tensor(accelerator.process_index + 1.0, device=accelerator.device), "sum").item()
+print(f"probe: {accelerator.num_processes} {accelerator.device.type} {accelerator.mixed_precision} {total}")
+accelerator.end_training()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def quoted_command(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The command line in the comment on top of a configuration: its variables, and the words after those."""
+    comment = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    commands = [line for line in comment if "accelerate launch --" in line]
+    assert len(commands) == 1, f"{path}: {len(commands)} command lines in the comment instead of one"
+    words = shlex.split(commands[0])
+    first = words.index("accelerate")
+    return dict(word.split("=", 1) for word in words[:first]), words[first:]
+
+
+def launch_arguments(path: Path):
+    """The quoted command as `accelerate launch` parses it; an unknown flag ends in SystemExit."""
+    _, words = quoted_command(path)
+    assert words[:2] == ["accelerate", "launch"]
+    return launch_command_parser().parse_args(words[2:])
+
+
+def known_keys(section: str, title: str) -> set[str]:
+    """The keys that `accelerate launch` reads from a section of a configuration: its own flags of that name."""
+    [group] = [group for group in launch_command_parser()._action_groups if group.title == title]
+    keys = {action.dest for action in group._group_actions}
+    assert keys, f"accelerate launch has no flags for {section}"
+    return keys
+
+
+def unknown_keys(path: Path) -> list[str]:
+    """The keys of a configuration that accelerate does not know; inside a section it would ignore them silently."""
+    config = yaml.safe_load(path.read_text())
+    unknown = set(config) - set(ClusterConfig.__dataclass_fields__)
+    for section, title in {"fsdp_config": "FSDP Arguments", "deepspeed_config": "DeepSpeed Arguments"}.items():
+        unknown |= {f"{section}.{key}" for key in set(config.get(section, {})) - known_keys(section, title)}
+    return sorted(unknown)
+
+
+def start(path: Path, folder: Path) -> list[str]:
+    """Runs the probe as the comment says to run the script; returns what each process printed after `probe:`."""
+    variables, words = quoted_command(path)
+    script = words.index(launch_arguments(path).training_script)
+    probe = folder / "probe.py"
+    probe.write_text(PROBE)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "OMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:script], str(probe)],
+        cwd=ROOT,
+        env=clean | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.removeprefix("probe: ") for line in done.stdout.splitlines() if line.startswith("probe: ")]
+
+
+def test_cpu_starts_one_process_on_the_processor(tmp_path):
+    assert start(ROOT / "accelerate_configs/cpu.yaml", tmp_path) == ["1 cpu no 1.0"]
+
+
+def test_multi_cpu_starts_two_processes_that_add_up_their_tensors(tmp_path):
+    assert start(ROOT / "accelerate_configs/multi_cpu.yaml", tmp_path) == ["2 cpu no 3.0"] * 2
+
+
+@every_config
+def test_accelerate_knows_every_key(path):
+    assert unknown_keys(path) == []
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= config.num_machines
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "typo", "reported"),
+    [
+        ("cpu", "num_processes", "num_process", "num_process"),
+        ("fsdp2", "fsdp_reshard_after_forward", "fsdp_reshard_after_foward", "fsdp_config.fsdp_reshard_after_foward"),
+        ("deepspeed", "zero_stage", "zero_stag", "deepspeed_config.zero_stag"),
+    ],
+)
+def test_a_misspelt_key_is_found(tmp_path, name, key, typo, reported):
+    text = (ROOT / f"accelerate_configs/{name}.yaml").read_text()
+    assert f"{key}:" in text
+    planted = tmp_path / "planted.yaml"
+    planted.write_text(text.replace(f"{key}:", f"{typo}:"))
+    assert unknown_keys(planted) == [reported]
+
+
+@every_config
+def test_the_quoted_command_names_its_file_and_a_script_and_is_accepted(path):
+    arguments = launch_arguments(path)
+    assert arguments.config_file == str(path.relative_to(ROOT))
+    assert (ROOT / arguments.training_script).is_file()
+
+
+def test_a_misspelt_flag_in_a_quoted_command_is_found(tmp_path, capsys):
+    planted = tmp_path / "planted.yaml"
+    text = (ROOT / "accelerate_configs/multi_node.yaml").read_text()
+    planted.write_text(text.replace("--machine_rank 0 --main", "--machine_rang 0 --main"))
+    with pytest.raises(SystemExit):
+        launch_arguments(planted)
+    assert "machine_rang" in capsys.readouterr().err
+
+
+def test_fsdp2_settings_reach_the_plugin(monkeypatch):
+    # the launcher hands them on as environment variables, from which every process builds its plugin
+    monkeypatch.chdir(ROOT)
+    arguments, _, _ = _validate_launch_command(launch_arguments(ROOT / "accelerate_configs/fsdp2.yaml"))
+    for key, value in prepare_multi_gpu_env(arguments).items():
+        monkeypatch.setenv(key, value)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert plugin.activation_checkpointing is False

@@ -1,0 +1,526 @@
+"""Reading, checking, splitting, merging and writing examples."""
+
+import gzip
+import json
+import lzma
+import os
+import random
+import sys
+
+import pytest
+
+from utils.data import DataError, load_examples, merge_passages, split_document, write_jsonl, write_retrieved
+
+GOOD = {"id": "a", "query": "why?", "passages": ["One two.", "Three."], "summary": "short", "evidence": [1]}
+REMEDY = "fix the lines, or pass --skip_bad_examples to go on without them"
+
+
+def write(path, *lines):
+    """Writes lines: dicts as JSON, strings and bytes as they are."""
+    with open(path, "wb") as file:
+        for line in lines:
+            line = json.dumps(line) if isinstance(line, dict | list) else line
+            file.write((line.encode() if isinstance(line, str) else line) + b"\n")
+    return path
+
+
+def error_of(path, **options):
+    with pytest.raises(DataError) as caught:
+        load_examples(path, **options)
+    return str(caught.value)
+
+
+def fields_of(examples):
+    return [
+        (e.id, e.query, e.document.id, e.document.passages, e.summaries, e.evidence, e.evidence_words) for e in examples
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Good input
+
+
+def test_fields_are_read_and_defaults_filled_in(tmp_path):
+    path = write(
+        tmp_path / "d.jsonl", {**GOOD, "id": 7, "evidence": [1, 0, 1]}, "", {"document": "X y.", "summary": ["s", "t"]}
+    )
+    first, second = load_examples(path)
+    assert (first.id, first.query, first.summaries) == ("7", "why?", ["short"])
+    assert (first.evidence, first.evidence_words, first.retrieved) == ([0, 1], [2, 1], None)
+    assert (second.id, second.query, second.summaries) == ("3", "", ["s", "t"])
+    assert (second.evidence, second.evidence_words, second.document.passages) == (None, None, ["X y."])
+
+
+@pytest.mark.parametrize(
+    "ending", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".array.json", ".csv", ".csv.gz", ".parquet"]
+)
+def test_every_kind_of_file_gives_the_same_examples(tmp_path, ending):
+    records = [GOOD, {**GOOD, "id": "NA", "query": 'a "quoted",\nlonger one', "evidence": None}]
+    path = tmp_path / f"data{ending}"
+    opener = {"gz": gzip.open, "xz": lzma.open}.get(ending.rsplit(".", 1)[-1], open)
+    if "csv" in ending:
+        import csv
+
+        with opener(path, "wt", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, GOOD)
+            writer.writeheader()
+            for record in records:
+                lists = {
+                    name: json.dumps(record[name]) for name in ("passages", "evidence") if record[name] is not None
+                }
+                writer.writerow(record | lists)
+    elif ending == ".parquet":
+        import datasets
+
+        datasets.Dataset.from_list(records).to_parquet(path)
+    else:
+        with opener(path, "wt", encoding="utf-8") as file:
+            file.write(json.dumps(records) if "array" in ending else "\n".join(map(json.dumps, records)))
+    first, second = load_examples(path)
+    assert fields_of([first])[0][:2] == ("a", "why?") and first.evidence == [1]
+    assert (second.id, second.query, second.evidence) == ("NA", 'a "quoted",\nlonger one', None)
+    assert first.document is second.document
+
+
+def test_a_folder_is_read_by_split(tmp_path):
+    write(tmp_path / "train.jsonl", GOOD)
+    write(tmp_path / "validation.jsonl", {**GOOD, "id": "v"})
+    assert [e.id for e in load_examples(tmp_path, split="validation")] == ["v"]
+
+
+def test_column_flags_adapt_other_names(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"article": "Some text.", "highlights": "h", "key": 1})
+    (example,) = load_examples(path, document_column="article", summary_column="highlights", id_column="key")
+    assert (example.id, example.document.passages, example.summaries) == ("1", ["Some text."], ["h"])
+
+
+def test_byte_order_mark_blank_lines_nul_and_nan_are_tolerated(tmp_path):
+    lines = [
+        b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
+        b"  ",
+        b'{"document": "a\\u0000b \\ud83d\\ude00", "summary": "s", "query": NaN}',
+    ]
+    first, second = load_examples(write(tmp_path / "d.jsonl", *lines))
+    assert first.id == "a" and second.query == "" and second.document.passages == ["a\0b \U0001f600"]
+
+
+def test_repeated_documents_share_one_object_in_the_self_contained_layout(tmp_path):
+    text = {"document": "Same text. " * 30, "summary": "s"}
+    path = write(tmp_path / "d.jsonl", text, text, GOOD, {**GOOD, "id": "b"}, {**GOOD, "id": "c", "doc_id": "d1"})
+    one, two, three, four, five = load_examples(path)
+    assert one.document is two.document and three.document is four.document
+    assert five.document is not three.document and five.document.id == "d1"
+    assert load_examples(path)[0].document.id == one.document.id
+
+
+def test_a_repeated_document_is_split_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "utils.data.split_document", lambda text, words: calls.append(text) or split_document(text, words)
+    )
+    load_examples(write(tmp_path / "d.jsonl", *[{"document": "Same text.", "summary": "s"}] * 3))
+    assert calls == ["Same text."]
+
+
+def test_documents_file_is_joined_and_split_once(tmp_path):
+    documents = write(
+        tmp_path / "docs.jsonl", {"doc_id": 1, "document": "A b. C d."}, {"doc_id": "2", "passages": ["p", "q"]}
+    )
+    record = {"query": "", "summary": "s"}
+    path = write(
+        tmp_path / "d.jsonl", *({**record, "doc_id": i} for i in ("1", 1)), {**record, "doc_id": 2, "evidence": [1]}
+    )
+    one, two, three = load_examples(path, documents_file=documents, passage_words=2)
+    assert one.document is two.document and one.document.passages == ["A b.", "C d."]
+    assert three.document.id == "2" and three.evidence == [1]
+
+
+def test_max_examples_does_not_read_bad_lines_beyond(tmp_path):
+    path = write(tmp_path / "d.jsonl", GOOD, {**GOOD, "id": "b"}, "broken")
+    assert [e.id for e in load_examples(path, max_examples=2)] == ["a", "b"]
+    assert "d.jsonl:3" in error_of(path, max_examples=3)
+
+
+def test_summary_may_be_missing_where_none_is_required(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"document": "x"}, {"document": "y", "summary": ""})
+    assert [e.summaries for e in load_examples(path, require_summary=False, summary_column="summary")] == [[], []]
+    assert len(load_examples(path, require_summary=False, summary_column="highlights")) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Splitting and merging
+
+
+@pytest.mark.parametrize(
+    "text, sentences",
+    [
+        ("He met Mr. Smith. They talked.", ["He met Mr. Smith.", "They talked."]),
+        (
+            "J. K. Rowling of the U.S. Army wrote, e.g. Books. Yes.",
+            ["J. K. Rowling of the U.S. Army wrote, e.g. Books.", "Yes."],
+        ),
+        ("See No. 5 and Fig. 2 there. No. He left.", ["See No. 5 and Fig. 2 there.", "No.", "He left."]),
+        (
+            'He said "Stop." Then he left. (Really.) Yes?! Well… So',
+            ['He said "Stop."', "Then he left.", "(Really.)", "Yes?!", "Well…", "So"],
+        ),
+        ('"Go!" he said. "Now?" she asked.', ['"Go!" he said.', '"Now?" she asked.']),
+        ("OK , we 're on . So um ... yeah . and then ?", ["OK , we 're on .", "So um ... yeah .", "and then ?"]),
+        ("`` I know . '' He left .", ["`` I know . ''", "He left ."]),
+        ("no capitals here. none at all. mr. jones left.", ["no capitals here.", "none at all.", "mr. jones left."]),
+        ("It cost 3.5 dollars. 7 were sold.", ["It cost 3.5 dollars.", "7 were sold."]),
+        ("1. Introduction\n2. Methods", ["1. Introduction", "2. Methods"]),
+        ("First turn\n\nSecond turn", ["First turn", "Second turn"]),
+    ],
+)
+def test_text_is_split_at_sentence_and_line_ends_only(text, sentences):
+    longest = max(len(sentence.split()) for sentence in sentences)
+    pieces = set()
+    for passage_words in range(longest, longest + 3):
+        passages = split_document(text, passage_words)
+        assert " ".join(passages).split() == text.split()
+        # any passage is a run of whole sentences
+        runs = {
+            " ".join(" ".join(sentences[i:j]).split())
+            for i in range(len(sentences))
+            for j in range(i + 1, len(sentences) + 1)
+        }
+        pieces |= {" ".join(passage.split()) for passage in passages}
+        assert pieces <= runs
+    from utils.data import _sentences
+
+    found = [" ".join(words) for line in text.splitlines() for words in _sentences(line.split(), text.islower())]
+    assert found == sentences
+
+
+def test_passages_are_filled_and_a_line_is_kept_whole_when_it_costs_little():
+    assert split_document("A b c. D e f.\nG h.", 8) == ["A b c. D e f.\nG h."]
+    assert split_document("A b c d e.\nF g h. I j k.", 8) == ["A b c d e.", "F g h. I j k."]
+    assert split_document("A b.\nC d e. F g h.", 6) == ["A b.\nC d e.", "F g h."]
+
+
+def test_only_a_sentence_longer_than_a_passage_is_cut():
+    assert split_document("Short one. " + "W " * 5 + "end.", 3) == ["Short one.", "W W W", "W W end."]
+
+
+def test_no_word_is_lost_and_no_passage_is_too_long():
+    generator = random.Random(0)
+    tokens = [
+        "a",
+        "B",
+        "x.",
+        "Y.",
+        ".",
+        "?",
+        "...",
+        ")",
+        '"',
+        "''",
+        "Mr.",
+        "1.",
+        "no.",
+        "\n",
+        "\n\n",
+        "\u2028",
+        "é\x1c",
+        "。",
+    ]
+    for _ in range(300):
+        text = " ".join(generator.choices(tokens, k=generator.randint(0, 60)))
+        size = generator.randint(1, 12)
+        passages = split_document(text, size)
+        assert [word for passage in passages for word in passage.split()] == text.split()
+        assert all(0 < len(passage.split()) <= size for passage in passages)
+
+
+def test_merging_keeps_all_words_and_says_where_they_went():
+    chunks, placed = merge_passages(["a b", "c", "D e f. G h i.", "j k"], 4)
+    assert chunks == ["a b\nc", "D e f.", "G h i.", "j k"]
+    assert placed == [{0: 2}, {0: 1}, {1: 3, 2: 3}, {3: 2}]
+
+
+def test_evidence_is_renumbered_and_its_words_counted_by_merging(tmp_path):
+    path = write(
+        tmp_path / "d.jsonl", {**GOOD, "passages": ["a b", "c", "D e f. G h i.", "j"], "evidence": [1, 2, 3, 1]}
+    )
+    (example,) = load_examples(path, merge_passages=True, passage_words=4)
+    assert example.document.passages == ["a b\nc", "D e f.", "G h i.\nj"]
+    assert (example.evidence, example.evidence_words) == ([0, 1, 2], [1, 3, 4])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hand-over file
+
+
+def test_retrieved_file_gives_the_examples_back(tmp_path):
+    several = {
+        **GOOD,
+        "id": "b",
+        "summary": ["s", "é"],
+        "evidence": [0],
+        "passages": ["a b", "c", "d e f g"],
+        "doc_id": "x",
+    }
+    path = write(tmp_path / "d.jsonl", GOOD, several, {"document": "T u. " * 90, "summary": "s"})
+    for merge in (False, True):
+        examples = load_examples(path, merge_passages=merge, passage_words=2)
+        write_retrieved(tmp_path / "r.jsonl", examples, [[(1, 0.123456789), (0, -2)], [], [(2, 1e-9)]])
+        again = load_examples(tmp_path / "r.jsonl")
+        assert fields_of(again) == fields_of(examples)
+        assert [e.retrieved for e in again] == [[(1, 0.123457), (0, -2.0)], [], [(2, 1e-9)]]
+    first = json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["summary"] == "short" and first["retrieved"][0] == {"passage": 1, "score": 0.123457}
+
+
+def test_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
+    write_jsonl(tmp_path / "f.jsonl", [{"a": "é"}])
+
+    def records():
+        yield {"a": 1}
+        raise KeyError("broken off")
+
+    with pytest.raises(KeyError):
+        write_jsonl(tmp_path / "f.jsonl", records())
+    assert (tmp_path / "f.jsonl").read_bytes() == '{"a": "é"}\n'.encode()
+    assert os.listdir(tmp_path) == ["f.jsonl"]
+    (example,) = load_examples(write(tmp_path / "d.jsonl", GOOD))
+    with pytest.raises(ValueError, match="score of passage 0 is nan"):
+        write_retrieved(tmp_path / "f.jsonl", [example], [[(0, float("nan"))]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+BAD_LINES = {
+    "invalid JSON": ('{"id": ', "invalid JSON: Expecting value at column 8"),
+    "nested without end": ("[" * 100_000, "invalid JSON: maximum recursion"),
+    "not an object": ([1, 2], "must be a JSON object such as"),
+    "invalid UTF-8": (b'{"summary": "caf\xe9"}', "invalid UTF-8: 0xe9 at byte 17 of the line; save the file as UTF-8"),
+    "half a character": ('{"document": "\\ud83d", "summary": "s"}', "half of a character pair"),
+    "summary missing": ({"id": "b", "document": "x"}, "no 'summary'; the record has document, id"),
+    "summary null": ({**GOOD, "id": "b", "summary": None}, "no 'summary'"),
+    "summary empty": ({**GOOD, "id": "b", "summary": ""}, "'summary' is empty; an example needs a summary"),
+    "summary of spaces": ({**GOOD, "id": "b", "summary": " \n"}, "'summary' is empty"),
+    "summary list empty": ({**GOOD, "id": "b", "summary": []}, "'summary' is empty"),
+    "one summary empty": ({**GOOD, "id": "b", "summary": ["x", ""]}, "'summary' is empty or holds an empty string"),
+    "summary type": ({**GOOD, "id": "b", "summary": 3}, "'summary' must be a string or a list of strings, not 3"),
+    "summary list type": (
+        {**GOOD, "id": "b", "summary": [3]},
+        "'summary' must be a string or a list of strings, not [3]",
+    ),
+    "text missing": ({"summary": "s"}, "no 'passages' and no 'document'; the record has summary"),
+    "document empty": ({"document": " ", "summary": "s"}, "'document' is empty; it must hold the text to summarize"),
+    "document type": (
+        {"document": ["x"], "summary": "s"},
+        "'document' must be a string, not [\"x\"] (a list of passages goes",
+    ),
+    "passages empty": ({**GOOD, "id": "b", "passages": []}, "'passages' is an empty list"),
+    "passage empty": (
+        {**GOOD, "id": "b", "passages": ["x", " "]},
+        "'passages' number 1 is empty; leave it out and renumber",
+    ),
+    "passage type": ({**GOOD, "id": "b", "passages": ["x", 1]}, "'passages' must hold strings, but number 1 is 1"),
+    "passages type": ({**GOOD, "id": "b", "passages": "x"}, "'passages' must be a list of strings, not \"x\""),
+    "evidence too high": (
+        {**GOOD, "id": "b", "evidence": [2]},
+        "'evidence' holds 2, but there are 2 passages (numbers 0 to 1)",
+    ),
+    "evidence negative": ({**GOOD, "id": "b", "evidence": [-1]}, "'evidence' holds -1, but there are 2 passages"),
+    "evidence fraction": (
+        {**GOOD, "id": "b", "evidence": [0.5]},
+        "'evidence' must hold passage numbers (whole numbers from 0)",
+    ),
+    "evidence text": ({**GOOD, "id": "b", "evidence": ["1"]}, "'evidence' must hold passage numbers"),
+    "evidence bool": ({**GOOD, "id": "b", "evidence": [True]}, "but holds true"),
+    "evidence type": (
+        {**GOOD, "id": "b", "evidence": 1},
+        "'evidence' must be a list of passage numbers such as [3, 7], not 1",
+    ),
+    "evidence of a text": ({"document": "x", "summary": "s", "evidence": [0]}, "'evidence' needs 'passages'"),
+    "words alone": ({**GOOD, "id": "b", "evidence": None, "evidence_words": [1]}, "'evidence_words' needs 'evidence'"),
+    "too few words": (
+        {**GOOD, "id": "b", "evidence_words": []},
+        "'evidence_words' must be a list with one word count for each",
+    ),
+    "too many words": (
+        {**GOOD, "id": "b", "evidence_words": [2]},
+        "'evidence_words' holds 2 for passage 1, which has 1 words",
+    ),
+    "id type": ({**GOOD, "id": 1.5}, "'id' must be a string or a whole number, not 1.5"),
+    "id bool": ({**GOOD, "id": True}, "'id' must be a string or a whole number, not true"),
+    "id empty": ({**GOOD, "id": ""}, "'id' is empty"),
+    "id twice": ({**GOOD}, "'id' is 'a', as at {path}:1; it must be unique"),
+    "query type": ({**GOOD, "id": "b", "query": ["q"]}, "'query' must be a string, not [\"q\"]"),
+    "doc_id type": ({**GOOD, "id": "b", "doc_id": []}, "'doc_id' must be a string or a whole number"),
+    "retrieved type": ({**GOOD, "id": "b", "retrieved": {}}, "'retrieved' must be a list of"),
+    "retrieved entry": ({**GOOD, "id": "b", "retrieved": [1]}, "'retrieved' must be a list of"),
+    "retrieved range": (
+        {**GOOD, "id": "b", "retrieved": [{"passage": 2, "score": 1}]},
+        "'retrieved' holds 2, but there are 2",
+    ),
+    "retrieved score": (
+        {**GOOD, "id": "b", "retrieved": [{"passage": 1, "score": "x"}]},
+        'with a finite number, not "x"',
+    ),
+    "retrieved infinite": (
+        '{"passages": ["x"], "summary": "s", "retrieved": [{"passage": 0, "score": Infinity}]}',
+        "a finite number",
+    ),
+    "retrieved huge": ({**GOOD, "id": "b", "retrieved": [{"passage": 1, "score": 10**400}]}, "a finite number"),
+    "retrieved twice": (
+        {**GOOD, "id": "b", "retrieved": [{"passage": 1, "score": 1}] * 2},
+        "'retrieved' holds passage 1 twice",
+    ),
+    "retrieved of a text": ({"document": "x", "summary": "s", "retrieved": []}, "'retrieved' needs 'passages'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_line_is_named_with_file_line_field_and_remedy_and_can_be_set_aside(tmp_path, case):
+    line, reason = BAD_LINES[case]
+    path = write(tmp_path / "d.jsonl", GOOD, line, {**GOOD, "id": "z"})
+    message, reason = error_of(path), reason.format(path=path)
+    assert message.startswith(f"{path}:2: ") and reason in message
+    assert len(message.splitlines()) == 2 and message.splitlines()[1] == REMEDY
+
+    rejected = tmp_path / "rejected.jsonl"
+    assert [e.id for e in load_examples(path, skip_bad_examples=True, rejected_file=rejected)] == ["a", "z"]
+    (entry,) = map(json.loads, rejected.read_text(encoding="utf-8").splitlines())
+    assert (entry["file"], entry["line"]) == (str(path), 2) and entry["reason"] in message
+    assert "record" in entry or entry["text"]
+
+
+def test_all_bad_lines_are_reported_together_twenty_in_full(tmp_path):
+    path = write(tmp_path / "d.jsonl", GOOD, *["broken"] * 25)
+    lines = error_of(path).splitlines()
+    assert len(lines) == 22 and lines[0].startswith(f"{path}:2: ") and lines[19].startswith(f"{path}:21: ")
+    assert lines[20:] == ["and 5 more", REMEDY]
+
+
+def test_nothing_is_left_when_all_lines_are_bad(tmp_path):
+    path = write(tmp_path / "d.jsonl", "broken", "too")
+    message = error_of(path, skip_bad_examples=True, rejected_file=tmp_path / "r.jsonl")
+    assert f"{path}:1: invalid JSON" in message and "--skip_bad_examples has none left" in message
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 2
+
+
+def test_rejected_file_keeps_other_files_records_and_replaces_this_files(tmp_path):
+    train, validation = (write(tmp_path / name, GOOD, "broken") for name in ("t.jsonl", "v.jsonl"))
+    rejected = tmp_path / "r.jsonl"
+    for path in (train, validation, train):
+        load_examples(path, skip_bad_examples=True, rejected_file=rejected)
+    entries = [json.loads(line) for line in rejected.read_text().splitlines()]
+    assert sorted(entry["file"] for entry in entries) == [str(train), str(validation)]
+    assert entries[0]["text"] == "broken"
+
+
+def test_bad_rows_of_tables_and_arrays_are_named_by_row(tmp_path):
+    (tmp_path / "d.csv").write_text("document,summary,evidence\nx,s,\ny,,\nz,s,1,2\n", encoding="utf-8")
+    message = error_of(tmp_path / "d.csv")
+    assert "d.csv: row 2: no 'summary'" in message and "d.csv: row 3: has 1 more cells" in message
+    (tmp_path / "d.csv").write_bytes(b"document,summary\nx,caf\xe9\n")
+    assert "d.csv: row 1: invalid UTF-8" in error_of(tmp_path / "d.csv")
+    write(tmp_path / "d.json", [GOOD, 3])
+    assert "d.json: row 2: must be a JSON object" in error_of(tmp_path / "d.json")
+    write(tmp_path / "d.json", "[", json.dumps(GOOD), "x]")
+    assert "d.json:3: invalid JSON: Expecting ',' delimiter" in error_of(tmp_path / "d.json", skip_bad_examples=True)
+
+
+def test_wrong_column_is_one_error_that_lists_the_columns(tmp_path):
+    path = write(tmp_path / "d.jsonl", *[{"article": "x", "highlights": "h"}] * 50)
+    message = error_of(path, document_column="article", skip_bad_examples=True)
+    assert (
+        message == f"{path}: no record has 'summary'; the columns found are article, highlights: "
+        "name the right one with --summary_column"
+    )
+    assert "no record has 'document' or 'passages'" in error_of(path, summary_column="highlights")
+    path = write(tmp_path / "d.jsonl", GOOD, {**GOOD, "id": "b"})
+    assert "no record has 'gold'; the columns found are evidence, id" in error_of(path, evidence_column="gold")
+    path = write(tmp_path / "d.jsonl", *[{"doc_id": 1, "summary": "s"}] * 2)
+    assert "--documents_file" in error_of(path)
+
+
+def test_bad_documents_file_is_reported_like_bad_examples(tmp_path):
+    documents = write(
+        tmp_path / "docs.jsonl", {"doc_id": 1, "document": "x"}, {"doc_id": "1", "document": "y"}, {"document": "z"}
+    )
+    path = write(tmp_path / "d.jsonl", {"doc_id": 1, "summary": "s"}, {"doc_id": 9, "summary": "s"}, {"summary": "s"})
+    message = error_of(path, documents_file=documents)
+    assert (
+        f"{documents}:2: 'doc_id' is '1', as at {documents}:1; a document must be there once" in message
+        and f"{documents}:3: no 'doc_id'" in message
+    )
+    options = {"documents_file": write(documents, {"doc_id": 1, "document": "x"})}
+    message = error_of(path, **options)
+    assert (
+        f"{path}:2: 'doc_id' is '9', but {documents} holds no such document" in message
+        and f"{path}:3: no 'doc_id'" in message
+    )
+    assert [e.id for e in load_examples(path, skip_bad_examples=True, **options)] == ["1"]
+
+
+def test_one_doc_id_for_two_texts_is_an_error(tmp_path):
+    path = write(
+        tmp_path / "d.jsonl", {**GOOD, "doc_id": "x"}, {**GOOD, "id": "b", "doc_id": "x", "passages": ["p", "q"]}
+    )
+    assert f"{path}:2: 'doc_id' is 'x', as at {path}:1, but the text is another one" in error_of(path)
+
+
+@pytest.mark.parametrize("field", ["retrieved", "evidence_words"])
+def test_merging_is_refused_for_a_hand_over_file(tmp_path, field):
+    value = [{"passage": 0, "score": 1}] if field == "retrieved" else [1]
+    path = write(tmp_path / "d.jsonl", GOOD, {**GOOD, "id": "b", field: value})
+    message = error_of(path, merge_passages=True)
+    assert f"{path}:2: '{field}'" in message and "leave out --merge_passages" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+def test_empty_file_is_an_error(tmp_path, content):
+    (tmp_path / "d.jsonl").write_bytes(content)
+    for options in ({}, {"skip_bad_examples": True}):
+        assert error_of(tmp_path / "d.jsonl", **options).startswith(f"{tmp_path / 'd.jsonl'}: is empty")
+
+
+@pytest.mark.parametrize("opener", [gzip.open, lzma.open])
+def test_truncated_archive_is_an_error_even_when_bad_examples_are_skipped(tmp_path, opener):
+    path = tmp_path / f"d.jsonl.{'gz' if opener is gzip.open else 'xz'}"
+    with opener(path, "wt") as file:
+        for i in range(2000):
+            file.write(json.dumps({**GOOD, "id": i, "query": str(hash((i, "salt")))}) + "\n")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    message = error_of(path, skip_bad_examples=True)
+    assert message.startswith(f"{path}: damaged after record ") and message.endswith("copy or make the file again")
+    path.write_bytes(b"not compressed at all")
+    assert f"{path}: damaged after record 0" in error_of(path)
+
+
+def test_missing_and_unknown_files_are_named_with_the_remedy(tmp_path):
+    message = error_of(tmp_path / "none.jsonl")
+    assert message.startswith(f"{tmp_path / 'none.jsonl'}: no such file or folder; give a .jsonl")
+    assert error_of("data/none.jsonl").startswith("data/none.jsonl: no such file or folder; give a .jsonl")
+    assert error_of("report.docx").startswith("report.docx: no such file")
+    assert "unknown kind of file '.docx'; give a .jsonl" in error_of(write(tmp_path / "report.docx", "x"))
+    assert "--passage_words is 0" in error_of(tmp_path, passage_words=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_unreadable_file_is_one_line(tmp_path):
+    (tmp_path / "d.jsonl").symlink_to("/proc/self/mem")  # may be opened, but not read from its start, even by root
+    assert error_of(tmp_path / "d.jsonl") == f"{tmp_path / 'd.jsonl'}: cannot be read: Input/output error"
+
+
+def test_folder_without_data_is_one_line(tmp_path):
+    message = error_of(tmp_path)
+    assert message.startswith(f"{tmp_path}: datasets.load_dataset cannot read it: ") and "\n" not in message
+
+
+def test_hub_name_without_network_is_one_line(monkeypatch):
+    import datasets
+
+    def no_network(*args, **options):
+        raise ConnectionError("Couldn't reach the Hub\n(offline)")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    message = error_of("owner/name")
+    assert message.startswith("owner/name: no such file or folder, nor can it be loaded from the Hub: Couldn't reach")
+    assert "\n" not in message and message.endswith("download the data and give its path")

@@ -1,0 +1,291 @@
+"""Ranking passages: BM25, dense, fusion, the baselines and the ROUGE oracle, against plain re-computations."""
+
+import math
+import random
+import time
+from collections import Counter
+
+import bm25s
+import numpy as np
+import pytest
+from rouge_score import rouge_scorer
+from rouge_score.tokenizers import DefaultTokenizer
+
+from utils import search
+from utils.data import Document, Example
+
+COLOURS = Document(
+    "colours", ["The remote is yellow .", "We talked about budgets .", "Yellow again , a yellow case .", "Bye ."]
+)
+MONEY = Document("money", ["Budgets grew .", "Nobody spoke of paint .", "The budget of the remotes ."])
+
+
+def make_example(id="e", query="", document=COLOURS, summaries=("a yellow case",), evidence=None):
+    return Example(
+        id=id,
+        query=query,
+        document=document,
+        summaries=list(summaries),
+        evidence=evidence,
+        evidence_words=None,
+        retrieved=None,
+    )
+
+
+def random_text(generator, words, vocabulary="ab bc cd de running runs runner fg gh ij studies study"):
+    return " ".join(generator.choices(vocabulary.split(), k=words))
+
+
+# ---- rankings
+
+
+def test_rank_puts_the_best_first_and_keeps_ties_in_document_order():
+    assert search.rank(np.array([0.5, 2.0, 0.5, 2.0])) == [(1, 2.0), (3, 2.0), (0, 0.5), (2, 0.5)]
+    assert search.rank(np.array([0.5, 2.0, 0.5, 2.0]), top_k=3) == [(1, 2.0), (3, 2.0), (0, 0.5)]
+    assert search.rank(np.array([])) == []
+    scores = np.random.default_rng(0).integers(0, 5, size=1000)
+    assert [passage for passage, _ in search.rank(scores)] == sorted(range(1000), key=lambda passage: -scores[passage])
+
+
+def test_reciprocal_rank_fusion_equals_the_formula():
+    fused = search.reciprocal_rank_fusion([[(3, 9.0), (1, 8.0)], [(1, 0.2), (2, 0.1)]], k=60)
+    assert [passage for passage, _ in fused] == [1, 3, 2]
+    assert dict(fused) == pytest.approx({1: 1 / 62 + 1 / 61, 3: 1 / 61, 2: 1 / 62})
+
+
+def test_passages_with_the_same_ranks_in_another_order_tie_exactly():
+    rotations = [[(number + shift) % 7 for number in range(7)] for shift in range(7)]
+    fused = search.reciprocal_rank_fusion([[(number, 0.0) for number in order] for order in rotations])
+    assert [passage for passage, _ in fused] == list(range(7))
+    assert len({score for _, score in fused}) == 1
+
+
+def test_smoothing_averages_a_passage_with_its_neighbours():
+    assert search.smooth(np.array([1.0, 0.0, 0.0, 4.0]), window=1, decay=0.5) == pytest.approx(
+        [1 / 1.5, 0.5 / 2, 2 / 2, 4 / 1.5]
+    )
+    scores = np.random.default_rng(1).normal(size=9)
+    for window in (0, 1, 3, 20):
+        expected = []
+        for here in range(9):
+            weights = [0.7 ** abs(here - there) * (abs(here - there) <= window) for there in range(9)]
+            expected.append(np.average(scores, weights=weights))
+        assert search.smooth(scores, window=window, decay=0.7) == pytest.approx(expected)
+    assert search.smooth(np.array([])).shape == (0,)
+
+
+# ---- BM25
+
+
+def lucene_bm25(passages, query, k1=1.5, b=0.75):
+    """BM25 by its formula, on lists of words."""
+    mean_length = sum(map(len, passages)) / len(passages)
+    scores = []
+    for words in passages:
+        counts, score = Counter(words), 0.0
+        for word in query:
+            containing = sum(word in other for other in passages)
+            idf = math.log(1 + (len(passages) - containing + 0.5) / (containing + 0.5))
+            score += idf * counts[word] / (counts[word] + k1 * (1 - b + b * len(words) / mean_length))
+        scores.append(score)
+    return scores
+
+
+def test_bm25_equals_the_formula():
+    generator = random.Random(3)
+    passages = [random_text(generator, generator.randint(1, 12), "xa xb xc xd xe xf") for _ in range(8)]
+    queries = ["xa xb", "xc", "xd xd xe"]
+    expected = [lucene_bm25([passage.split() for passage in passages], query.split()) for query in queries]
+    assert search.bm25_scores(passages, queries) == pytest.approx(np.array(expected), rel=1e-5)
+
+
+def test_bm25_matches_word_forms_and_ignores_stopwords():
+    scores = search.bm25_scores(MONEY.passages, ["budgeting", "of the", "the budgets"])
+    assert (scores[0] > 0).tolist() == [True, False, True]
+    assert not scores[1].any()
+    assert scores[2] == pytest.approx(scores[0])
+
+
+@pytest.mark.parametrize("passages", [[], [""], ["the of and", "a"], ["?!", "..."]])
+def test_bm25_of_passages_without_words_is_zero(passages):
+    scores = search.bm25_scores(passages, ["yellow remote", ""])
+    assert scores.shape == (2, len(passages)) and not scores.any()
+
+
+@pytest.mark.parametrize("query", ["", "the", "zebra", "?"])
+def test_bm25_of_a_query_without_known_words_ranks_in_document_order(query):
+    (ranking,) = search.bm25_rankings([make_example(query=query)])
+    assert ranking == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.0)]
+
+
+def test_bm25_is_silent(capfd, caplog):
+    caplog.set_level("DEBUG")
+    search.bm25_scores(COLOURS.passages, ["yellow", ""])
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelname not in ("DEBUG", "NOTSET")] == []
+
+
+def test_bm25_rankings_index_each_document_once_and_stay_with_their_examples(monkeypatch):
+    indexed = []
+    index = bm25s.BM25.index
+    monkeypatch.setattr(bm25s.BM25, "index", lambda self, *args, **kw: indexed.append(1) or index(self, *args, **kw))
+    examples = [
+        make_example("1", "yellow case", COLOURS),
+        make_example("2", "budget", MONEY),
+        make_example("3", "budgets", COLOURS),
+        make_example("4", "paint", MONEY),
+    ]
+    rankings = search.bm25_rankings(examples, top_k=2)
+    assert [ranking[0][0] for ranking in rankings] == [2, 0, 1, 1]
+    assert all(len(ranking) == 2 for ranking in rankings)
+    assert len(indexed) == 2
+
+
+def test_search_texts_given_replace_the_queries():
+    examples = [make_example("1", "yellow case"), make_example("2", "yellow case")]
+    rankings = search.bm25_rankings(examples, queries=["budgets", "bye"])
+    assert [ranking[0][0] for ranking in rankings] == [1, 3]
+    with pytest.raises(ValueError, match="1 queries for 2 examples"):
+        search.bm25_rankings(examples, queries=["budgets"])
+
+
+# ---- dense
+
+
+def test_dense_rankings_equal_dot_products_and_encode_each_text_once():
+    generator = np.random.default_rng(5)
+    vectors, encoded = {}, []
+
+    def encode(texts, kind):
+        encoded.extend((kind, text) for text in texts)
+        return np.stack([vectors.setdefault((kind, text), generator.normal(size=6)) for text in texts])
+
+    examples = [
+        make_example("1", "q1", COLOURS),
+        make_example("2", "q2", MONEY),
+        make_example("3", "q2", COLOURS),
+        make_example("4", "q1", COLOURS),
+    ]
+    rankings = search.dense_rankings(examples, encode, top_k=3)
+    assert sorted(encoded) == sorted(
+        [("passage", text) for text in COLOURS.passages + MONEY.passages] + [("query", "q1"), ("query", "q2")]
+    )
+    for example, ranking in zip(examples, rankings, strict=True):
+        scores = [vectors["query", example.query] @ vectors["passage", text] for text in example.document.passages]
+        expected = sorted(range(len(scores)), key=lambda passage: -scores[passage])[:3]
+        assert [passage for passage, _ in ranking] == expected
+        assert [score for _, score in ranking] == pytest.approx([scores[passage] for passage in expected])
+    assert search.dense_rankings([], encode) == []
+
+
+# ---- baselines
+
+
+def test_lead_ranking_is_the_document_order():
+    assert [passage for passage, _ in search.lead_ranking(make_example(), top_k=3)] == [0, 1, 2]
+    scores = [score for _, score in search.lead_ranking(make_example())]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 4
+
+
+def test_random_ranking_depends_on_the_example_id_and_seed_only():
+    document = Document("d", [str(number) for number in range(30)])
+    first, again, other = (search.random_ranking(make_example(id, document=document)) for id in ("a", "a", "b"))
+    assert first == again != other
+    assert search.random_ranking(make_example("a", document=document), seed=1) != first
+    assert sorted(passage for passage, _ in first) == list(range(30))
+    # the same in every process and on every machine
+    assert [p for p, _ in search.random_ranking(make_example("a"))] == [2, 0, 1, 3]
+
+
+def test_oracle_ranking_is_the_evidence_in_document_order_and_nothing_else():
+    example = make_example(evidence=[3, 0])
+    assert [passage for passage, _ in search.oracle_ranking(example)] == [0, 3]
+    assert [passage for passage, _ in search.oracle_ranking(example, top_k=1)] == [0]
+
+
+@pytest.mark.parametrize("evidence", [None, []])
+def test_oracle_ranking_without_evidence_is_the_rouge_oracle(evidence):
+    assert [passage for passage, _ in search.oracle_ranking(make_example(evidence=evidence))] == [2]
+
+
+# ---- greedy ROUGE oracle
+
+
+def rouge_sum(passages, chosen, summaries):
+    """ROUGE-1 F1 + ROUGE-2 F1 by rouge-score's own counting; n-grams do not span passages."""
+    tokenize = DefaultTokenizer(use_stemmer=True).tokenize
+    total = 0.0
+    for n in (1, 2):
+        ngrams = Counter()
+        for passage in chosen:
+            ngrams.update(rouge_scorer._create_ngrams(tokenize(passages[passage]), n))
+        references = [rouge_scorer._create_ngrams(tokenize(summary), n) for summary in summaries]
+        total += max(rouge_scorer._score_ngrams(reference, ngrams).fmeasure for reference in references)
+    return round(total, 10)  # rounding errors make no difference
+
+
+def greedy_by_brute_force(passages, summaries, max_passages):
+    chosen = []
+    while len(chosen) < max_passages:
+        rest = [passage for passage in range(len(passages)) if passage not in chosen]
+        best = max(rest, key=lambda passage: rouge_sum(passages, [*chosen, passage], summaries), default=None)
+        if best is None or rouge_sum(passages, [*chosen, best], summaries) <= rouge_sum(passages, chosen, summaries):
+            break
+        chosen.append(best)
+    return chosen
+
+
+def test_rouge_oracle_makes_the_choices_of_a_brute_force_greedy_search():
+    generator = random.Random(11)
+    lengths = set()
+    for _ in range(60):
+        passages = [random_text(generator, generator.randint(0, 9)) for _ in range(generator.randint(1, 10))]
+        summaries = [random_text(generator, generator.randint(1, 15)) for _ in range(generator.randint(1, 3))]
+        max_passages = generator.choice([1, 2, 10])
+        choice = search.greedy_rouge_oracle(passages, summaries, max_passages=max_passages)
+        assert choice == greedy_by_brute_force(passages, summaries, max_passages)
+        lengths.add(len(choice))
+    assert {1, 2, 3} <= lengths  # the cases are not all trivial
+
+
+def test_rouge_oracle_returns_the_order_chosen_and_stops_when_nothing_helps():
+    passages = ["a cat", "unrelated words", "the dog sat on the mat", "the dog sat on the mat"]
+    assert search.greedy_rouge_oracle(passages, "the dog sat on the mat with a cat") == [2, 0]
+    assert search.greedy_rouge_oracle(passages, "the dog sat on the mat with a cat", max_passages=1) == [2]
+    assert search.greedy_rouge_oracle(passages, "zebra") == []
+    assert search.greedy_rouge_oracle([], "zebra") == []
+    assert search.greedy_rouge_oracle(passages, "") == []
+
+
+def test_rouge_oracle_of_500_turns_takes_less_than_200_ms():
+    generator = random.Random(1)
+    vocabulary = " ".join(f"{random_text(generator, 1)}{number}" for number in range(2000))
+    passages = [random_text(generator, 20, vocabulary) for _ in range(500)]
+    summary = " ".join(random_text(generator, 8, passage) for passage in passages[::50])
+    search.greedy_rouge_oracle(passages[:1], summary)  # imports nltk
+    seconds = []
+    for _ in range(3):  # the best of three: other work on the machine is not its fault
+        search.rouge_words.cache_clear()
+        started = time.perf_counter()
+        assert len(search.greedy_rouge_oracle(passages, summary)) > 5
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.2
+
+
+# ---- words
+
+
+def test_rouge_words_of_ascii_text_are_those_of_rouge_score():
+    reference = DefaultTokenizer(use_stemmer=True)
+    generator = random.Random(7)
+    characters = [chr(code) for code in range(128)] + list("aeinrst ") * 8
+    texts = ["".join(generator.choices(characters, k=200)) for _ in range(200)]
+    texts += ["The parties' agencies were RUNNING, flies_died; 3.14 a__b isn't skies dying", "", "_"]
+    for text in texts:
+        assert list(search.rouge_words(text)) == reference.tokenize(text)
+
+
+def test_rouge_words_keep_other_scripts():
+    assert search.rouge_words("Café GRÖSSE") == search.rouge_words("cafe\u0301 größe".replace("ß", "ss"))
+    assert search.rouge_words("Москва, Ελλάδα") == ("москва", "ελλάδα")
+    assert search.rouge_words("東京は 2024年") == ("東", "京", "は", "2024", "年")

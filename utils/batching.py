@@ -1,0 +1,101 @@
+"""Batches of similar length as a pure function of (seed, epoch), cut into the micro-batches of steps and processes.
+
+Every process computes the whole plan of an epoch and takes its own part, so nothing is exchanged, every example
+counts exactly once, and a run can go on from any step.
+"""
+
+import numpy as np
+from torch.utils.data import Dataset
+
+WINDOW = 50  # steps among which examples are sorted by length: longer windows pad less and shuffle less
+
+
+def plan_epoch(
+    lengths,
+    *,
+    seed: int,
+    epoch: int,
+    num_processes: int = 1,
+    gradient_accumulation_steps: int = 1,
+    batch_size: int = 0,
+    max_tokens: int = 0,
+) -> list[list[list[list[int]]]]:
+    """Example numbers of one epoch as ``plan[step][micro_batch][process]``; an empty list is a dummy micro-batch.
+
+    Args:
+        lengths: (examples, sides) tokens of each example, one column for each sequence that is padded by itself.
+        batch_size: examples in a micro-batch. Steps then hold the same examples however
+            processes x accumulation x batch_size splits them.
+        max_tokens: instead, examples x the sum over sides of the longest, at most; an example longer than that is a
+            micro-batch alone.
+    """
+    lengths = np.asarray(lengths).reshape(len(lengths), -1)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    slots = num_processes * gradient_accumulation_steps
+    total = lengths.sum(1)
+
+    if max_tokens:
+        per_step = max(1, int(slots * max_tokens / max(1.0, total.mean())))
+        batches = [batch for window in _windows(order, WINDOW * per_step, total)
+                   for batch in _cut_by_tokens(window, lengths, max_tokens)]  # fmt: skip
+        steps = [[batches[i] for i in group] for group in _groups(rng.permutation(len(batches)), slots)]
+    else:
+        windows = _windows(order, WINDOW * slots * batch_size, total)
+        steps = [step for window in windows for step in _groups(window, slots * batch_size)]
+        steps = [_groups(steps[i], batch_size) for i in rng.permutation(len(steps))]
+
+    plan = []
+    for batches in steps:
+        batches = batches + [[]] * (-len(batches) % num_processes)
+        plan.append([batches[i : i + num_processes] for i in range(0, len(batches), num_processes)])
+    return plan
+
+
+def _windows(order: np.ndarray, size: int, total: np.ndarray) -> list[list[int]]:
+    """Consecutive parts of a shuffled order, each sorted by length; ties stay shuffled."""
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    return [part[np.argsort(total[part], kind="stable")].tolist() for part in parts]
+
+
+def _groups(items, size: int) -> list[list]:
+    items = list(items)
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _cut_by_tokens(order: list[int], lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
+    batches: list[list[int]] = [[]]
+    longest = np.zeros(lengths.shape[1], dtype=int)
+    for example in order:
+        widened = np.maximum(longest, lengths[example])
+        if batches[-1] and (len(batches[-1]) + 1) * widened.sum() > max_tokens:
+            batches.append([])
+            widened = lengths[example]
+        batches[-1].append(example)
+        longest = widened
+    return batches
+
+
+class StepBatches(Dataset):
+    """One process's part of a planned epoch: item k is the list of collated micro-batches of step k.
+
+    `collate(examples, dummy)` makes tensors of a list of examples; with `dummy` they must count for nothing, and stand
+    in where a process has no examples left in a step but has to take part in it.
+    """
+
+    def __init__(self, examples: list, plan: list, collate, process: int):
+        self.examples, self.collate = examples, collate
+        self.steps = [[micro_batch[process] for micro_batch in step] for step in plan]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> list:
+        return [
+            self.collate([self.examples[i] for i in indices or [0]], dummy=not indices) for indices in self.steps[step]
+        ]
+
+
+def eval_batches(lengths, *, batch_size: int) -> list[list[int]]:
+    """Batches of a validation, longest examples first; process p of N takes every Nth, starting with number p."""
+    return _groups(np.argsort(-np.asarray(lengths), kind="stable").tolist(), batch_size)

@@ -1,0 +1,206 @@
+"""ROUGE and retrieval metrics as local `evaluate` modules: nothing is fetched, nothing is shared between processes.
+
+    rouge = Rouge()
+    rouge.compute(predictions=["a draft"], references=[["a reference", "another"]])    # {"rouge1": 66.7, ...}
+    retrieval = Retrieval()
+    retrieval.compute(predictions=[[2, 0, 1]], references=[[0]], passage_words=[[90, 80, 95]], evidence_words=[[80]])
+
+All scores are percentages. Scripts gather the predictions of all processes and compute on the main one. Importing
+`evaluate` takes seconds: import this module where validation begins.
+"""
+
+import math
+import re
+import tempfile
+from collections.abc import Sequence
+
+import evaluate
+from datasets import Features, Value
+from datasets import Sequence as ListOf
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+
+from utils.search import rouge_words
+
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+RECALL_CUTOFFS = (1, 5, 10, 20)
+RANK_CUTOFF = 10  # of MRR and nDCG
+WORD_BUDGET = 1024
+
+SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)\]])\s+|(?<=[。！？])|\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ROUGE
+
+
+class RougeWords(Tokenizer):
+    """Hands our words, cached and of all scripts, to rouge-score."""
+
+    def tokenize(self, text: str) -> tuple[str, ...]:
+        return rouge_words(text)
+
+
+def rouge_scores(prediction: str, references: str | Sequence[str]) -> dict[str, float]:
+    """ROUGE-1, -2, -L and -Lsum F-measures (0 to 100) of one prediction; with several references the maximum of each.
+
+    They are rouge-score's with `use_stemmer=True`, after a line break was put at every sentence end (which only
+    Lsum looks at) and with letters of all scripts counted as such.
+    """
+    if isinstance(references, str):
+        references = [references]
+    if not references:
+        raise ValueError("a prediction has no reference; at least one is wanted")
+    scorer = RougeScorer(ROUGE_TYPES, tokenizer=RougeWords())
+    best = scorer.score_multi([_one_sentence_a_line(text) for text in references], _one_sentence_a_line(prediction))
+    return {name: 100 * score.fmeasure for name, score in best.items()}
+
+
+def _one_sentence_a_line(text: str) -> str:
+    return "\n".join(SENTENCE_END.split(text))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# retrieval
+
+
+def retrieval_scores(
+    ranking: Sequence[int],
+    evidence: Sequence[int],
+    passage_words: Sequence[int],
+    evidence_words: Sequence[int] | None = None,
+    *,
+    recall_cutoffs: Sequence[int] = RECALL_CUTOFFS,
+    rank_cutoff: int = RANK_CUTOFF,
+    word_budget: int = WORD_BUDGET,
+) -> dict[str, float]:
+    """Recall@k, MRR@k, nDCG@k (binary gains) and gold_words@budget, 0 to 100, of one ranking of a document's passages.
+
+    `ranking` holds passage numbers, best first, and may be cut short; `passage_words` the number of words of every
+    passage; `evidence_words` the number of gold words in each passage of `evidence` (default: all its words).
+
+    gold_words@budget is the share of the gold words that a reader finds who takes passages in ranked order until the
+    budget of words is spent. The passage in which it runs out is read in part, and gives the same part of its gold
+    words.
+    """
+    if not len(evidence):
+        raise ValueError("recall without evidence is undefined; leave the example out")
+    if len(set(ranking)) != len(ranking):
+        raise ValueError(f"a ranking names a passage twice: {list(ranking)[:20]}")
+    if evidence_words is None:
+        evidence_words = [passage_words[passage] for passage in evidence]
+    if len(evidence_words) != len(evidence):
+        raise ValueError(f"{len(evidence_words)} evidence_words for {len(evidence)} passages of evidence")
+    gold_words = dict(zip(evidence, evidence_words, strict=True))
+    hits = [passage in gold_words for passage in ranking]  # by rank
+
+    scores = {f"recall@{k}": 100 * sum(hits[:k]) / len(gold_words) for k in recall_cutoffs}
+
+    first_hit = hits[:rank_cutoff].index(True) + 1 if any(hits[:rank_cutoff]) else math.inf
+    scores[f"mrr@{rank_cutoff}"] = 100 / first_hit
+
+    discounts = [1 / math.log2(position + 1) for position in range(1, rank_cutoff + 1)]
+    gain = sum(discount for discount, hit in zip(discounts, hits, strict=False) if hit)
+    scores[f"ndcg@{rank_cutoff}"] = 100 * gain / sum(discounts[: len(gold_words)])
+
+    found, budget_left = 0.0, word_budget
+    for passage in ranking:
+        words_read = min(passage_words[passage], budget_left)
+        if words_read and passage in gold_words:
+            found += gold_words[passage] * words_read / passage_words[passage]
+        budget_left -= words_read
+    scores[f"gold_words@{word_budget}"] = 100 * found / max(sum(gold_words.values()), 1)
+    return scores
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the same as `evaluate` modules
+
+
+class LocalMetric(evaluate.Metric):
+    """A metric that keeps its inputs in memory and writes nothing to the shared cache folder of `evaluate`."""
+
+    def __init__(self, **kwargs):
+        # evaluate creates its cache folder even for a metric in memory: let it be one that is ours and soon gone
+        with tempfile.TemporaryDirectory(prefix="metric-") as folder:
+            super().__init__(keep_in_memory=True, cache_dir=folder, **kwargs)
+
+
+class Rouge(LocalMetric):
+    """ROUGE F-measures (see `rouge_scores`), mean over examples; references are strings or lists of strings.
+
+    `compute(predictions, references, use_aggregator=False)` gives the list of scores, one an example, in place of
+    each mean.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum F-measures in percent, by rouge-score.",
+            citation="Lin, 2004. ROUGE: A Package for Automatic Evaluation of Summaries.",
+            inputs_description="predictions: strings; references: for each a string or a list of strings.",
+            features=Features({"predictions": Value("string"), "references": ListOf(Value("string"))}),
+        )
+
+    def add_batch(self, *, predictions: Sequence[str], references: Sequence[str | Sequence[str]]):
+        """Adds predictions with their references."""
+        _check_equally_many(predictions=predictions, references=references)
+        references = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
+        super().add_batch(predictions=list(predictions), references=references)
+
+    def add(self, *, prediction: str, reference: str | Sequence[str]):
+        """Adds one prediction with its reference or references."""
+        self.add_batch(predictions=[prediction], references=[reference])
+
+    def _compute(self, *, predictions, references, use_aggregator: bool = True) -> dict:
+        scores = [rouge_scores(*texts) for texts in zip(predictions, references, strict=True)]
+        if not scores:
+            raise ValueError("no predictions to score")
+        columns = {name: [score[name] for score in scores] for name in ROUGE_TYPES}
+        return (
+            {name: math.fsum(column) / len(column) for name, column in columns.items()} if use_aggregator else columns
+        )
+
+
+class Retrieval(LocalMetric):
+    """Retrieval scores (see `retrieval_scores`, whose keywords `compute` accepts), mean over examples with evidence.
+
+    `predictions` are rankings of passage numbers, `references` the evidence or None. The result counts the examples
+    that have evidence as `examples`; if there are none, that count is all it holds.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        numbers = ListOf(Value("int64"))
+        return evaluate.MetricInfo(
+            description="Recall@k, MRR@k, nDCG@k and share of gold words within a word budget, in percent.",
+            citation="",
+            inputs_description="predictions: ranked passage numbers; references: evidence; words of all passages; "
+            "gold words of the evidence.",
+            features=Features(
+                {"predictions": numbers, "references": numbers, "passage_words": numbers, "evidence_words": numbers}
+            ),
+        )
+
+    def add_batch(self, *, predictions, references, passage_words, evidence_words):
+        """Adds rankings with evidence, the words of all passages, and the gold words of the evidence."""
+        columns = {
+            "predictions": predictions,
+            "references": references,
+            "passage_words": passage_words,
+            "evidence_words": evidence_words,
+        }
+        _check_equally_many(**columns)
+        super().add_batch(**{name: list(column) for name, column in columns.items()})
+
+    def _compute(self, *, predictions, references, passage_words, evidence_words, **cutoffs) -> dict:
+        examples = zip(predictions, references, passage_words, evidence_words, strict=True)
+        scores = [retrieval_scores(*example, **cutoffs) for example in examples if example[1]]
+        means = {
+            name: math.fsum(score[name] for score in scores) / len(scores) for name in (scores[0] if scores else ())
+        }
+        return {**means, "examples": len(scores)}
+
+
+def _check_equally_many(**columns: Sequence):
+    counts = {name: len(column) for name, column in columns.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"as many of each are wanted: {', '.join(f'{n} {name}' for name, n in counts.items())}")

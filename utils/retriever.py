@@ -1,0 +1,114 @@
+"""The retriever: a SentenceTransformer, built from scratch or loaded; tokenizing, encoding and saving.
+
+Queries and passages go through one encoder, each with its own prompt where the model has one. A text is tokenized once
+and encoded in batches of similar length.
+"""
+
+import tempfile
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from utils.arguments import UsageError
+
+PROMPTS = {"query": ("query",), "passage": ("document", "passage")}  # the names that sentence-transformers looks up
+
+
+def build_small_encoder(
+    texts, *, vocab_size: int = 8192, hidden_size: int = 128, layers: int = 2
+) -> SentenceTransformer:
+    """A small BERT with random weights, mean pooling and unit length, and a WordPiece tokenizer trained on `texts`."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False),
+    )
+    wordpiece.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", special.index("[CLS]")), ("[SEP]", special.index("[SEP]"))]
+    )
+    names = {f"{token[1:-1].lower()}_token": token for token in special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=wordpiece, model_max_length=512, **names)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        intermediate_size=4 * hidden_size,
+        max_position_embeddings=512,
+        initializer_range=0.06,  # the width's own scale; BERT's 0.02 is made for hidden_size 768
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with tempfile.TemporaryDirectory() as folder:  # sentence-transformers takes its first module from a folder only
+        BertModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        transformer = Transformer(folder)
+    return SentenceTransformer(modules=[transformer, Pooling(hidden_size), Normalize()], device="cpu")
+
+
+def load_retriever(name_or_path: str) -> SentenceTransformer:
+    """A sentence-transformers or plain encoder checkpoint from a folder or the Hub; UsageError if there is none."""
+    try:
+        return SentenceTransformer(name_or_path, device="cpu", model_kwargs={"dtype": torch.float32})
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{name_or_path}: no retriever could be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def tokenize(model: SentenceTransformer, texts: list[str], kind: str) -> list[list[int]]:
+    """Token ids of each text after the prompt of its `kind` ("query" or "passage"), cut at the model's length."""
+    prompt = next((model.prompts[name] for name in PROMPTS[kind] if model.prompts.get(name)), "")
+    if not prompt and model.default_prompt_name:
+        prompt = model.prompts[model.default_prompt_name]
+    return model.tokenizer([prompt + text for text in texts], truncation=True, max_length=model.max_seq_length)[
+        "input_ids"
+    ]
+
+
+def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """The encoder's features, `input_ids` and `attention_mask`, both (texts, tokens)."""
+    rows = [torch.tensor(ids) for ids in token_ids]
+    return {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+    }
+
+
+@torch.no_grad()
+def encode(
+    model: SentenceTransformer, texts: list[str], kind: str, *, accelerator, max_tokens: int = 8192
+) -> np.ndarray:
+    """Embeddings (texts, hidden) in float32, the work divided over the processes and the result on all of them.
+
+    Sorted by length and batched by `max_tokens`, padding included.
+    """
+    token_ids = tokenize(model, texts, kind)
+    order = sorted(range(len(texts)), key=lambda i: -len(token_ids[i]))[
+        accelerator.process_index :: accelerator.num_processes
+    ]
+    was_training = model.training
+    model.eval()
+    autocast = accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext()
+    parts, start = [], 0
+    while start < len(order):
+        batch = order[start : start + max(1, max_tokens // len(token_ids[order[start]]))]
+        features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
+        with autocast:
+            output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})
+        parts.append(output["sentence_embedding"].float().cpu().numpy())
+        start += len(batch)
+    model.train(was_training)
+    embeddings = np.empty((len(texts), model.get_embedding_dimension()), dtype=np.float32)
+    mine = (order, np.concatenate(parts) if parts else embeddings[:0])
+    for numbers, rows in gather_object([mine]) if accelerator.num_processes > 1 else [mine]:
+        embeddings[numbers] = rows
+    return embeddings

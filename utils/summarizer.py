@@ -1,0 +1,249 @@
+"""The summarizer: building and loading it, how passages enter it, its loss, and generation.
+
+A source is one or more token sequences. Concatenated passages are one sequence (``concat``); in Fusion-in-Decoder
+every passage is a sequence with the query in front (``fid``). The encoder reads each sequence by itself and the decoder
+attends to all of an example's tokens at once, so ``concat`` is ``fid`` with a single sequence and one path serves both.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BatchEncoding,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from utils.arguments import UsageError
+
+
+def train_tokenizer(texts, vocab_size: int = 8192) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of BART's kind, trained on `texts`."""
+    bpe = ByteLevelBPETokenizer(add_prefix_space=True)
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    bpe.train_from_iterator(
+        texts, vocab_size=vocab_size, min_frequency=2, special_tokens=list(special.values()), show_progress=False
+    )
+    bpe.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(token, bpe.token_to_id(token)) for token in ("<s>", "</s>")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, model_max_length=1024, sep_token="</s>", cls_token="<s>", **special
+    )
+
+
+def build_small_bart(
+    tokenizer, *, d_model: int = 128, layers: int = 2, heads: int = 8, dropout: float = 0.0
+) -> BartForConditionalGeneration:
+    """A BART of about a million parameters with random weights, that learns to copy within minutes on a processor.
+
+    Weights start at the width's own scale rather than at 0.02, made for d_model 768, and positions start as sinusoids
+    (Vaswani et al., 2017, arXiv:1706.03762), from which attending to the next token is quickly learned.
+    """
+    init_std = 0.06
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=d_model,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=4 * d_model,
+        decoder_ffn_dim=4 * d_model,
+        max_position_embeddings=1024,
+        dropout=dropout,
+        init_std=init_std,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+    )
+    model = BartForConditionalGeneration(config)
+    for stack in (model.model.encoder, model.model.decoder):
+        weight = stack.embed_positions.weight
+        angles = torch.arange(len(weight))[:, None] / 10000 ** (torch.arange(0, d_model, 2) / d_model)
+        weight.data.copy_(torch.cat([angles.sin(), angles.cos()], dim=1) * init_std * 2**0.5)
+    return model
+
+
+def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None):
+    """A pretrained encoder-decoder and its tokenizer from a folder or the Hub; UsageError if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path)
+        for name in ("dropout", "dropout_rate"):  # BART's and T5's
+            if dropout is not None and hasattr(config, name):
+                setattr(config, name, dropout)
+        model = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--model_name_or_path {name_or_path}: no encoder-decoder model could be loaded: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    return model, tokenizer
+
+
+@dataclass
+class Sources:
+    """Turns a query and ranked passages into a source: a list of token sequences.
+
+    `fusion` is "concat" or "fid". Sequences hold at most `max_source_length` tokens, special tokens included; a query
+    takes at most half of it. With concat, passages are taken in rank order until the sequence is full, the last one
+    cut short, and then stand in rank or document order as `passage_order` says ("rank" or "document").
+    """
+
+    tokenizer: object
+    fusion: str
+    max_source_length: int
+    passage_order: str
+
+    def __post_init__(self):
+        self.passage_tokens: dict[int, list[list[int]]] = {}  # a document is tokenized once, however many its queries
+        tokenizer = self.tokenizer
+        separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+        self.separator = [separator]
+        bare, whole = _tokenize(tokenizer, ["a"])[0], tokenizer("a")["input_ids"]
+        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        self.prefix, self.suffix = whole[:start], whole[start + len(bare) :]
+        self.room = self.max_source_length - len(self.prefix) - len(self.suffix)
+
+    def tokens(self, document) -> list[list[int]]:
+        if id(document) not in self.passage_tokens:
+            self.passage_tokens[id(document)] = _tokenize(self.tokenizer, document.passages)
+        return self.passage_tokens[id(document)]
+
+    def build(self, query: str, document, passage_numbers: list[int]) -> tuple[list[list[int]], list[int]]:
+        """The sequences, and the numbers of the passages that they hold, in their order."""
+        passages = self.tokens(document)
+        query_tokens = _tokenize(self.tokenizer, [query])[0][: self.room // 2] if query else []
+        kept, free = [], self.room - len(query_tokens)
+        for number in passage_numbers:
+            room = free - len(self.separator)
+            if room <= 0 and kept:
+                break
+            kept.append((number, passages[number][: max(room, 0)]))
+            if self.fusion == "concat":
+                free -= len(self.separator) + len(kept[-1][1])
+        if self.passage_order == "document":
+            kept.sort()
+        if self.fusion == "concat":
+            bodies = [query_tokens + [token for _, passage in kept for token in self.separator + passage]]
+        else:
+            bodies = [query_tokens + self.separator + passage for _, passage in kept]
+        return [self.prefix + body + self.suffix for body in bodies], [number for number, _ in kept]
+
+
+def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def collate(sources: list[list[list[int]]], targets: list[list[int]], pad_token_id: int) -> BatchEncoding:
+    """Pads sources and targets into the keyword arguments of `Summarizer.forward`.
+
+    `input_ids` and `attention_mask` are (sequences, tokens): all examples' sequences one below the other;
+    `sequences_per_example` is (examples,), `labels` (examples, target tokens) with -100 as padding.
+    """
+    sequences = [torch.tensor(sequence) for source in sources for sequence in source]
+    batch = {
+        "input_ids": nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True),
+        "sequences_per_example": torch.tensor([len(source) for source in sources]),
+    }
+    labels = [torch.tensor(target) for target in targets]
+    batch["labels"] = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    return BatchEncoding(batch)
+
+
+class Summarizer(nn.Module):
+    """Any encoder-decoder of Transformers, reading one or more sequences for each example.
+
+    Fusion-in-Decoder (Izacard and Grave, 2021, arXiv:2007.01282). It adds no parameter: `.model` saves as it is.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def encode(self, input_ids, attention_mask, sequences_per_example):
+        """(sequences, tokens) -> (examples, tokens of an example, hidden) and its mask.
+
+        An example's sequences are laid end to end without the padding between them, so that the decoder attends to
+        real tokens only.
+        """
+        hidden = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if len(sequences_per_example) == len(input_ids):
+            return hidden, attention_mask
+        examples = hidden[attention_mask.bool()].split(_tokens_per_example(attention_mask, sequences_per_example))
+        hidden = nn.utils.rnn.pad_sequence(examples, batch_first=True)
+        ones = [torch.ones(len(example), dtype=attention_mask.dtype, device=hidden.device) for example in examples]
+        return hidden, nn.utils.rnn.pad_sequence(ones, batch_first=True)
+
+    def forward(self, input_ids, attention_mask, sequences_per_example, labels) -> torch.Tensor:
+        """Logits (target tokens, vocabulary) at the real target positions, in the order of ``labels[labels != -100]``.
+
+        The vocabulary is by far the widest layer, so padded positions never reach it.
+        """
+        hidden, mask = self.encode(input_ids, attention_mask, sequences_per_example)
+        real = labels != -100
+        vocabulary = self.model.get_output_embeddings()
+        keep_real = vocabulary.register_forward_pre_hook(lambda module, inputs: (inputs[0][real][None],))
+        try:
+            output = self.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+                attention_mask=mask,
+                decoder_input_ids=self.shift_right(labels),
+                use_cache=False,
+            )
+        finally:
+            keep_real.remove()
+        return output.logits[0]
+
+    def shift_right(self, labels) -> torch.Tensor:
+        """Decoder inputs: the start token, then the labels but the last; padding in place of -100."""
+        config = self.model.config
+        start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+        return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], dim=1)
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask, sequences_per_example, **generation) -> torch.Tensor:
+        """Token ids (examples, generated tokens); `generation` as in Transformers' `generate`."""
+        hidden, mask = self.encode(input_ids, attention_mask, sequences_per_example)
+        return self.model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask, **generation
+        )
+
+
+def _tokens_per_example(attention_mask, sequences_per_example) -> list[int]:
+    tokens = attention_mask.sum(1).tolist()
+    starts = [0, *sequences_per_example.cumsum(0).tolist()]
+    return [sum(tokens[start:end]) for start, end in pairwise(starts)]
+
+
+def label_smoothed_loss(logits, targets, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed label-smoothed cross entropy and the summed plain one, in nats; logits (tokens, vocabulary).
+
+    Smoothing spreads its share over the whole vocabulary (Szegedy et al., 2016, arXiv:1512.00567). The uniform part is
+    the mean logit against the normalizer, so no second tensor of vocabulary size is made.
+    """
+    logits = logits.float()
+    normalizer = logits.logsumexp(dim=-1)
+    nll = (normalizer - logits.gather(1, targets[:, None])[:, 0]).sum()
+    uniform = (normalizer - logits.mean(dim=-1)).sum()
+    return (1 - smoothing) * nll + smoothing * uniform, nll.detach()
+
+
+def save_pretrained(model, tokenizer, output_dir: str | Path) -> None:
+    """The folder that `AutoModelForSeq2SeqLM.from_pretrained` and `AutoTokenizer.from_pretrained` load unchanged."""
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
