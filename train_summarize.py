@@ -72,12 +72,13 @@ from utils.summarizer import (
     label_smoothed_loss,
     load_model_and_tokenizer,
     save_pretrained,
-    train_tokenizer,
 )
+from utils.tokenizer import train_tokenizer
 from utils.training import (
     Meters,
     RunLog,
     check_launch,
+    end_run,
     gradient_sync,
     parameter_groups,
     prepare_run_folder,
@@ -313,7 +314,7 @@ def main():
             ),
         )
         log.say(f"wrote {run_folder / 'predictions.validation.jsonl'}")
-    accelerator.end_training()
+    end_run(accelerator)
 
 
 def first_words(passages: list[str], count: float) -> str:

@@ -108,7 +108,9 @@ def parse(arguments_class, description: str):
     """Parses the command line into `arguments_class`; a mistake ends the program with one line and exit code 2."""
     parser = _Parser(arguments_class, description=description.partition("\n\n")[0], allow_abbrev=False)
     try:
-        (arguments,) = parser.parse_args_into_dataclasses()
+        arguments, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     except UsageError as error:
         parser.error(str(error))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return arguments

@@ -19,6 +19,7 @@ def plan_epoch(
     gradient_accumulation_steps: int = 1,
     batch_size: int = 0,
     max_tokens: int = 0,
+    groups=None,
 ) -> list[list[list[list[int]]]]:
     """Example numbers of one epoch as ``plan[step][micro_batch][process]``; an empty list is a dummy micro-batch.
 
@@ -28,15 +29,21 @@ def plan_epoch(
             processes x accumulation x batch_size splits them.
         max_tokens: instead, examples x the sum over sides of the longest, at most; an example longer than that is a
             micro-batch alone.
+        groups: (examples,) a number for each example; those with the same one stay together, instead of those of
+            similar length.
     """
     lengths = np.asarray(lengths).reshape(len(lengths), -1)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     slots = num_processes * gradient_accumulation_steps
     total = lengths.sum(1)
+    if groups is not None:
+        groups = np.asarray(groups)
+        order = order[np.argsort(rng.permutation(groups.max() + 1)[groups[order]], kind="stable")]
+        total = np.zeros_like(total)
 
     if max_tokens:
-        per_step = max(1, int(slots * max_tokens / max(1.0, total.mean())))
+        per_step = max(1, int(slots * max_tokens / lengths.sum(1).mean()))
         batches = [batch for window in _windows(order, WINDOW * per_step, total)
                    for batch in _cut_by_tokens(window, lengths, max_tokens)]  # fmt: skip
         steps = [[batches[i] for i in group] for group in _groups(rng.permutation(len(batches)), slots)]

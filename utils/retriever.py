@@ -5,17 +5,17 @@ and encoded in batches of similar length.
 """
 
 import tempfile
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel
 
 from utils.arguments import UsageError
+from utils.tokenizer import train_tokenizer
 
 PROMPTS = {"query": ("query",), "passage": ("document", "passage")}  # the names that sentence-transformers looks up
 
@@ -23,20 +23,8 @@ PROMPTS = {"query": ("query",), "passage": ("document", "passage")}  # the names
 def build_small_encoder(
     texts, *, vocab_size: int = 8192, hidden_size: int = 128, layers: int = 2
 ) -> SentenceTransformer:
-    """A small BERT with random weights, mean pooling and unit length, and a WordPiece tokenizer trained on `texts`."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
-    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    wordpiece.train_from_iterator(
-        texts,
-        trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False),
-    )
-    wordpiece.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", special.index("[CLS]")), ("[SEP]", special.index("[SEP]"))]
-    )
-    names = {f"{token[1:-1].lower()}_token": token for token in special}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=wordpiece, model_max_length=512, **names)
+    """A small BERT with random weights, mean pooling and unit length, and a lowercase tokenizer trained on `texts`."""
+    tokenizer = train_tokenizer(texts, vocab_size=vocab_size, lowercase=True, max_length=512)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -48,16 +36,22 @@ def build_small_encoder(
         pad_token_id=tokenizer.pad_token_id,
     )
     with tempfile.TemporaryDirectory() as folder:  # sentence-transformers takes its first module from a folder only
-        BertModel(config).save_pretrained(folder)
+        config.save_pretrained(folder)  # the model's own save_pretrained writes on the first of several processes only
+        save_file(BertModel(config).state_dict(), f"{folder}/model.safetensors", {"format": "pt"})
         tokenizer.save_pretrained(folder)
         transformer = Transformer(folder)
     return SentenceTransformer(modules=[transformer, Pooling(hidden_size), Normalize()], device="cpu")
 
 
-def load_retriever(name_or_path: str) -> SentenceTransformer:
+def load_retriever(name_or_path: str, attention_dropout: float | None = None) -> SentenceTransformer:
     """A sentence-transformers or plain encoder checkpoint from a folder or the Hub; UsageError if there is none."""
+    config = {}
+    if attention_dropout is not None:  # BERT's name and the others'; a configuration ignores the one it does not have
+        config = {"attention_probs_dropout_prob": attention_dropout, "attention_dropout": attention_dropout}
     try:
-        return SentenceTransformer(name_or_path, device="cpu", model_kwargs={"dtype": torch.float32})
+        return SentenceTransformer(
+            name_or_path, device="cpu", model_kwargs={"dtype": torch.float32}, config_kwargs=config
+        )
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{name_or_path}: no retriever could be loaded: {str(error).strip().splitlines()[0]}"
@@ -97,12 +91,11 @@ def encode(
     ]
     was_training = model.training
     model.eval()
-    autocast = accelerator.autocast() if accelerator.mixed_precision != "no" else nullcontext()
     parts, start = [], 0
     while start < len(order):
         batch = order[start : start + max(1, max_tokens // len(token_ids[order[start]]))]
         features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
-        with autocast:
+        with accelerator.autocast():
             output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})
         parts.append(output["sentence_embedding"].float().cpu().numpy())
         start += len(batch)

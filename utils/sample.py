@@ -111,7 +111,7 @@ SMALL_TALK = [
     "Are there any more questions before we close?", "The coffee is cold again.",
 ]  # fmt: skip
 
-SPEAKERS, AGREED_SUBJECTS, OWNED_SUBJECTS, SMALL_TALK_TURNS = 12, 3, 3, 8
+SPEAKERS, AGREED_SUBJECTS, OWNED_SUBJECTS, SMALL_TALK_TURNS = 12, 3, 3, 9
 
 
 def generate_document(number: int, seed: str) -> list[dict]:
@@ -151,7 +151,7 @@ def generate_document(number: int, seed: str) -> list[dict]:
                 (question, " ".join(frames[which].format(**facts) for which in kept), [[subject]], subject)
             )
         turns += [(rng.choice(speakers), wording.format(subject=subject), None)
-                  for wording in rng.sample(DISTRACTOR_TURNS, 3 if subject in owners else 2)]  # fmt: skip
+                  for wording in rng.sample(DISTRACTOR_TURNS, 3 if subject in owners else 1)]  # fmt: skip
     turns += [(name, rng.choice(REPORT_TURNS).format(report=report), name) for name, report in reports.items()]
     turns += [(rng.choice(speakers), wording.format(name=rng.choice(speakers)), None)
               for wording in rng.sample(SMALL_TALK, SMALL_TALK_TURNS)]  # fmt: skip

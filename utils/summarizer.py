@@ -10,8 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
-from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,26 +18,10 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BatchEncoding,
-    PreTrainedTokenizerFast,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.arguments import UsageError
-
-
-def train_tokenizer(texts, vocab_size: int = 8192) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of BART's kind, trained on `texts`."""
-    bpe = ByteLevelBPETokenizer(add_prefix_space=True)
-    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    bpe.train_from_iterator(
-        texts, vocab_size=vocab_size, min_frequency=2, special_tokens=list(special.values()), show_progress=False
-    )
-    bpe.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[(token, bpe.token_to_id(token)) for token in ("<s>", "</s>")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, model_max_length=1024, sep_token="</s>", cls_token="<s>", **special
-    )
 
 
 def build_small_bart(

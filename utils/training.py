@@ -21,10 +21,7 @@ from utils.data import DataError
 
 
 def run_script(main) -> None:
-    """Runs `main(arguments)` and ends the process with its exit code: 0, or 2 with one line for what a user can mend.
-
-    The process leaves without Python's own tear-down, in which two gloo processes abort now and then.
-    """
+    """Runs `main()` and ends the process with an exit code: 0, or 2 and one line for what a user can mend."""
     code = 0
     try:
         main()
@@ -43,6 +40,20 @@ def run_script(main) -> None:
 
         traceback.print_exc()
         code = 1
+    _exit(code)
+
+
+def end_run(accelerator) -> None:
+    """Ends a run that is done; called inside `main`, while all that belongs to the processes' group still exists.
+
+    Returning from `main` would take it apart, in which two gloo processes hang or abort now and then.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    _exit(0)
+
+
+def _exit(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

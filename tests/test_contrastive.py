@@ -1,0 +1,213 @@
+"""The contrastive loss against plain loops, and its gradient over two real processes against that over one."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from utils.contrastive import contrastive_loss
+
+ROOT = Path(__file__).parent.parent
+
+
+def reference_loss(queries, passages, passage_keys, evidence_keys, temperature):
+    """InfoNCE over the queries that count, one number at a time."""
+    total, right = 0.0, 0
+    for i, (query, evidence) in enumerate(zip(queries.tolist(), evidence_keys.tolist(), strict=True)):
+        if evidence[0] < 0:
+            continue
+        scores = {}
+        for j, (passage, key) in enumerate(zip(passages.tolist(), passage_keys.tolist(), strict=True)):
+            if j == i or (key not in evidence and key != -2):
+                scores[j] = sum(a * b for a, b in zip(query, passage, strict=True)) / temperature
+        highest = max(scores.values())
+        total += highest + math.log(sum(math.exp(score - highest) for score in scores.values())) - scores[i]
+        right += scores[i] == highest
+    return total, right
+
+
+def random_batch(seed=0, queries=5, passages=12, hidden=8):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(queries + passages, hidden, generator=generator, dtype=torch.float64)
+    vectors = torch.nn.functional.normalize(vectors, dim=1).float()
+    evidence = torch.tensor([[i, 100 + i, -1] for i in range(queries)])
+    return {
+        "queries": vectors[:queries].requires_grad_(),
+        "passages": vectors[queries:].clone().requires_grad_(),
+        "passage_keys": torch.arange(passages),
+        "evidence_keys": evidence,
+        "temperature": 0.05,
+    }
+
+
+def check(batch):
+    loss, right = contrastive_loss(**batch)
+    expected, expected_right = reference_loss(**batch)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert right.item() == expected_right
+    return loss.item()
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.05, 1.0])
+def test_the_loss_equals_a_plain_loop(temperature):
+    check({**random_batch(), "temperature": temperature})
+
+
+def test_other_positives_of_the_same_example_are_no_negatives():
+    batch = random_batch()
+    plain = check(batch)
+    batch["passage_keys"][7] = 100  # now the second positive of query 0
+    batch["passage_keys"][3] = 101  # the positive drawn by query 3 is one of query 1 too
+    batch["evidence_keys"][3] = torch.tensor([101, -1, -1])
+    assert check(batch) < plain
+
+
+def test_the_own_positive_drawn_by_another_example_is_no_negative():
+    batch = random_batch()
+    plain = check(batch)
+    batch["passage_keys"][4] = 2
+    batch["evidence_keys"][4, 0] = 2  # queries 2 and 4 share their positive
+    assert check(batch) < plain
+    batch["passages"] = batch["passages"].detach().clone()
+    batch["passages"][4] = batch["passages"][2]
+    check(batch)
+
+
+def test_padded_evidence_excludes_no_passage():
+    batch = random_batch()
+    wide = torch.nn.functional.pad(batch["evidence_keys"], (0, 4), value=-1)
+    assert check({**batch, "evidence_keys": wide}) == check(batch)
+
+
+def test_padding_passages_are_no_negatives():
+    batch = random_batch()
+    cut = {name: value[:9] if name.startswith("passage") else value for name, value in batch.items()}
+    batch["passage_keys"][9:] = -2
+    assert check(batch) == pytest.approx(check(cut), rel=1e-6)
+
+
+def test_dummy_queries_count_for_nothing_and_have_zero_gradients():
+    batch = random_batch()
+    batch["evidence_keys"][3:] = -1
+    loss = check(batch)
+    contrastive_loss(**batch)[0].backward()
+    assert loss > 0
+    assert batch["queries"].grad[3:].abs().max() == 0
+    assert batch["queries"].grad[:3].abs().min() > 0
+
+    batch = random_batch()
+    batch["evidence_keys"][:] = -1
+    batch["passage_keys"][:] = -2
+    loss, right = contrastive_loss(**batch)
+    loss.backward()
+    assert (loss.item(), right.item()) == (0, 0)
+    assert batch["queries"].grad.abs().max() == batch["passages"].grad.abs().max() == 0
+
+
+def test_bf16_embeddings_are_compared_in_float32():
+    batch = random_batch()
+    halves = {**batch, "queries": batch["queries"].bfloat16(), "passages": batch["passages"].bfloat16()}
+    rounded = {**batch, "queries": halves["queries"].float(), "passages": halves["passages"].float()}
+    assert contrastive_loss(**halves)[0].item() == contrastive_loss(**rounded)[0].item()
+
+
+# ---- two processes
+
+WORKER = '''
+import os
+import sys
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from safetensors.torch import save_file
+
+from utils.contrastive import contrastive_loss
+from utils.retriever import build_small_encoder, pad, tokenize
+
+
+def encoder(texts):
+    torch.manual_seed(0)
+    model = build_small_encoder(texts, vocab_size=300, hidden_size=32, layers=1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def gradients(accelerator, retriever, model, parts):
+    """One step as in train_retrieve.py; parts[process] = (example numbers, whether each is a dummy)."""
+    numbers, dummy = parts[accelerator.process_index]
+    negatives = [40 + 2 * i + j for i in numbers for j in range(2)]
+    keys = torch.tensor([*numbers, *negatives])
+    evidence = torch.tensor([[i, (i + 1) % 3 + 20] for i in numbers])
+    batch = {
+        "queries": pad([queries[i] for i in numbers], retriever.tokenizer.pad_token_id),
+        "passages": pad([passages[i] for i in keys], retriever.tokenizer.pad_token_id),
+        "passage_keys": torch.full((len(keys),), -2) if dummy else keys,
+        "evidence_keys": torch.full((len(numbers), 1), -1) if dummy else evidence,
+    }
+    count = accelerator.reduce((batch["evidence_keys"][:, 0] >= 0).sum(), "sum")
+    with accelerator.autocast():
+        loss, right = contrastive_loss(
+            model(batch["queries"])["sentence_embedding"],
+            model(batch["passages"])["sentence_embedding"],
+            passage_keys=batch["passage_keys"],
+            evidence_keys=batch["evidence_keys"],
+            temperature=0.05,
+        )
+        accelerator.backward(loss * accelerator.num_processes / count)
+    found = {name: p.grad.clone() for name, p in retriever.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    total = accelerator.reduce(torch.stack([loss.detach(), right.float()]), "sum")
+    return {**found, "total": total}
+
+
+texts = [f"word{i % 7} letter{i % 11} " + "abc " * (i % 13) + f"end{i}" for i in range(120)]
+unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+accelerator = Accelerator(kwargs_handlers=[unused])
+retriever = encoder(texts)
+queries, passages = tokenize(retriever, texts[::-1], "query"), tokenize(retriever, texts, "passage")
+model = accelerator.prepare(retriever)
+model.train()
+for name, first, second in (("even", (0, 8), (8, 16)), ("uneven", (0, 8), (8, 13)), ("dummy", (0, 8), None)):
+    parts = [(list(range(*first)), False), (list(range(*second)), False) if second else ([0], True)]
+    if accelerator.num_processes == 1:
+        parts = [(sum((numbers for numbers, dummy in parts if not dummy), []), False)]
+    found = gradients(accelerator, retriever, model, parts)
+    save_file(found, f"{sys.argv[1]}/{name}.{accelerator.num_processes}.{accelerator.process_index}.safetensors")
+accelerator.end_training()
+sys.stdout.flush()
+os._exit(0)
+'''
+
+
+@pytest.fixture(scope="module")
+def gradient_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gradients")
+    (folder / "worker.py").write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    for command in (launcher, [sys.executable]):
+        result = subprocess.run([*command, str(folder / "worker.py"), str(folder)], env=environment,
+                                capture_output=True, text=True, timeout=120)  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", ["even", "uneven", "dummy"])
+def test_two_processes_give_the_gradient_of_one_with_all_examples(gradient_files, case):
+    """8 + 8 examples against 16, 8 + 5 against 13, and 8 + a dummy against 8, in float32."""
+    one, *two = (load_file(gradient_files / f"{case}.{name}.safetensors") for name in ("1.0", "2.0", "2.1"))
+    assert len(one) > 20
+    assert np.linalg.norm(one["0.model.embeddings.word_embeddings.weight"]) > 1e-3
+    for found in two:
+        assert found.keys() == one.keys()  # every parameter that has a gradient, and "total": loss and number right
+        for name, gradient in one.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,208 @@
+"""The scripts as users run them, from start to end, with one process and with two."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, events, launch, read_jsonl
+
+from utils.data import load_examples
+from utils.metrics import retrieval_scores, rouge_scores
+
+
+def test_the_retriever_learns_and_beats_bm25(smoke):
+    losses = [line["loss"] for line in events(smoke["retrieve"], "train")]
+    assert losses[-1] < 0.7 * losses[0]
+    last = events(smoke["retrieve"], "validation")[-1]
+    assert last["recall@5"] > last["bm25"]["recall@5"]
+
+
+def test_hand_over_files_hold_every_example_ranked_as_the_log_says(smoke):
+    examples = load_examples(smoke["retrieve"] / "retrieved.validation.jsonl")
+    assert len(examples) == 72
+    recalls = []
+    for example in examples:
+        passages, scores = zip(*example.retrieved, strict=True)
+        assert sorted(passages) == list(range(len(example.document.passages)))
+        assert list(scores) == sorted(scores, reverse=True)
+        words = [len(text.split()) for text in example.document.passages]
+        recalls.append(retrieval_scores(passages, example.evidence, words)["recall@5"])
+    logged = events(smoke["retrieve"], "validation")[-1]
+    assert np.mean(recalls) == pytest.approx(logged["recall@5"], rel=1e-5)
+
+
+def test_the_retriever_loads_in_sentence_transformers_and_ranks_as_the_hand_over_file(smoke):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(smoke["retrieve"]), device="cpu")
+    for example in load_examples(smoke["retrieve"] / "retrieved.validation.jsonl", max_examples=5):
+        passages, scores = zip(*example.retrieved, strict=True)
+        similarities = (
+            model.similarity(
+                model.encode_query([example.query]),
+                model.encode_document([example.document.passages[passage] for passage in passages]),
+            )[0]
+        ).tolist()
+        assert similarities == pytest.approx(scores, abs=1e-4)
+
+
+def test_the_summarizer_reads_what_stage_1_wrote_and_learns(smoke):
+    losses = [line["loss"] for line in events(smoke["summarize"], "train")]
+    assert losses[-1] < 0.8 * losses[0]
+    ranked = {example.id: example for example in load_examples(smoke["retrieve"] / "retrieved.validation.jsonl")}
+    predictions = read_jsonl(smoke["summarize"] / "predictions.validation.jsonl")
+    assert [line["id"] for line in predictions] == list(ranked)
+    for line in predictions:
+        best = [passage for passage, _ in ranked[line["id"]].retrieved[:5]]
+        assert [entry["passage"] for entry in line["passages"]] == sorted(best)
+
+
+def test_logged_rouge_is_that_of_the_written_predictions(smoke):
+    predictions = read_jsonl(smoke["summarize"] / "predictions.validation.jsonl")
+    scores = [rouge_scores(line["prediction"], line["summary"]) for line in predictions]
+    logged = events(smoke["summarize"], "validation")[-1]
+    for name in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
+        assert logged[name] == pytest.approx(np.mean([score[name] for score in scores]), rel=1e-5)
+    assert logged["lead"]["rougeL"] < logged["oracle"]["rougeL"]
+
+
+def test_the_summarizer_loads_in_plain_transformers_and_writes_the_same_predictions(smoke):
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(smoke["summarize"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smoke["summarize"])
+    for line in read_jsonl(smoke["summarize"] / "predictions.validation.jsonl")[:4]:
+        source = tokenizer.sep_token.join([line["query"], *(entry["text"] for entry in line["passages"])])
+        with torch.no_grad():
+            ids = model.generate(**tokenizer(source, return_tensors="pt", return_token_type_ids=False),
+                                 num_beams=4, max_new_tokens=24, length_penalty=1.0)  # fmt: skip
+        assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == line["prediction"]
+
+
+def test_a_run_folder_tells_what_was_run(smoke):
+    folder = smoke["summarize"]
+    assert json.loads((folder / "arguments.json").read_text())["max_new_tokens"] == 24
+    assert "train_summarize.py" in (folder / "command.txt").read_text()
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["processes"] == 1
+    assert environment["torch"] == torch.__version__
+    assert [line["event"] for line in read_jsonl(folder / "metrics.jsonl")][-1] == "done"
+
+
+def test_61_validation_examples_score_the_same_on_two_processes_as_on_one(smoke, tmp_path):
+    flags = ["--train_file", smoke["retrieve"] / "retrieved.train.jsonl", "--max_train_examples", 16,
+             "--validation_file", smoke["retrieve"] / "retrieved.validation.jsonl", "--max_eval_examples", 61,
+             "--model_name_or_path", smoke["summarize"], "--learning_rate", 0, "--max_train_steps", 1,
+             "--per_device_eval_batch_size", 8, "--max_new_tokens", 16]  # fmt: skip
+    for processes in (1, 2):
+        result = launch("train_summarize.py", *flags, "--output_dir", tmp_path / str(processes), processes=processes)
+        assert result.returncode == 0, result.stderr
+    one, two = (events(tmp_path / str(processes), "validation")[-1] for processes in (1, 2))
+    assert one == two
+    predictions = [read_jsonl(tmp_path / str(processes) / "predictions.validation.jsonl") for processes in (1, 2)]
+    assert len(predictions[0]) == 61
+    assert predictions[0] == predictions[1]
+
+
+def test_two_processes_train_the_retriever_like_one_with_twice_the_batch(tmp_path):
+    flags = ["--sample_documents", 20, "--num_train_epochs", 1, "--log_steps", 1, "--max_eval_examples", 61]
+    for processes, batch in ((1, 16), (2, 8)):
+        result = launch("train_retrieve.py", *flags, "--per_device_train_batch_size", batch,
+                        "--output_dir", tmp_path / str(processes), processes=processes)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    one, two = (events(tmp_path / str(processes), "train") for processes in (1, 2))
+    assert [line["examples"] for line in one] == [line["examples"] for line in two]
+    assert sum(line["examples"] for line in one) == 120
+    assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
+    assert "on 2 process(es)" in launch_output(tmp_path, result)
+
+
+def launch_output(tmp_path, result) -> str:
+    assert json.loads((tmp_path / "2" / "environment.json").read_text())["processes"] == 2
+    return result.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fusion_in_decoder_learns_with_one_and_two_processes(tmp_path, processes):
+    result = launch("train_summarize.py", "--output_dir", tmp_path, "--sample_documents", 50, "--fusion", "fid",
+                    "--num_train_epochs", 2, "--log_steps", 5, "--max_new_tokens", 16, "--num_beams", 2,
+                    "--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 8 // processes,
+                    processes=processes)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    losses = [line["loss"] for line in events(tmp_path, "train")]
+    assert losses[-1] < losses[0] - 0.5
+    assert sum(line["examples"] for line in events(tmp_path, "train")) == 2 * 300
+    assert read_jsonl(tmp_path / "predictions.validation.jsonl")[0]["passages"]
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "lead", "oracle", "random", "folder"])
+def test_stage_2_takes_its_passages_from_any_retriever(smoke, tmp_path, retriever):
+    name = smoke["retrieve"] if retriever == "folder" else retriever
+    result = launch("train_summarize.py", "--output_dir", tmp_path, "--sample_documents", 10, "--max_train_steps", 1,
+                    "--retriever", name, "--max_new_tokens", 4, "--num_beams", 1, "--max_eval_examples", 6)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for line in read_jsonl(tmp_path / "predictions.validation.jsonl"):
+        read = [entry["passage"] for entry in line["passages"]]
+        if retriever == "lead":
+            assert read == [0, 1, 2, 3, 4]
+        elif retriever == "oracle":
+            assert read == line["evidence"]
+        else:
+            assert len(read) == 5
+
+
+def test_examples_without_evidence_are_supervised_by_the_rouge_oracle(tmp_path):
+    sentences = ["The barn burned down.", "Nobody bought the red house.", "Ships came late.", "Cats slept all day."]
+    record = {"query": "What happened?", "passages": sentences * 3, "summary": ["Nobody bought the house."]}
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({**record, "id": number}) + "\n" for number in range(8)))
+    result = launch("train_retrieve.py", "--train_file", data, "--validation_file", data, "--num_train_epochs", 1,
+                    "--output_dir", tmp_path / "run")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "8 with positives (0 from evidence, the others from the ROUGE oracle)" in result.stdout
+
+
+@pytest.mark.parametrize("script", ["train_retrieve.py", "train_summarize.py"])
+def test_a_broken_data_file_gives_one_readable_error_and_exit_code_2(tmp_path, script):
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"passages": ["a b"], "summary": "a"}\n{"passages": ["a b"]}\n')
+    result = launch(script, "--train_file", data, "--validation_file", data, "--output_dir", tmp_path / "run")
+    assert result.returncode == 2
+    assert f"{data}:2: no 'summary'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("script", ["train_retrieve.py", "train_summarize.py"])
+def test_a_finished_run_is_not_overwritten_unasked(smoke, script):
+    folder = smoke[script.removeprefix("train_").removesuffix(".py")]
+    before = (folder / "metrics.jsonl").read_bytes()
+    result = launch(script, "--output_dir", folder)
+    assert result.returncode == 2
+    assert "already holds a run" in result.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
+    result = launch("train_summarize.py", "--model_name_or_path", tmp_path / "nowhere", "--sample_documents", 10,
+                    "--output_dir", tmp_path / "run")  # fmt: skip
+    assert result.returncode == 2
+    assert "--model_name_or_path" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
+    result = launch("train_summarize.py", "--output_dir", tmp_path / "run", processes=2, ACCELERATE_USE_CPU="0")
+    assert result.returncode != 0
+    assert "set ACCELERATE_USE_CPU=1" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_embedded_data_set_prints_as_files_that_load(tmp_path):
+    import subprocess
+    import sys
+
+    lines = subprocess.run([sys.executable, "-m", "utils.sample", "--documents", "2"], cwd=ROOT, text=True,
+                           capture_output=True, check=True).stdout  # fmt: skip
+    (tmp_path / "sample.jsonl").write_text(lines)
+    assert len(load_examples(tmp_path / "sample.jsonl")) == 12
