@@ -8,7 +8,7 @@ sentence-transformers model and `retrieved.train.jsonl` and `retrieved.validatio
 
 from dataclasses import dataclass
 
-from utils.arguments import DataArguments, TrainingArguments, UsageError, check_choice, flag, parse
+from utils.arguments import DataArguments, TrainingArguments, UsageError, check_at_least, check_choice, flag, parse
 
 
 @dataclass
@@ -34,6 +34,10 @@ class RetrieveArguments(TrainingArguments, DataArguments):
     def __post_init__(self):
         super().__post_init__()
         check_choice("--ranking", self.ranking, ("dense", "hybrid"))
+        check_at_least(1, self, "top_k", "negatives_pool", "oracle_passages", "max_seq_length")
+        check_at_least(0, self, "num_hard_negatives", "attention_dropout")
+        if not self.temperature > 0:
+            raise UsageError(f"--temperature {self.temperature}: more than 0 is wanted")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
@@ -64,6 +68,7 @@ from utils.training import (
     parameter_groups,
     prepare_run_folder,
     run_script,
+    score_table,
     seed_step,
 )
 
@@ -101,6 +106,11 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # supervision: a positive is a passage of the evidence; hard negatives rank high in BM25 and are no evidence
 
+    def positives(example) -> list[int]:
+        if example.evidence is not None:
+            return example.evidence
+        return greedy_rouge_oracle(example.document.passages, example.summaries, args.oracle_passages)
+
     documents = list({id(example.document): example.document for example in train}.values())
     first_key = dict(
         zip(map(id, documents), np.cumsum([0, *(len(d.passages) for d in documents)]).tolist(), strict=False)
@@ -109,13 +119,13 @@ def main():
     query_tokens = tokenize(retriever, [example.query for example in train], "query")
     pairs = []
     for example, tokens, ranking in zip(train, query_tokens, bm25_rankings(train), strict=True):
-        passages = example.document.passages
-        evidence = example.evidence or greedy_rouge_oracle(passages, example.summaries, args.oracle_passages)
+        evidence = positives(example)
         if not evidence:
             continue
         negatives = [passage for passage, _ in ranking if passage not in set(evidence)][: args.negatives_pool]
         offset = first_key[id(example.document)]
         pairs.append({
+            "number": len(pairs),
             "query": tokens,
             "evidence": [offset + passage for passage in evidence],
             "negatives": [offset + passage for passage in negatives],
@@ -130,11 +140,13 @@ def main():
 
     def collate(examples: list[dict], dummy: bool, epoch: int) -> dict:
         """Draws a positive and hard negatives for each example, anew in each epoch; positives come first."""
-        rng = np.random.default_rng([args.seed, epoch, *examples[0]["query"], *examples[0]["evidence"]])
-        keys = [rng.choice(example["evidence"]) for example in examples]
-        for example in examples:
+        keys, negatives = [], []
+        for example in examples:  # by its own number: the draw does not depend on how a step is split into batches
+            rng = np.random.default_rng([args.seed, epoch, example["number"]])
+            keys.append(rng.choice(example["evidence"]))
             count = min(args.num_hard_negatives, len(example["negatives"]))
-            keys += rng.choice(example["negatives"], count, replace=False).tolist() if count else []
+            negatives += rng.choice(example["negatives"], count, replace=False).tolist() if count else []
+        keys += negatives
         evidence = [torch.tensor(example["evidence"]) for example in examples]
         return {
             "queries": pad([example["query"] for example in examples], retriever.tokenizer.pad_token_id),
@@ -195,17 +207,24 @@ def main():
 
         return Retrieval().compute(
             predictions=[[passage for passage, _ in ranking] for ranking in ranked],
-            references=[example.evidence for example in validation],
+            references=gold,
             passage_words=[[len(text.split()) for text in example.document.passages] for example in validation],
             evidence_words=[example.evidence_words for example in validation],
         )
 
+    gold = [example.evidence for example in validation]
+    if not any(gold):  # nobody marked any: what the ROUGE oracle chooses stands in
+        gold = [sorted(positives(example)) for example in validation]
+
     bm25_scores = scores(bm25_rankings(validation)) if accelerator.is_main_process else {}
 
-    def validate(step: int, epoch: float) -> None:
+    def validate(step: int, epoch: float) -> dict:
         ranked = rankings(validation)
-        if accelerator.is_main_process:
-            log("validation", step=step, epoch=epoch, **scores(ranked), bm25=bm25_scores)
+        if not accelerator.is_main_process:
+            return {}
+        model_scores = scores(ranked)
+        log("validation", step=step, epoch=epoch, **model_scores, bm25=bm25_scores)
+        return model_scores
 
     # ------------------------------------------------------------------------------------------------------------------
     # training
@@ -254,11 +273,14 @@ def main():
             if step == max_steps:
                 break
         if step == max_steps or not args.eval_steps:
-            validate(step, progress)
+            last_scores = validate(step, progress)
         if step == max_steps:
             break
     log("done", step=step, seconds=time.perf_counter() - began)
     log.say(f"done training in {time.perf_counter() - began:.1f} s")
+    if accelerator.is_main_process:
+        columns = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")
+        log.say(score_table({"BM25": bm25_scores, "retriever": last_scores}, columns))
 
     # ------------------------------------------------------------------------------------------------------------------
     # the model, and the hand-over to stage 2

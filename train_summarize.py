@@ -9,7 +9,7 @@ Transformers loads, `metrics.jsonl` and `predictions.validation.jsonl` with the 
 
 from dataclasses import dataclass
 
-from utils.arguments import DataArguments, TrainingArguments, check_choice, flag, parse
+from utils.arguments import DataArguments, TrainingArguments, check_at_least, check_choice, flag, parse
 
 
 @dataclass
@@ -38,6 +38,9 @@ class SummarizeArguments(TrainingArguments, DataArguments):
         super().__post_init__()
         check_choice("--fusion", self.fusion, ("concat", "fid"))
         check_choice("--passage_order", self.passage_order, ("document", "rank"))
+        check_at_least(1, self, "top_k", "max_target_length", "num_beams", "max_new_tokens")
+        check_at_least(16, self, "max_source_length")
+        check_at_least(0, self, "label_smoothing_factor", "min_new_tokens", "no_repeat_ngram_size", "dropout")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
@@ -83,6 +86,7 @@ from utils.training import (
     parameter_groups,
     prepare_run_folder,
     run_script,
+    score_table,
     seed_step,
 )
 
@@ -158,7 +162,8 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # batches, optimizer, schedule
 
-    lengths = [[len(source) * max(map(len, source)), len(target)] for source, target in pairs]
+    most_sequences = args.top_k if args.fusion == "fid" else 1
+    lengths = [[most_sequences * max(map(len, source)), len(target)] for source, target in pairs]
 
     def plan(epoch: int) -> list:
         return plan_epoch(
@@ -199,8 +204,8 @@ def main():
     }
     baselines = {}
 
-    def validate(step: int, epoch: float) -> list[str]:
-        """Logs the scores of the validation examples and returns their predictions, on all processes."""
+    def validate(step: int, epoch: float) -> tuple[list[str], dict]:
+        """Logs the scores of the validation examples; returns predictions, and ROUGE beside that of the extracts."""
         from utils.metrics import Rouge  # imports `evaluate`, which takes seconds
 
         model.eval()
@@ -234,9 +239,13 @@ def main():
             # in the batches' order, so that the sum is the same at any number of processes
             loss, nll, tokens = (math.fsum(column) for column in list(zip(*sorted(sums), strict=True))[1:])
             nll /= tokens * math.log(2)
+            scores = rouge.compute(predictions=predictions, references=references)
             log("validation", step=step, epoch=epoch, loss=loss / tokens / math.log(2), nll_loss=nll, ppl=2**nll,
-                **rouge.compute(predictions=predictions, references=references), **baselines)  # fmt: skip
-        return predictions
+                **scores, **baselines)  # fmt: skip
+            return predictions, {
+                "lead extract": baselines["lead"], "oracle extract": baselines["oracle"], "summarizer": scores
+            }  # fmt: skip
+        return predictions, {}
 
     generation = {
         "num_beams": args.num_beams,
@@ -288,11 +297,13 @@ def main():
             if step == max_steps:
                 break
         if step == max_steps or not args.eval_steps:
-            predictions = validate(step, progress)
+            predictions, last_scores = validate(step, progress)
         if step == max_steps:
             break
     log("done", step=step, seconds=time.perf_counter() - began)
     log.say(f"done training in {time.perf_counter() - began:.1f} s")
+    if accelerator.is_main_process:
+        log.say(score_table(last_scores, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
 
     # ------------------------------------------------------------------------------------------------------------------
     # the model, and the predictions with the passages that were read

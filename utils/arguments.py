@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``--help`` and a mistyped flag answer at onc
 
 import dataclasses
 import difflib
+import os
 import sys
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ def flag(default, text: str, **metadata):
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+                 "inverse_sqrt")  # fmt: skip
 
 
 class UsageError(ValueError):
@@ -60,7 +65,7 @@ class TrainingArguments:
     )
     gradient_accumulation_steps: int = flag(1, "micro-batches on each device in an optimizer step")
     learning_rate: float = flag(1e-3, "peak learning rate")
-    lr_scheduler_type: str = flag("linear", "learning rate over the steps: any name of `transformers.get_scheduler`")
+    lr_scheduler_type: str = flag("linear", f"learning rate over the steps: {', '.join(LR_SCHEDULERS)}")
     num_warmup_steps: int = flag(100, "optimizer steps over which the learning rate rises")
     weight_decay: float = flag(0.01, "AdamW's weight decay; biases and norms have none")
     adam_beta1: float = flag(0.9, "AdamW's first moment decay")
@@ -76,15 +81,22 @@ class TrainingArguments:
     def __post_init__(self):
         if not self.num_train_epochs and not self.max_train_steps:
             raise UsageError("nothing would end the training: set --num_train_epochs or --max_train_steps")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                     "log_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: 1 or more is wanted")
-        for name in ("num_train_epochs", "max_train_steps", "max_tokens", "num_warmup_steps", "max_grad_norm",
-                     "learning_rate", "weight_decay", "eval_steps", "dataloader_num_workers", "seed"):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name} {getattr(self, name)}: 0 or more is wanted")
+        check_at_least(1, self, "per_device_train_batch_size", "per_device_eval_batch_size",
+                       "gradient_accumulation_steps", "log_steps", "passage_words", "sample_documents",
+                       "max_train_examples", "max_eval_examples")  # fmt: skip
+        check_at_least(0, self, "num_train_epochs", "max_train_steps", "max_tokens", "num_warmup_steps",
+                       "max_grad_norm", "learning_rate", "weight_decay", "eval_steps", "dataloader_num_workers", "seed",
+                       "adam_beta1", "adam_beta2", "adam_epsilon")  # fmt: skip
+        check_choice("--lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULERS)
         check_choice("--log_format", self.log_format, ("simple", "json", "none"))
+
+
+def check_at_least(least: int, arguments, *names: str) -> None:
+    """UsageError if one of the flags named is set to less than `least`, or to nan."""
+    for name in names:
+        value = getattr(arguments, name, None)
+        if value is not None and not least <= value < float("inf"):
+            raise UsageError(f"--{name} {value}: {least} or more is wanted")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -100,7 +112,8 @@ class _Parser(HfArgumentParser):
         for word in message.partition("unrecognized arguments: ")[2].split():
             if near := difflib.get_close_matches(word.partition("=")[0], known, n=1):
                 message += f"; did you mean {near[0]}?"
-        print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # once, however many processes were started
+            print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
 
 

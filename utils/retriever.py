@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 from utils.arguments import UsageError
 from utils.tokenizer import train_tokenizer
 
-PROMPTS = {"query": ("query",), "passage": ("document", "passage")}  # the names that sentence-transformers looks up
+PROMPTS = {"query": "query", "passage": "document"}  # the names that sentence-transformers looks up
 
 
 def build_small_encoder(
@@ -60,12 +60,11 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
 
 def tokenize(model: SentenceTransformer, texts: list[str], kind: str) -> list[list[int]]:
     """Token ids of each text after the prompt of its `kind` ("query" or "passage"), cut at the model's length."""
-    prompt = next((model.prompts[name] for name in PROMPTS[kind] if model.prompts.get(name)), "")
-    if not prompt and model.default_prompt_name:
-        prompt = model.prompts[model.default_prompt_name]
-    return model.tokenizer([prompt + text for text in texts], truncation=True, max_length=model.max_seq_length)[
-        "input_ids"
-    ]
+    if not texts:
+        return []
+    prompt = model.prompts.get(PROMPTS[kind], "")
+    texts = [prompt + text for text in texts]
+    return model.tokenizer(texts, truncation=True, max_length=model.max_seq_length)["input_ids"]
 
 
 def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

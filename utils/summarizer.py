@@ -91,7 +91,7 @@ class Sources:
     passage_order: str
 
     def __post_init__(self):
-        self.passage_tokens: dict[int, list[list[int]]] = {}  # a document is tokenized once, however many its queries
+        self.passage_tokens: dict = {}  # a document is tokenized once, however many its queries
         tokenizer = self.tokenizer
         separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         self.separator = [separator]
@@ -101,9 +101,9 @@ class Sources:
         self.room = self.max_source_length - len(self.prefix) - len(self.suffix)
 
     def tokens(self, document) -> list[list[int]]:
-        if id(document) not in self.passage_tokens:
-            self.passage_tokens[id(document)] = _tokenize(self.tokenizer, document.passages)
-        return self.passage_tokens[id(document)]
+        if document not in self.passage_tokens:
+            self.passage_tokens[document] = _tokenize(self.tokenizer, document.passages)
+        return self.passage_tokens[document]
 
     def build(self, query: str, document, passage_numbers: list[int]) -> tuple[list[list[int]], list[int]]:
         """The sequences, and the numbers of the passages that they hold, in their order."""
@@ -120,10 +120,16 @@ class Sources:
         if self.passage_order == "document":
             kept.sort()
         if self.fusion == "concat":
-            bodies = [query_tokens + [token for _, passage in kept for token in self.separator + passage]]
+            texts = [[query_tokens, *(passage for _, passage in kept)]]
         else:
-            bodies = [query_tokens + self.separator + passage for _, passage in kept]
+            texts = [[query_tokens, passage] for _, passage in kept]
+        bodies = [self.join(text) for text in texts]
         return [self.prefix + body + self.suffix for body in bodies], [number for number, _ in kept]
+
+    def join(self, texts: list[list[int]]) -> list[int]:
+        """Token sequences with a separator between them; empty ones are left out."""
+        texts = [text for text in texts if text]
+        return [token for text in texts for token in self.separator + text][len(self.separator) :]
 
 
 def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:

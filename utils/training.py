@@ -145,7 +145,7 @@ class RunLog:
     def __call__(self, event: str, **values) -> None:
         if not self.enabled:
             return
-        line = json.dumps({"event": event, **{name: _rounded(value) for name, value in values.items()}})
+        line = json.dumps({"event": event, **_rounded(values)})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         if self.log_format == "json":
@@ -158,7 +158,19 @@ class RunLog:
             print(text, flush=True)
 
 
+def score_table(scores: dict[str, dict], columns: tuple[str, ...]) -> str:
+    """A table in plain text: a row for each name, a column for each score."""
+    width = max(map(len, scores))
+    lines = [" " * width + "".join(f"{column:>18}" for column in columns)]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{row[column]:18.1f}" for column in columns) for name, row in scores.items()
+    ]
+    return "\n".join(lines)
+
+
 def _rounded(value):
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
