@@ -14,6 +14,7 @@ from utils.arguments import DataArguments, TrainingArguments, UsageError, check_
 @dataclass
 class RetrieveArguments(TrainingArguments, DataArguments):
     output_dir: str = flag("outputs/retrieve", "the run folder: arguments, metrics, hand-over files and the model")
+    metric_for_best: str = flag("ndcg@10", "validation score that decides which checkpoint is best, and patience")
     model_name_or_path: str | None = flag(
         None, "a sentence-transformers or plain encoder checkpoint [a small encoder from scratch]"
     )
@@ -28,14 +29,16 @@ class RetrieveArguments(TrainingArguments, DataArguments):
         False, "fill batches with queries of the same document, whose passages are then each other's negatives"
     )
     oracle_passages: int = flag(5, "positives that the ROUGE oracle chooses at most, for examples without evidence")
-    ranking: str = flag("dense", "how the hand-over files are ranked: dense, or hybrid (fused with BM25)")
+    ranking: str = flag("dense", "how passages are ranked: dense, or hybrid (standardized scores, with BM25's added)")
+    bm25_weight: float = flag(0.5, "share of BM25's score in a hybrid ranking, beside 1 for the retriever's")
+    smooth_window: int = flag(0, "neighbours on either side with which a passage's score is averaged; 0: none")
     top_k: int = flag(100, "passages ranked for each example in the hand-over files")
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("--ranking", self.ranking, ("dense", "hybrid"))
         check_at_least(1, self, "top_k", "negatives_pool", "oracle_passages", "max_seq_length")
-        check_at_least(0, self, "num_hard_negatives", "attention_dropout")
+        check_at_least(0, self, "num_hard_negatives", "smooth_window", "bm25_weight", "attention_dropout")
         if not self.temperature > 0:
             raise UsageError(f"--temperature {self.temperature}: more than 0 is wanted")
 
@@ -43,33 +46,53 @@ class RetrieveArguments(TrainingArguments, DataArguments):
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
     arguments = parse(RetrieveArguments, __doc__)
 
-import itertools
+import math
+import signal
 import time
+from functools import partial
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import broadcast_object_list
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from utils.batching import StepBatches, plan_epoch
+from utils.checkpoint import publish
 from utils.contrastive import contrastive_loss
 from utils.data import load_splits, write_retrieved
 from utils.retriever import build_small_encoder, encode, load_retriever, pad, tokenize
-from utils.search import bm25_rankings, dense_rankings, greedy_rouge_oracle, reciprocal_rank_fusion
+from utils.search import (
+    bm25_rankings,
+    dense_rankings,
+    fuse_scores,
+    greedy_rouge_oracle,
+    passage_scores,
+    rank,
+    smooth,
+)
+from utils.state import best_score, digest, resume, save_checkpoint, schedule_steps, stop_reason
 from utils.training import (
     Meters,
+    NanDetector,
     RunLog,
-    check_launch,
+    Signals,
+    average_gradients,
+    check_grad_norm,
+    check_loss_scale,
     end_run,
-    gradient_sync,
+    is_out_of_memory,
+    is_sharded,
+    local_gradients,
     parameter_groups,
-    prepare_run_folder,
+    profiler,
     run_script,
     score_table,
     seed_step,
+    start,
+    together,
 )
 
 
@@ -79,12 +102,9 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # set-up
 
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # BERT's pooler takes no part in the embedding
-    accelerator = Accelerator(kwargs_handlers=[unused])
-    check_launch(accelerator)
-    run_folder = prepare_run_folder(accelerator, args)
+    accelerator = Accelerator(log_with=args.report_to, project_dir=args.output_dir)
+    run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
-    set_seed(args.seed)
     train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -98,18 +118,21 @@ def main():
         retriever = build_small_encoder([*texts, *(example.query for example in train)])
     if args.max_seq_length:
         retriever.max_seq_length = args.max_seq_length
+    parameters = sum(parameter.numel() for parameter in retriever.parameters())
     log.say(
-        f"{sum(p.numel() for p in retriever.parameters()):,} parameters on {accelerator.num_processes} process(es), "
+        f"{parameters:,} parameters on {accelerator.num_processes} process(es), "
         f"{accelerator.device}, mixed precision {accelerator.mixed_precision}"
     )
 
     # ------------------------------------------------------------------------------------------------------------------
     # supervision: a positive is a passage of the evidence; hard negatives rank high in BM25 and are no evidence
 
-    def positives(example) -> list[int]:
+    def positives(example) -> tuple[list[int], list[int]]:
+        """Passage numbers, and how often each is drawn: as its gold words, which are few in some chunks of turns."""
         if example.evidence is not None:
-            return example.evidence
-        return greedy_rouge_oracle(example.document.passages, example.summaries, args.oracle_passages)
+            return example.evidence, example.evidence_words
+        chosen = greedy_rouge_oracle(example.document.passages, example.summaries, args.oracle_passages)
+        return sorted(chosen), [1] * len(chosen)
 
     documents = list({id(example.document): example.document for example in train}.values())
     first_key = dict(
@@ -119,8 +142,8 @@ def main():
     query_tokens = tokenize(retriever, [example.query for example in train], "query")
     pairs = []
     for example, tokens, ranking in zip(train, query_tokens, bm25_rankings(train), strict=True):
-        evidence = positives(example)
-        if not evidence:
+        evidence, weights = positives(example)
+        if not sum(weights):
             continue
         negatives = [passage for passage, _ in ranking if passage not in set(evidence)][: args.negatives_pool]
         offset = first_key[id(example.document)]
@@ -128,6 +151,7 @@ def main():
             "number": len(pairs),
             "query": tokens,
             "evidence": [offset + passage for passage in evidence],
+            "weights": np.array(weights) / sum(weights),
             "negatives": [offset + passage for passage in negatives],
             "document": offset,
         })  # fmt: skip
@@ -143,7 +167,7 @@ def main():
         keys, negatives = [], []
         for example in examples:  # by its own number: the draw does not depend on how a step is split into batches
             rng = np.random.default_rng([args.seed, epoch, example["number"]])
-            keys.append(rng.choice(example["evidence"]))
+            keys.append(rng.choice(example["evidence"], p=example["weights"]))
             count = min(args.num_hard_negatives, len(example["negatives"]))
             negatives += rng.choice(example["negatives"], count, replace=False).tolist() if count else []
         keys += negatives
@@ -164,20 +188,26 @@ def main():
         [len(pair["query"]), int(np.mean([len(passage_tokens[key]) for key in pair["evidence"]]))] for pair in pairs
     ]
 
-    def plan(epoch: int) -> list:
-        return plan_epoch(
-            lengths,
-            seed=args.seed,
-            epoch=epoch,
-            num_processes=accelerator.num_processes,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            batch_size=args.per_device_train_batch_size,
-            max_tokens=args.max_tokens,
-            groups=[pair["document"] for pair in pairs] if args.group_by_document else None,
-        )
+    groups = [pair["document"] for pair in pairs]
 
-    epochs = range(args.num_train_epochs) if args.num_train_epochs else itertools.count()
-    max_steps = args.max_train_steps or sum(len(plan(epoch)) for epoch in epochs)
+    def shape(epoch: int) -> dict:
+        """All that decides, beside data, seed and epoch, which examples a step holds."""
+        return {
+            "num_processes": accelerator.num_processes,
+            "gradient_accumulation_steps": args.accumulation(epoch),
+            "batch_size": args.per_device_train_batch_size,
+            "max_tokens": args.max_tokens,
+            "by_length": epoch < args.curriculum_epochs,
+            "by_group": args.group_by_document,
+        }
+
+    def plan(epoch: int, without=(), **other_shape) -> list:
+        steps = plan_epoch(
+            lengths, seed=args.seed, epoch=epoch, without=without, groups=groups, **(other_shape or shape(epoch))
+        )
+        return [steps[0]] * len(steps) if args.overfit_one_batch else steps
+
+    max_steps = schedule_steps(args, plan)
     optimizer = torch.optim.AdamW(
         parameter_groups(retriever, args.weight_decay),
         lr=args.learning_rate,
@@ -185,10 +215,10 @@ def main():
         eps=args.adam_epsilon,
         fused=True,
     )
-    scheduler = get_scheduler(
-        args.lr_scheduler_type, optimizer, min(args.num_warmup_steps, max_steps // 10), max_steps
-    )  # not prepared: it steps once for each optimizer step, at any number of processes
+    # not prepared: it steps once for each optimizer step, at any number of processes
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, min(args.num_warmup_steps, max_steps // 10), max_steps)
     model, optimizer = accelerator.prepare(retriever, optimizer)
+    signals = Signals()
 
     # ------------------------------------------------------------------------------------------------------------------
     # validation: the model beside BM25 on the same examples
@@ -197,12 +227,15 @@ def main():
         return encode(retriever, texts, kind, accelerator=accelerator)
 
     def rankings(examples: list) -> list:
-        dense = dense_rankings(examples, encode_texts)
-        if args.ranking == "dense":
-            return dense
-        return [reciprocal_rank_fusion(both) for both in zip(dense, bm25_rankings(examples), strict=True)]
+        ranked = dense_rankings(examples, encode_texts)
+        if args.ranking == "hybrid":
+            lexical = bm25_rankings(examples)
+            ranked = [fuse_scores(*both, args.bm25_weight) for both in zip(ranked, lexical, strict=True)]
+        if args.smooth_window:
+            ranked = [rank(smooth(passage_scores(ranking), args.smooth_window)) for ranking in ranked]
+        return ranked
 
-    def scores(ranked: list) -> dict:
+    def scores_of(ranked: list) -> dict:
         from utils.metrics import Retrieval  # imports `evaluate`, which takes seconds
 
         return Retrieval().compute(
@@ -214,79 +247,171 @@ def main():
 
     gold = [example.evidence for example in validation]
     if not any(gold):  # nobody marked any: what the ROUGE oracle chooses stands in
-        gold = [sorted(positives(example)) for example in validation]
+        gold = [positives(example)[0] for example in validation]
 
-    bm25_scores = scores(bm25_rankings(validation)) if accelerator.is_main_process else {}
+    bm25_scores = scores_of(bm25_rankings(validation)) if accelerator.is_main_process else {}
 
-    def validate(step: int, epoch: float) -> dict:
+    def validate() -> dict | None:
+        """Scores beside those of BM25, on all processes; None if a signal came meanwhile."""
+        if signals.agree(accelerator)[1]:
+            return None
         ranked = rankings(validation)
-        if not accelerator.is_main_process:
-            return {}
-        model_scores = scores(ranked)
-        log("validation", step=step, epoch=epoch, **model_scores, bm25=bm25_scores)
-        return model_scores
+        if signals.agree(accelerator)[1]:
+            return None
+        found = [{**scores_of(ranked), "bm25": bm25_scores}] if accelerator.is_main_process else [{}]
+        return broadcast_object_list(found)[0]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # checkpoints
+
+    def fingerprint(epoch: int) -> dict:
+        data = digest([passage_tokens, [[pair["query"], pair["evidence"], pair["negatives"]] for pair in pairs]])
+        return {"data": data, "parameters": parameters, "seed": args.seed, "shape": shape(epoch)}
+
+    state, resumed_from, old_shape = resume(
+        accelerator, args, run_folder, model=model, optimizer=optimizer, scheduler=scheduler, fingerprint=fingerprint,
+        warn=log.warn,
+    )  # fmt: skip
+    if old_shape:  # the epoch goes on with the examples that the other shape had not come to
+        state.leave_out(plan(state.epoch, state.done_before, **old_shape))
+    meters = {name: Meters(accelerator, state.meters.get(name)) for name in ("train", "epoch")}
+    log.begin(state.step)
+    if resumed_from:
+        log("resume", step=state.step, epoch=state.epoch, checkpoint=str(resumed_from))
+    scores = None
+
+    def at_boundary(received: int | None) -> int | None:
+        """Between two steps: validates and saves where due, sets `state.stop`; returns a signal if one came."""
+        nonlocal scores
+        lr = scheduler.get_last_lr()[0]
+        state.stop = stop_reason(accelerator, args, state, lr)
+        is_best = False
+        if state.is_validation_due(args) and not received:
+            if validated := validate():
+                scores = validated
+                log("validation", step=state.step, epoch=state.epoch, **scores)
+                is_best = state.note_validation(best_score(args, scores), args.greater_is_better)
+                state.stop = stop_reason(accelerator, args, state, lr)
+            else:
+                state.validation_due, (_, received) = True, signals.agree(accelerator)
+        if is_best or state.stop or received or state.is_checkpoint_due(args):
+            folder = save_checkpoint(
+                accelerator, args, run_folder, state, model=model, optimizer=optimizer, scheduler=scheduler,
+                meters=meters, fingerprint=fingerprint(state.epoch), is_best=is_best,
+            )  # fmt: skip
+            log("checkpoint", step=state.step, epoch=state.epoch, folder=str(folder), is_best=is_best)
+        return received
 
     # ------------------------------------------------------------------------------------------------------------------
     # training
 
-    began, step = time.perf_counter(), 0
+    def train_micro_batch(batch, count: int) -> dict:
+        """Adds to the gradients those of the mean loss over all `count` pairs of the step, on all processes."""
+        batch = move(batch, accelerator.device)
+        with local_gradients(accelerator, model):
+            with record_function("forward"), accelerator.autocast():
+                with together(accelerator):  # the loss gathers the passages of all processes
+                    queries = model(batch["queries"])["sentence_embedding"]
+                    passages = model(batch["passages"])["sentence_embedding"]
+                loss, right = contrastive_loss(
+                    queries, passages, passage_keys=batch["passage_keys"], evidence_keys=batch["evidence_keys"],
+                    temperature=args.temperature,
+                )  # fmt: skip
+            with record_function("backward"), together(accelerator):
+                # times the processes, because gradients are averaged over them
+                accelerator.backward(loss * accelerator.num_processes / count)
+        pairs_here = count_pairs(batch)
+        return {
+            "loss": loss.detach(),
+            "right": right,
+            "count": pairs_here,
+            "examples": pairs_here,
+            **count_tokens(batch),
+        }
+
+    began = time.perf_counter()
     model.train()
-    meters = Meters()
-    for epoch in epochs:
-        batches = StepBatches(pairs, plan(epoch), lambda *a, epoch=epoch, **k: collate(*a, epoch=epoch, **k),
-                              accelerator.process_index)  # fmt: skip
-        loader = DataLoader(batches, batch_size=None, num_workers=args.dataloader_num_workers)
-        for step_in_epoch, micro_batches in enumerate(loader, start=1):
-            seed_step(args.seed, step, accelerator.process_index)
-            count = sum((batch["evidence_keys"][:, 0] >= 0).sum() for batch in micro_batches).to(accelerator.device)
-            global_count = accelerator.reduce(count, "sum")
+    state.stop = stop_reason(accelerator, args, state, scheduler.get_last_lr()[0])
+    if state.stop:
+        log.say(f"nothing to train: {state.stop}")
+    received = at_boundary(None) if state.validation_due else None
+    with profiler(accelerator, args, run_folder) as profile:
+        while not state.stop and not received:
+            epoch, steps = state.epoch, plan(state.epoch, state.done_before)
+            collate_epoch = partial(collate, epoch=epoch)
+            batches = StepBatches(pairs, steps[state.step_in_epoch :], collate_epoch, accelerator.process_index)
+            log.start_epoch(epoch, state.step_in_epoch, len(steps))
+            for micro_batches in DataLoader(batches, batch_size=None, num_workers=args.dataloader_num_workers):
+                step_began = time.perf_counter()
+                # over all processes
+                count, received = signals.agree(accelerator, sum(map(count_pairs, micro_batches)))
 
-            for number, batch in enumerate(micro_batches, start=1):
-                batch = move(batch, accelerator.device)
-                with gradient_sync(accelerator, model, is_last=number == len(micro_batches)):
-                    with record_function("forward"), accelerator.autocast():
-                        loss, right = contrastive_loss(
-                            model(batch["queries"])["sentence_embedding"],
-                            model(batch["passages"])["sentence_embedding"],
-                            passage_keys=batch["passage_keys"],
-                            evidence_keys=batch["evidence_keys"],
-                            temperature=args.temperature,
-                        )
-                    with record_function("backward"):
-                        # the mean over all pairs of the step; gradients are averaged over processes
-                        accelerator.backward(loss * accelerator.num_processes / global_count)
-                meters.add(loss=loss.detach(), right=right, **count_tokens(batch))
+                seed_step(args.seed, state.step, accelerator.process_index)
+                failure = None
+                try:
+                    sums = [train_micro_batch(batch, count) for batch in micro_batches]
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or is_sharded(accelerator):
+                        raise
+                    failure = "memory ran out"
+                if not failure:
+                    average_gradients(accelerator, model)
+                    gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf")))
+                    if args.check_grad_norm:
+                        check_grad_norm(accelerator, gnorm)
+                    if not math.isfinite(gnorm):
+                        failure = "the gradient norm is not finite"
+                        if args.nan_detector and not state.skipped:
+                            optimizer.zero_grad()
+                            with NanDetector(accelerator, model) as detector:
+                                for batch in micro_batches:
+                                    train_micro_batch(batch, count)
+                            failure = detector.culprit
 
-            gnorm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            step += 1
-            meters.add(count=count, examples=count)
-            meters.add_step(gnorm.item(), args.max_grad_norm)
+                seconds = time.perf_counter() - step_began
+                if failure:
+                    state.note_skip(args, log, failure)
+                else:
+                    state.skipped_in_a_row = 0
+                    for meter in meters.values():
+                        meter.add_step(gnorm, args.max_grad_norm, seconds)
+                        for micro_batch_sums in sums:
+                            meter.add(**micro_batch_sums)
+                if not failure or accelerator.scaler:  # which lowers its loss scale, and leaves the step out itself
+                    optimizer.step()
+                    check_loss_scale(accelerator, args)
+                scheduler.step()
+                optimizer.zero_grad()
 
-            progress = epoch + step_in_epoch / len(loader)
-            if step % args.log_steps == 0 or step == max_steps or step_in_epoch == len(loader):
-                log("train", step=step, epoch=progress, **meters.read(accelerator, scheduler.get_last_lr()[0]))
-            if args.eval_steps and step % args.eval_steps == 0 and step < max_steps:
-                validate(step, progress)
-            if step == max_steps:
-                break
-        if step == max_steps or not args.eval_steps:
-            last_scores = validate(step, progress)
-        if step == max_steps:
-            break
-    log("done", step=step, seconds=time.perf_counter() - began)
+                state.advance(len(steps), seconds)
+                if state.step % args.log_steps == 0 or state.step_in_epoch == 0:
+                    log("train", step=state.step, epoch=epoch, lr=scheduler.get_last_lr()[0], skipped=state.skipped,
+                        **meters["train"].read(accelerator), wall=state.train_seconds)  # fmt: skip
+                if state.step_in_epoch == 0:
+                    log("epoch", step=state.step, epoch=state.epoch, **meters["epoch"].read(accelerator))
+                log.advance()
+                if profile:
+                    profile.step()
+                received = at_boundary(received)
+                if state.stop or received:
+                    break
+            log.end_epoch()
+    if received:
+        log("stop", step=state.step, reason=f"{signal.Signals(received).name}; the same command goes on from here")
+        end_run(accelerator, 128 + received)
+    log("stop", step=state.step, reason=state.stop)
+    log("done", step=state.step, seconds=time.perf_counter() - began)
     log.say(f"done training in {time.perf_counter() - began:.1f} s")
-    if accelerator.is_main_process:
-        columns = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")
-        log.say(score_table({"BM25": bm25_scores, "retriever": last_scores}, columns))
 
     # ------------------------------------------------------------------------------------------------------------------
     # the model, and the hand-over to stage 2
 
+    if scores is None:  # a finished run was started again
+        scores = validate() or end_run(accelerator, 130)
     if accelerator.is_main_process:
-        retriever.save_pretrained(str(run_folder), create_model_card=False)
+        columns = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")
+        log.say(score_table({"BM25": bm25_scores, "retriever": scores}, columns))
+        publish(run_folder, lambda folder: retriever.save_pretrained(str(folder), create_model_card=False))
     for split, examples in {"train": train, "validation": validation}.items():
         ranked = [ranking[: args.top_k] for ranking in rankings(examples)]
         if accelerator.is_main_process:
@@ -301,10 +426,19 @@ def move(batch, device):
     return batch.to(device, non_blocking=True)
 
 
+def count_pairs(batch: dict) -> int:
+    return int((batch["evidence_keys"][:, 0] >= 0).sum())
+
+
 def count_tokens(batch: dict) -> dict:
-    """Tokens of a micro-batch without padding, and with it (`slots`)."""
+    """Examples and tokens of a micro-batch without padding, and tokens with it (`slots`)."""
     masks = [batch[side]["attention_mask"] for side in ("queries", "passages")]
-    return {"tokens": sum(mask.sum() for mask in masks), "slots": sum(mask.numel() for mask in masks)}
+    examples = count_pairs(batch)  # 0 if it is a dummy, which is all padding
+    return {
+        "examples": examples,
+        "tokens": sum(mask.sum() for mask in masks) if examples else 0,
+        "slots": sum(mask.numel() for mask in masks),
+    }
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from utils.arguments import DataArguments, TrainingArguments, check_at_least, ch
 @dataclass
 class SummarizeArguments(TrainingArguments, DataArguments):
     output_dir: str = flag("outputs/summarize", "the run folder: arguments, metrics, predictions and the model")
+    metric_for_best: str = flag("rougeL", "validation score that decides which checkpoint is best, and patience")
     model_name_or_path: str | None = flag(None, "an encoder-decoder checkpoint [a small BART from scratch]")
     retriever: str | None = flag(
         None,
@@ -46,32 +47,29 @@ class SummarizeArguments(TrainingArguments, DataArguments):
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
     arguments = parse(SummarizeArguments, __doc__)
 
-import itertools
 import math
+import signal
 import time
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from utils.batching import StepBatches, eval_batches, plan_epoch
+from utils.checkpoint import publish
 from utils.data import load_splits, write_jsonl
 from utils.retriever import encode, load_retriever
-from utils.search import (
-    bm25_rankings,
-    dense_rankings,
-    lead_ranking,
-    oracle_ranking,
-    random_ranking,
-)
+from utils.search import bm25_rankings, dense_rankings, lead_ranking, oracle_ranking, random_ranking
+from utils.state import best_score, digest, resume, save_checkpoint, schedule_steps, stop_reason
 from utils.summarizer import (
     Sources,
     Summarizer,
     build_small_bart,
     collate,
+    halves,
     label_smoothed_loss,
     load_model_and_tokenizer,
     save_pretrained,
@@ -79,15 +77,23 @@ from utils.summarizer import (
 from utils.tokenizer import train_tokenizer
 from utils.training import (
     Meters,
+    NanDetector,
     RunLog,
-    check_launch,
+    Signals,
+    any_process,
+    average_gradients,
+    check_grad_norm,
+    check_loss_scale,
     end_run,
-    gradient_sync,
+    is_out_of_memory,
+    is_sharded,
+    local_gradients,
     parameter_groups,
-    prepare_run_folder,
+    profiler,
     run_script,
     score_table,
     seed_step,
+    start,
 )
 
 BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ranking}
@@ -99,11 +105,9 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # set-up
 
-    accelerator = Accelerator()
-    check_launch(accelerator)
-    run_folder = prepare_run_folder(accelerator, args)
+    accelerator = Accelerator(log_with=args.report_to, project_dir=args.output_dir)
+    run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
-    set_seed(args.seed)
     train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -118,8 +122,9 @@ def main():
         tokenizer = train_tokenizer(texts)
         pretrained = build_small_bart(tokenizer, dropout=args.dropout or 0.0)
     summarizer = Summarizer(pretrained)
+    parameters = sum(parameter.numel() for parameter in summarizer.parameters())
     log.say(
-        f"{sum(p.numel() for p in summarizer.parameters()):,} parameters on {accelerator.num_processes} process(es), "
+        f"{parameters:,} parameters on {accelerator.num_processes} process(es), "
         f"{accelerator.device}, mixed precision {accelerator.mixed_precision}"
     )
 
@@ -165,19 +170,21 @@ def main():
     most_sequences = args.top_k if args.fusion == "fid" else 1
     lengths = [[most_sequences * max(map(len, source)), len(target)] for source, target in pairs]
 
-    def plan(epoch: int) -> list:
-        return plan_epoch(
-            lengths,
-            seed=args.seed,
-            epoch=epoch,
-            num_processes=accelerator.num_processes,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            batch_size=args.per_device_train_batch_size,
-            max_tokens=args.max_tokens,
-        )
+    def shape(epoch: int) -> dict:
+        """All that decides, beside data, seed and epoch, which examples a step holds."""
+        return {
+            "num_processes": accelerator.num_processes,
+            "gradient_accumulation_steps": args.accumulation(epoch),
+            "batch_size": args.per_device_train_batch_size,
+            "max_tokens": args.max_tokens,
+            "by_length": epoch < args.curriculum_epochs,
+        }
 
-    epochs = range(args.num_train_epochs) if args.num_train_epochs else itertools.count()
-    max_steps = args.max_train_steps or sum(len(plan(epoch)) for epoch in epochs)
+    def plan(epoch: int, without=(), **other_shape) -> list:
+        steps = plan_epoch(lengths, seed=args.seed, epoch=epoch, without=without, **(other_shape or shape(epoch)))
+        return [steps[0]] * len(steps) if args.overfit_one_batch else steps
+
+    max_steps = schedule_steps(args, plan)
     optimizer = torch.optim.AdamW(
         parameter_groups(summarizer, args.weight_decay),
         lr=args.learning_rate,
@@ -185,10 +192,10 @@ def main():
         eps=args.adam_epsilon,
         fused=True,
     )
-    scheduler = get_scheduler(
-        args.lr_scheduler_type, optimizer, min(args.num_warmup_steps, max_steps // 10), max_steps
-    )  # not prepared: it steps once for each optimizer step, at any number of processes
+    # not prepared: it steps once for each optimizer step, at any number of processes
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, min(args.num_warmup_steps, max_steps // 10), max_steps)
     model, optimizer = accelerator.prepare(summarizer, optimizer)
+    signals = Signals()
 
     # ------------------------------------------------------------------------------------------------------------------
     # validation: loss, and ROUGE of what is generated beside that of two extracts, the lead and the oracle's
@@ -204,15 +211,20 @@ def main():
     }
     baselines = {}
 
-    def validate(step: int, epoch: float) -> tuple[list[str], dict]:
-        """Logs the scores of the validation examples; returns predictions, and ROUGE beside that of the extracts."""
+    def validate() -> tuple[list[str], dict] | None:
+        """Predictions, and scores beside those of the extracts, on all processes; None if a signal came meanwhile."""
         from utils.metrics import Rouge  # imports `evaluate`, which takes seconds
 
         model.eval()
         batches = eval_batches([sum(map(len, row["source"])) for row in validation_rows],
                                batch_size=args.per_device_eval_batch_size)  # fmt: skip
         generated, sums = [], []
-        for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
+        for first in range(0, len(batches), accelerator.num_processes):
+            if signals.agree(accelerator)[1]:
+                return None
+            number = first + accelerator.process_index
+            if number >= len(batches):
+                continue
             rows = [validation_rows[i] for i in batches[number]]
             batch = collate([row["source"] for row in rows], [row["targets"][0] for row in rows],
                             tokenizer.pad_token_id).to(accelerator.device)  # fmt: skip
@@ -226,11 +238,11 @@ def main():
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             generated += [(i, text.strip()) for i, text in zip(batches[number], texts, strict=True)]
             sums.append((number, loss.item(), nll.item(), (labels != -100).sum().item()))
+        model.train()
         if accelerator.num_processes > 1:  # every process gets all, each example once
             generated, sums = gather_object(generated), gather_object(sums)
-        model.train()
 
-        predictions = [text for _, text in sorted(generated)]
+        predictions, scores = [text for _, text in sorted(generated)], [{}]
         if accelerator.is_main_process:
             rouge, references = Rouge(), [example.summaries for example in validation]
             for name, texts in extracts.items():
@@ -239,13 +251,11 @@ def main():
             # in the batches' order, so that the sum is the same at any number of processes
             loss, nll, tokens = (math.fsum(column) for column in list(zip(*sorted(sums), strict=True))[1:])
             nll /= tokens * math.log(2)
-            scores = rouge.compute(predictions=predictions, references=references)
-            log("validation", step=step, epoch=epoch, loss=loss / tokens / math.log(2), nll_loss=nll, ppl=2**nll,
-                **scores, **baselines)  # fmt: skip
-            return predictions, {
-                "lead extract": baselines["lead"], "oracle extract": baselines["oracle"], "summarizer": scores
-            }  # fmt: skip
-        return predictions, {}
+            scores = [{
+                "loss": loss / tokens / math.log(2), "nll_loss": nll, "ppl": 2**nll,
+                **rouge.compute(predictions=predictions, references=references), **baselines,
+            }]  # fmt: skip
+        return predictions, broadcast_object_list(scores)[0]
 
     generation = {
         "num_beams": args.num_beams,
@@ -257,75 +267,170 @@ def main():
     }
 
     # ------------------------------------------------------------------------------------------------------------------
+    # checkpoints
+
+    def fingerprint(epoch: int) -> dict:
+        return {"data": digest(pairs), "parameters": parameters, "seed": args.seed,
+                "shape": shape(epoch)}  # fmt: skip
+
+    state, resumed_from, old_shape = resume(
+        accelerator, args, run_folder, model=model, optimizer=optimizer, scheduler=scheduler, fingerprint=fingerprint,
+        warn=log.warn,
+    )  # fmt: skip
+    if old_shape:  # the epoch goes on with the examples that the other shape had not come to
+        state.leave_out(plan(state.epoch, state.done_before, **old_shape))
+    meters = {name: Meters(accelerator, state.meters.get(name)) for name in ("train", "epoch")}
+    log.begin(state.step)
+    if resumed_from:
+        log("resume", step=state.step, epoch=state.epoch, checkpoint=str(resumed_from))
+    predictions = scores = None
+
+    def at_boundary(received: int | None) -> int | None:
+        """Between two steps: validates and saves where due, sets `state.stop`; returns a signal if one came."""
+        nonlocal predictions, scores
+        lr = scheduler.get_last_lr()[0]
+        state.stop = stop_reason(accelerator, args, state, lr)
+        is_best = False
+        if state.is_validation_due(args) and not received:
+            if validated := validate():
+                predictions, scores = validated
+                log("validation", step=state.step, epoch=state.epoch, **scores)
+                is_best = state.note_validation(best_score(args, scores), args.greater_is_better)
+                state.stop = stop_reason(accelerator, args, state, lr)
+            else:
+                state.validation_due, (_, received) = True, signals.agree(accelerator)
+        if is_best or state.stop or received or state.is_checkpoint_due(args):
+            folder = save_checkpoint(
+                accelerator, args, run_folder, state, model=model, optimizer=optimizer, scheduler=scheduler,
+                meters=meters, fingerprint=fingerprint(state.epoch), is_best=is_best,
+            )  # fmt: skip
+            log("checkpoint", step=state.step, epoch=state.epoch, folder=str(folder), is_best=is_best)
+        return received
+
+    # ------------------------------------------------------------------------------------------------------------------
     # training
 
-    began, step = time.perf_counter(), 0
+    def train_micro_batch(batch, target_tokens: int) -> dict:
+        """Adds to the gradients those of the mean loss over all `target_tokens` of the step, on all processes."""
+        batch = batch.to(accelerator.device)
+        with local_gradients(accelerator, model):
+            with record_function("forward"), accelerator.autocast():
+                logits = model(**batch)
+                targets = batch["labels"][batch["labels"] != -100]
+                loss, nll = label_smoothed_loss(logits, targets, args.label_smoothing_factor)
+            with record_function("backward"):
+                # times the processes, because gradients are averaged over them
+                accelerator.backward(loss * accelerator.num_processes / target_tokens)
+        return {"loss": loss.detach(), "nll": nll, "count": targets.numel(), **count_tokens(batch)}
+
+    began = time.perf_counter()
     model.train()
-    meters = Meters()
-    for epoch in epochs:
-        batches = StepBatches(pairs, plan(epoch), collate_pairs, accelerator.process_index)
-        loader = DataLoader(batches, batch_size=None, num_workers=args.dataloader_num_workers)
-        for step_in_epoch, micro_batches in enumerate(loader, start=1):
-            seed_step(args.seed, step, accelerator.process_index)
-            target_tokens = sum((batch["labels"] != -100).sum() for batch in micro_batches).to(accelerator.device)
-            global_target_tokens = accelerator.reduce(target_tokens, "sum")
+    state.stop = stop_reason(accelerator, args, state, scheduler.get_last_lr()[0])
+    if state.stop:
+        log.say(f"nothing to train: {state.stop}")
+    received = at_boundary(None) if state.validation_due else None
+    with profiler(accelerator, args, run_folder) as profile:
+        while not state.stop and not received:
+            epoch, steps = state.epoch, plan(state.epoch, state.done_before)
+            batches = StepBatches(pairs, steps[state.step_in_epoch :], collate_pairs, accelerator.process_index)
+            log.start_epoch(epoch, state.step_in_epoch, len(steps))
+            for micro_batches in DataLoader(batches, batch_size=None, num_workers=args.dataloader_num_workers):
+                step_began = time.perf_counter()
+                target_tokens = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)
+                target_tokens, received = signals.agree(accelerator, target_tokens)  # over all processes
 
-            for number, batch in enumerate(micro_batches, start=1):
-                batch = batch.to(accelerator.device)
-                with gradient_sync(accelerator, model, is_last=number == len(micro_batches)):
-                    with record_function("forward"), accelerator.autocast():
-                        logits = model(**batch)
-                        targets = batch["labels"][batch["labels"] != -100]
-                        loss, nll = label_smoothed_loss(logits, targets, args.label_smoothing_factor)
-                    with record_function("backward"):
-                        # the mean over all target tokens of the step; gradients are averaged over processes
-                        accelerator.backward(loss * accelerator.num_processes / global_target_tokens)
-                meters.add(loss=loss.detach(), nll=nll, count=targets.numel(), **count_tokens(batch))
+                while micro_batches:  # once, or again in halves where memory runs out
+                    seed_step(args.seed, state.step, accelerator.process_index)
+                    try:
+                        sums = [train_micro_batch(batch, target_tokens) for batch in micro_batches]
+                        break
+                    except (RuntimeError, MemoryError) as error:
+                        if not is_out_of_memory(error) or is_sharded(accelerator):
+                            raise
+                        optimizer.zero_grad()
+                        micro_batches = halves(micro_batches)
+                failure = None
+                if any_process(accelerator, not micro_batches):
+                    failure = "memory ran out"
+                else:
+                    average_gradients(accelerator, model)
+                    gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf")))
+                    if args.check_grad_norm:
+                        check_grad_norm(accelerator, gnorm)
+                    if not math.isfinite(gnorm):
+                        failure = "the gradient norm is not finite"
+                        if args.nan_detector and not state.skipped:
+                            optimizer.zero_grad()
+                            with NanDetector(accelerator, model) as detector:
+                                for batch in micro_batches:
+                                    train_micro_batch(batch, target_tokens)
+                            failure = detector.culprit
 
-            gnorm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            step += 1
-            meters.add_step(gnorm.item(), args.max_grad_norm)
+                seconds = time.perf_counter() - step_began
+                if failure:
+                    state.note_skip(args, log, failure)
+                else:
+                    state.skipped_in_a_row = 0
+                    for meter in meters.values():
+                        meter.add_step(gnorm, args.max_grad_norm, seconds)
+                        for micro_batch_sums in sums:
+                            meter.add(**micro_batch_sums)
+                if not failure or accelerator.scaler:  # which lowers its loss scale, and leaves the step out itself
+                    optimizer.step()
+                    check_loss_scale(accelerator, args)
+                scheduler.step()
+                optimizer.zero_grad()
 
-            progress = epoch + step_in_epoch / len(loader)
-            if step % args.log_steps == 0 or step == max_steps or step_in_epoch == len(loader):
-                log("train", step=step, epoch=progress, **meters.read(accelerator, scheduler.get_last_lr()[0]))
-            if args.eval_steps and step % args.eval_steps == 0 and step < max_steps:
-                validate(step, progress)
-            if step == max_steps:
-                break
-        if step == max_steps or not args.eval_steps:
-            predictions, last_scores = validate(step, progress)
-        if step == max_steps:
-            break
-    log("done", step=step, seconds=time.perf_counter() - began)
+                state.advance(len(steps), seconds)
+                if state.step % args.log_steps == 0 or state.step_in_epoch == 0:
+                    log("train", step=state.step, epoch=epoch, lr=scheduler.get_last_lr()[0], skipped=state.skipped,
+                        **meters["train"].read(accelerator), wall=state.train_seconds)  # fmt: skip
+                if state.step_in_epoch == 0:
+                    log("epoch", step=state.step, epoch=state.epoch, **meters["epoch"].read(accelerator))
+                log.advance()
+                if profile:
+                    profile.step()
+                received = at_boundary(received)
+                if state.stop or received:
+                    break
+            log.end_epoch()
+    if received:
+        log("stop", step=state.step, reason=f"{signal.Signals(received).name}; the same command goes on from here")
+        end_run(accelerator, 128 + received)
+    log("stop", step=state.step, reason=state.stop)
+    log("done", step=state.step, seconds=time.perf_counter() - began)
     log.say(f"done training in {time.perf_counter() - began:.1f} s")
-    if accelerator.is_main_process:
-        log.say(score_table(last_scores, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
 
     # ------------------------------------------------------------------------------------------------------------------
     # the model, and the predictions with the passages that were read
 
+    if predictions is None:  # a finished run was started again
+        predictions, scores = validate() or end_run(accelerator, 130)
     if accelerator.is_main_process:
-        save_pretrained(summarizer.model, tokenizer, run_folder)
-        write_jsonl(
-            run_folder / "predictions.validation.jsonl",
-            (
-                {
-                    "id": row["example"].id,
-                    "query": row["example"].query,
-                    "prediction": prediction,
-                    "summary": row["example"].summaries,
-                    "evidence": row["example"].evidence,
-                    "passages": [{"passage": i, "text": row["example"].document.passages[i]} for i in row["passages"]],
-                }
-                for row, prediction in zip(validation_rows, predictions, strict=True)
-            ),
-        )
+        rows = {"lead extract": scores["lead"], "oracle extract": scores["oracle"], "summarizer": scores}
+        log.say(score_table(rows, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
+        publish(run_folder, lambda folder: save_pretrained(summarizer.model, tokenizer, folder))
+        write_predictions(run_folder / "predictions.validation.jsonl", validation_rows, predictions)
         log.say(f"wrote {run_folder / 'predictions.validation.jsonl'}")
     end_run(accelerator)
+
+
+def write_predictions(path, rows: list[dict], predictions: list[str]) -> None:
+    """Writes each prediction with the example and the passages that it was written from."""
+    write_jsonl(
+        path,
+        (
+            {
+                "id": row["example"].id,
+                "query": row["example"].query,
+                "prediction": prediction,
+                "summary": row["example"].summaries,
+                "evidence": row["example"].evidence,
+                "passages": [{"passage": i, "text": row["example"].document.passages[i]} for i in row["passages"]],
+            }
+            for row, prediction in zip(rows, predictions, strict=True)
+        ),
+    )
 
 
 def first_words(passages: list[str], count: float) -> str:
@@ -342,9 +447,10 @@ def first_words(passages: list[str], count: float) -> str:
 def count_tokens(batch: dict) -> dict:
     """Examples and tokens of a micro-batch without padding, and tokens with it (`slots`)."""
     real = [batch["attention_mask"] != 0, batch["labels"] != -100]
+    examples = int(real[1].any(1).sum())  # 0 if it is a dummy, which is all padding
     return {
-        "examples": real[1].any(1).sum(),
-        "tokens": sum(mask.sum() for mask in real),
+        "examples": examples,
+        "tokens": sum(mask.sum() for mask in real) if examples else 0,
         "slots": sum(mask.numel() for mask in real),
     }
 

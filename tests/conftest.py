@@ -42,14 +42,15 @@ def smoke(tmp_path_factory):
     """Run folders of both stages on small embedded data, made once: {"retrieve": folder, "summarize": folder}."""
     folder = tmp_path_factory.mktemp("smoke")
     retrieve, summarize = folder / "retrieve", folder / "summarize"
-    results = {
-        "retrieve": launch("train_retrieve.py", "--output_dir", retrieve, "--sample_documents", 120,
-                           "--num_train_epochs", 2, "--log_steps", 10),
-        "summarize": launch("train_summarize.py", "--output_dir", summarize,
-                            "--train_file", retrieve / "retrieved.train.jsonl",
-                            "--validation_file", retrieve / "retrieved.validation.jsonl",
-                            "--num_train_epochs", 2, "--log_steps", 10, "--max_new_tokens", 24),
+    flags = {
+        "retrieve": ["--output_dir", retrieve, "--sample_documents", 110, "--num_train_epochs", 2, "--log_steps", 10],
+        "summarize": [
+            "--output_dir", summarize, "--train_file", retrieve / "retrieved.train.jsonl",
+            "--validation_file", retrieve / "retrieved.validation.jsonl",
+            "--num_train_epochs", 2, "--log_steps", 10, "--max_new_tokens", 24,
+        ],
     }  # fmt: skip
-    for result in results.values():
+    for stage in flags:
+        result = launch(f"train_{stage}.py", *flags[stage])
         assert result.returncode == 0, result.stderr
-    return {"retrieve": retrieve, "summarize": summarize, "results": results}
+    return {"retrieve": retrieve, "summarize": summarize, "flags": flags}

@@ -12,15 +12,15 @@ from utils.metrics import retrieval_scores, rouge_scores
 
 
 def test_the_retriever_learns_and_beats_bm25(smoke):
-    losses = [line["loss"] for line in events(smoke["retrieve"], "train")]
-    assert losses[-1] < 0.7 * losses[0]
+    first, second = (line["loss"] for line in events(smoke["retrieve"], "epoch"))
+    assert second < 0.8 * first
     last = events(smoke["retrieve"], "validation")[-1]
     assert last["recall@5"] > last["bm25"]["recall@5"]
 
 
 def test_hand_over_files_hold_every_example_ranked_as_the_log_says(smoke):
     examples = load_examples(smoke["retrieve"] / "retrieved.validation.jsonl")
-    assert len(examples) == 72
+    assert len(examples) == 66
     recalls = []
     for example in examples:
         passages, scores = zip(*example.retrieved, strict=True)
@@ -173,14 +173,23 @@ def test_a_broken_data_file_gives_one_readable_error_and_exit_code_2(tmp_path, s
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("script", ["train_retrieve.py", "train_summarize.py"])
-def test_a_finished_run_is_not_overwritten_unasked(smoke, script):
-    folder = smoke[script.removeprefix("train_").removesuffix(".py")]
-    before = (folder / "metrics.jsonl").read_bytes()
-    result = launch(script, "--output_dir", folder)
+def test_a_finished_run_started_again_trains_nothing_and_says_so(smoke):
+    weights = (smoke["retrieve"] / "model.safetensors").read_bytes()
+    trained = events(smoke["retrieve"], "train")
+    result = launch("train_retrieve.py", *smoke["flags"]["retrieve"])
+    assert result.returncode == 0, result.stderr
+    assert "nothing to train: num_train_epochs 2 reached" in result.stdout
+    assert (smoke["retrieve"] / "model.safetensors").read_bytes() == weights
+    assert events(smoke["retrieve"], "train") == trained
+
+
+def test_a_run_folder_of_other_data_is_refused_with_what_differs(smoke):
+    before = (smoke["retrieve"] / "metrics.jsonl").read_bytes()
+    result = launch("train_retrieve.py", "--output_dir", smoke["retrieve"], "--sample_documents", 10)
     assert result.returncode == 2
-    assert "already holds a run" in result.stderr
-    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert "is of another run: data " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (smoke["retrieve"] / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path):

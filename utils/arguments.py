@@ -21,6 +21,8 @@ def flag(default, text: str, **metadata):
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
                  "inverse_sqrt")  # fmt: skip
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
 class UsageError(ValueError):
@@ -54,41 +56,97 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments:
-    output_dir: str = flag("outputs", "the run folder: arguments, metrics, predictions and the trained model")
-    overwrite_output_dir: bool = flag(False, "write into a run folder that already holds a run")
+    output_dir: str = flag("outputs", "the run folder: arguments, metrics, checkpoints, predictions and the model")
+
     num_train_epochs: int = flag(3, "passes over the training examples; 0: no limit")
     max_train_steps: int = flag(0, "optimizer steps to train for; 0: no limit")
+    stop_time_hours: float = flag(0.0, "hours to train for, over all resumed runs; 0: no limit")
+    stop_min_lr: float = flag(-1.0, "stop when the learning rate falls to this; -1: never")
+    patience: int = flag(-1, "stop after so many validations without improvement; -1: never")
+
+    eval_steps: int = flag(0, "optimizer steps between validations; 0: at the end of each epoch")
+    eval_after_steps: int = flag(0, "optimizer steps before the first validation")
+    checkpointing_steps: int = flag(0, "optimizer steps between checkpoints; 0: at the end of each epoch")
+    checkpoints_total_limit: int = flag(3, "checkpoints kept beside the best one; 0: all")
+    metric_for_best: str = flag("loss", "validation score that decides which checkpoint is best, and patience")
+    greater_is_better: bool = flag(True, "whether a higher score is better")
+    resume_from_checkpoint: str = flag(
+        "auto", "auto: the newest valid checkpoint in the run folder, else start; none: start anew; or a checkpoint"
+    )
+    allow_reshard: bool = flag(False, "resume with another number of processes or another batch size")
+    init_from: str | None = flag(None, "a checkpoint or run folder of another run, whose weights and state to take")
+    reset_optimizer: bool = flag(False, "with --init_from: start with a new optimizer")
+    reset_lr_scheduler: bool = flag(False, "with --init_from: start the learning rate schedule anew")
+    reset_dataloader: bool = flag(False, "with --init_from: start with the first epoch and step")
+    reset_meters: bool = flag(False, "with --init_from: forget the best score, patience and training time")
+
     per_device_train_batch_size: int = flag(16, "examples in a micro-batch on each device")
     per_device_eval_batch_size: int = flag(32, "examples in a batch on each device in validation")
     max_tokens: int = flag(
         0, "tokens in a micro-batch on each device, padding included, instead of a number of examples; 0: off"
     )
-    gradient_accumulation_steps: int = flag(1, "micro-batches on each device in an optimizer step")
+    gradient_accumulation_steps: str = flag(
+        "1", "micro-batches on each device in an optimizer step; a list such as 4,2,1 gives each epoch its own"
+    )
+    curriculum_epochs: int = flag(0, "first epochs that run in order of length, unshuffled")
+    dataloader_num_workers: int = flag(0, "worker processes that prepare batches, for each process")
+
     learning_rate: float = flag(1e-3, "peak learning rate")
     lr_scheduler_type: str = flag("linear", f"learning rate over the steps: {', '.join(LR_SCHEDULERS)}")
-    num_warmup_steps: int = flag(100, "optimizer steps over which the learning rate rises")
+    num_warmup_steps: int = flag(100, "optimizer steps over which the learning rate rises, a tenth of all at most")
     weight_decay: float = flag(0.01, "AdamW's weight decay; biases and norms have none")
     adam_beta1: float = flag(0.9, "AdamW's first moment decay")
     adam_beta2: float = flag(0.98, "AdamW's second moment decay")
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
     max_grad_norm: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never")
-    eval_steps: int = flag(0, "optimizer steps between validations; 0: at the end of each epoch")
+
+    max_skipped_steps: int = flag(20, "dropped steps in a row (not finite, out of memory) after which the run ends")
+    nan_detector: bool = flag(True, "name the first module with an output that is not finite")
+    min_loss_scale: float = flag(1e-4, "loss scale of fp16 under which the run ends")
+    check_grad_norm: bool = flag(True, "stop if the processes disagree on the gradient norm")
+
     log_steps: int = flag(100, "optimizer steps between log lines")
-    log_format: str = flag("simple", "standard output as `simple` lines, as `json`, or `none`")
-    dataloader_num_workers: int = flag(0, "worker processes that prepare batches, for each process")
+    log_format: str | None = flag(None, "tqdm, simple, json or none [tqdm on a terminal, else simple]")
+    report_to: str | None = flag(None, f"a tracker: {', '.join(TRACKERS)} [none]")
+    profile: bool = flag(False, "write a trace of a few steps to the run folder")
+    overfit_one_batch: bool = flag(False, "train on the first step's examples only, for debugging")
+    deterministic: bool = flag(False, "use deterministic operations only")
     seed: int = flag(42, "seed of everything that is random")
 
     def __post_init__(self):
-        if not self.num_train_epochs and not self.max_train_steps:
-            raise UsageError("nothing would end the training: set --num_train_epochs or --max_train_steps")
-        check_at_least(1, self, "per_device_train_batch_size", "per_device_eval_batch_size",
-                       "gradient_accumulation_steps", "log_steps", "passage_words", "sample_documents",
-                       "max_train_examples", "max_eval_examples")  # fmt: skip
-        check_at_least(0, self, "num_train_epochs", "max_train_steps", "max_tokens", "num_warmup_steps",
-                       "max_grad_norm", "learning_rate", "weight_decay", "eval_steps", "dataloader_num_workers", "seed",
-                       "adam_beta1", "adam_beta2", "adam_epsilon")  # fmt: skip
+        rules = (self.num_train_epochs, self.max_train_steps, self.stop_time_hours, self.patience >= 0,
+                 self.stop_min_lr >= 0)  # fmt: skip
+        if not any(rules):
+            raise UsageError(
+                "nothing would end the training: set --num_train_epochs, --max_train_steps or another rule"
+            )
+        if not any(rules[:2]) and self.lr_scheduler_type not in ENDLESS_SCHEDULERS:
+            raise UsageError(
+                f"--lr_scheduler_type {self.lr_scheduler_type} needs --num_train_epochs or --max_train_steps; "
+                f"without them choose one of {', '.join(ENDLESS_SCHEDULERS)}"
+            )
+        check_at_least(1, self, "per_device_train_batch_size", "per_device_eval_batch_size", "log_steps",
+                       "passage_words", "sample_documents", "max_train_examples", "max_eval_examples")  # fmt: skip
+        check_at_least(0, self, "num_train_epochs", "max_train_steps", "stop_time_hours", "max_tokens",
+                       "num_warmup_steps", "max_grad_norm", "learning_rate", "weight_decay", "eval_steps",
+                       "eval_after_steps", "checkpointing_steps", "checkpoints_total_limit", "curriculum_epochs",
+                       "dataloader_num_workers", "max_skipped_steps", "seed", "adam_beta1", "adam_beta2",
+                       "adam_epsilon")  # fmt: skip
         check_choice("--lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULERS)
-        check_choice("--log_format", self.log_format, ("simple", "json", "none"))
+        if self.report_to is not None:
+            check_choice("--report_to", self.report_to, TRACKERS)
+        if self.log_format is not None:
+            check_choice("--log_format", self.log_format, ("tqdm", "simple", "json", "none"))
+        if not all(part.isdecimal() and int(part) for part in self.gradient_accumulation_steps.split(",")):
+            raise UsageError(
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: "
+                "a number, or a list such as 4,2,1, of 1 or more is wanted"
+            )
+
+    def accumulation(self, epoch: int) -> int:
+        """Micro-batches in a step of this epoch; the last of a list holds for all later epochs."""
+        each = [int(part) for part in self.gradient_accumulation_steps.split(",")]
+        return each[min(epoch, len(each) - 1)]
 
 
 def check_at_least(least: int, arguments, *names: str) -> None:

@@ -20,6 +20,9 @@ def plan_epoch(
     batch_size: int = 0,
     max_tokens: int = 0,
     groups=None,
+    by_group: bool = False,
+    by_length: bool = False,
+    without=(),
 ) -> list[list[list[list[int]]]]:
     """Example numbers of one epoch as ``plan[step][micro_batch][process]``; an empty list is a dummy micro-batch.
 
@@ -29,28 +32,35 @@ def plan_epoch(
             processes x accumulation x batch_size splits them.
         max_tokens: instead, examples x the sum over sides of the longest, at most; an example longer than that is a
             micro-batch alone.
-        groups: (examples,) a number for each example; those with the same one stay together, instead of those of
-            similar length.
+        groups: (examples,) a number for each example; with `by_group` those with the same one stay together, instead of
+            those of similar length.
+        by_length: steps in order of length, unshuffled: a curriculum.
+        without: example numbers to leave out.
     """
     lengths = np.asarray(lengths).reshape(len(lengths), -1)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     slots = num_processes * gradient_accumulation_steps
+    order = order[~np.isin(order, list(without))]
     total = lengths.sum(1)
-    if groups is not None:
+    if by_group:
         groups = np.asarray(groups)
         order = order[np.argsort(rng.permutation(groups.max() + 1)[groups[order]], kind="stable")]
         total = np.zeros_like(total)
 
     if max_tokens:
         per_step = max(1, int(slots * max_tokens / lengths.sum(1).mean()))
-        batches = [batch for window in _windows(order, WINDOW * per_step, total)
-                   for batch in _cut_by_tokens(window, lengths, max_tokens)]  # fmt: skip
-        steps = [[batches[i] for i in group] for group in _groups(rng.permutation(len(batches)), slots)]
+        window = len(order) if by_length else WINDOW * per_step
+        batches = [
+            batch for part in _windows(order, window, total) for batch in _cut_by_tokens(part, lengths, max_tokens)
+        ]
+        shuffled = range(len(batches)) if by_length else rng.permutation(len(batches))
+        steps = [[batches[i] for i in group] for group in _groups(shuffled, slots)]
     else:
-        windows = _windows(order, WINDOW * slots * batch_size, total)
-        steps = [step for window in windows for step in _groups(window, slots * batch_size)]
-        steps = [_groups(steps[i], batch_size) for i in rng.permutation(len(steps))]
+        window = len(order) if by_length else WINDOW * slots * batch_size
+        steps = [step for part in _windows(order, window, total) for step in _groups(part, slots * batch_size)]
+        shuffled = range(len(steps)) if by_length else rng.permutation(len(steps))
+        steps = [_groups(steps[i], batch_size) for i in shuffled]
 
     plan = []
     for batches in steps:
@@ -61,7 +71,7 @@ def plan_epoch(
 
 def _windows(order: np.ndarray, size: int, total: np.ndarray) -> list[list[int]]:
     """Consecutive parts of a shuffled order, each sorted by length; ties stay shuffled."""
-    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    parts = [order[start : start + size] for start in range(0, len(order), max(size, 1))]
     return [part[np.argsort(total[part], kind="stable")].tolist() for part in parts]
 
 

@@ -59,6 +59,27 @@ def smooth(scores: np.ndarray, window: int = 1, decay: float = 0.5) -> np.ndarra
     return total / weight
 
 
+def passage_scores(ranking: Ranking) -> np.ndarray:
+    """(passages,) the scores of a ranking that holds every passage of the document, in document order."""
+    scores = np.zeros(len(ranking))
+    for passage, score in ranking:
+        scores[passage] = score
+    return scores
+
+
+def fuse_scores(first: Ranking, second: Ranking, weight: float) -> Ranking:
+    """Ranks all passages by standardized scores: those of `first` and `weight` times those of `second`.
+
+    Standardized (mean 0, deviation 1 over the document's passages), scores of different kinds can be added, and keep
+    what reciprocal ranks lose: by how much one passage is better than the next.
+    """
+    total = np.zeros(len(first))
+    for ranking, share in ((first, 1.0), (second, weight)):
+        scores = passage_scores(ranking)
+        total += share * (scores - scores.mean()) / (scores.std() or 1.0)
+    return rank(total)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # lexical and dense search
 

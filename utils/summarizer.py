@@ -153,6 +153,18 @@ def collate(sources: list[list[list[int]]], targets: list[list[int]], pad_token_
     return BatchEncoding(batch)
 
 
+def halves(batches: list[dict]) -> list[dict]:
+    """Each batch as two with half of its examples; [] if none has more than one example."""
+    parts = []
+    for batch in batches:
+        middle = len(batch["labels"]) // 2
+        sequences = int(batch["sequences_per_example"][:middle].sum())
+        cut = {name: sequences if name in ("input_ids", "attention_mask") else middle for name in batch}
+        parts += [BatchEncoding({name: rows[: cut[name]] for name, rows in batch.items()})] if middle else []
+        parts += [BatchEncoding({name: rows[cut[name] :] for name, rows in batch.items()})]
+    return parts if len(parts) > len(batches) else []
+
+
 class Summarizer(nn.Module):
     """Any encoder-decoder of Transformers, reading one or more sequences for each example.
 

@@ -1,0 +1,233 @@
+"""Where a run stands: the loop's state, when it ends, saving it in checkpoints and going on from them."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+
+from utils import checkpoint
+from utils.arguments import UsageError
+from utils.training import Diverged, any_process
+
+
+@dataclass
+class LoopState:
+    """Where a run stands; saved in checkpoints as JSON."""
+
+    epoch: int = 0  # full passes done
+    step_in_epoch: int = 0
+    step: int = 0  # optimizer steps, dropped ones included
+    done_before: list[int] = field(default_factory=list)  # examples of this epoch read before the plan was changed
+    best: float | None = None
+    best_step: int = 0
+    validations_without_improvement: int = 0
+    last_validation: int = 0  # the step of it
+    validation_due: bool = False  # a signal came before it was finished
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    train_seconds: float = 0.0  # over all resumed runs
+    stop: str | None = None  # why the run ended
+    meters: dict = field(default_factory=dict)
+
+    def note_validation(self, score: float, greater_is_better: bool) -> bool:
+        """Counts a validation; True if it is the best so far. A tie is no improvement."""
+        better = self.best is None or (score > self.best if greater_is_better else score < self.best)
+        self.last_validation, self.validation_due = self.step, False
+        self.validations_without_improvement = 0 if better else self.validations_without_improvement + 1
+        if better:
+            self.best, self.best_step = score, self.step
+        return better
+
+    def advance(self, steps_in_epoch: int, seconds: float) -> None:
+        """Counts a step that took `seconds`; after the last one of an epoch, the epoch."""
+        self.step += 1
+        self.step_in_epoch += 1
+        self.train_seconds += seconds
+        if self.step_in_epoch == steps_in_epoch:
+            self.epoch, self.step_in_epoch, self.done_before = self.epoch + 1, 0, []
+
+    def leave_out(self, plan: list) -> None:
+        """Starts what remains of the epoch as a new plan, without the examples of the steps done in `plan`."""
+        done = [i for step in plan[: self.step_in_epoch] for micro_batch in step for part in micro_batch for i in part]
+        self.done_before, self.step_in_epoch = sorted({*self.done_before, *done}), 0
+
+    def note_skip(self, args, log, reason: str) -> None:
+        """Counts and logs a dropped step; Diverged after too many in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        log("skip", step=self.step + 1, epoch=self.epoch, reason=reason, in_a_row=self.skipped_in_a_row)
+        if self.skipped_in_a_row > args.max_skipped_steps:
+            raise Diverged(
+                f"{self.skipped_in_a_row} steps in a row were dropped, more than --max_skipped_steps "
+                f"{args.max_skipped_steps}; the last one because {reason}"
+            )
+
+    def is_validation_due(self, args) -> bool:
+        """Whether this step is to be validated and was not yet; the end of a run always is."""
+        if self.step == self.last_validation or not self.step:
+            return False
+        due = self.step % args.eval_steps == 0 if args.eval_steps else self.step_in_epoch == 0
+        return bool(self.stop) or self.validation_due or (due and self.step >= args.eval_after_steps)
+
+    def is_checkpoint_due(self, args) -> bool:
+        every = args.checkpointing_steps
+        return self.step % every == 0 if every else self.step_in_epoch == 0
+
+
+def best_score(args, scores: dict) -> float:
+    """The score that `--metric_for_best` names; UsageError if validation has none of that name."""
+    if args.metric_for_best not in scores:
+        numbers = sorted(name for name, value in scores.items() if isinstance(value, int | float))
+        raise UsageError(f"--metric_for_best {args.metric_for_best}: validation has {', '.join(numbers)}")
+    return scores[args.metric_for_best]
+
+
+def schedule_steps(args, plan) -> int:
+    """Optimizer steps that the learning rate schedule spans, from the flags and `plan(epoch)`; 0 if none limit them."""
+    epochs = sum(len(plan(epoch)) for epoch in range(args.num_train_epochs))
+    limits = [limit for limit in (args.max_train_steps, epochs) if limit]
+    return min(limits, default=0)
+
+
+def stop_reason(accelerator, args, state: LoopState, lr: float) -> str | None:
+    """The first stop rule that is met, in words, or None; called on all processes, which agree."""
+    hours = state.train_seconds / 3600
+    if args.stop_time_hours and any_process(accelerator, hours >= args.stop_time_hours):
+        return f"stop_time_hours {args.stop_time_hours} reached"
+    if args.max_train_steps and state.step >= args.max_train_steps:
+        return f"max_train_steps {args.max_train_steps} reached"
+    if args.num_train_epochs and state.epoch >= args.num_train_epochs:
+        return f"num_train_epochs {args.num_train_epochs} reached"
+    if state.step and lr <= args.stop_min_lr:
+        return f"learning rate {lr:.3g} at or under stop_min_lr {args.stop_min_lr}"
+    if args.patience >= 0 and max(args.patience, 1) <= state.validations_without_improvement:
+        return f"patience {args.patience}: {state.validations_without_improvement} validations without improvement"
+    return None
+
+
+def digest(rows) -> str:
+    """A checksum of training data as the model reads it: nested lists of numbers."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps(row).encode())
+    return total.hexdigest()[:16]
+
+
+def save_checkpoint(
+    accelerator, args, run_folder: Path, state: LoopState, *, model, optimizer, scheduler, meters, fingerprint, is_best
+) -> Path:
+    """Saves everything that a run needs to go on bit for bit; called on all processes. Raises CheckpointError."""
+    tensors = checkpoint.gather_tensors(accelerator, model, optimizer)
+    state.meters = {name: meter.state(accelerator) for name, meter in meters.items()}
+    content = {
+        "loop": asdict(state),
+        "scheduler": {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"},
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+    }
+    folder = run_folder / "checkpoints" / f"step_{state.step:08d}"
+    failure = [None]
+    if accelerator.is_main_process:
+        try:
+            checkpoint.save(run_folder / "checkpoints", state.step, tensors, state=content, fingerprint=fingerprint,
+                            limit=args.checkpoints_total_limit, is_best=is_best)  # fmt: skip
+        except checkpoint.CheckpointError as error:
+            failure = [str(error)]
+    broadcast_object_list(failure)  # so that all processes end with the same code
+    if failure[0]:
+        raise checkpoint.CheckpointError(failure[0])
+    return folder
+
+
+def resume(
+    accelerator, args, run_folder: Path, *, model, optimizer, scheduler, fingerprint, warn
+) -> tuple[LoopState, Path | None, dict | None]:
+    """Restores model, optimizer and schedule from where `--resume_from_checkpoint` or `--init_from` say.
+
+    Returns the loop's state, the checkpoint or None, and the checkpoint's batch shape if it is another than this run's,
+    which needs `--allow_reshard`. `fingerprint(epoch)` is this run's. Called on all processes. Raises UsageError.
+    """
+    found = [None]
+    tensors = {}
+    if accelerator.is_main_process:
+        try:
+            folder, is_own = _find(args, run_folder, warn)
+            if folder is not None:
+                tensors, content, saved = checkpoint.read(folder)
+                if is_own:
+                    _compare(folder, saved, fingerprint(content["loop"]["epoch"]), args.allow_reshard)
+                found = [{"folder": folder, "is_own": is_own, "content": content, "fingerprint": saved}]
+        except (UsageError, checkpoint.DamagedCheckpoint, OSError) as error:
+            found = [{"error": str(error)}]
+    broadcast_object_list(found)
+    if found[0] is None:
+        return LoopState(), None, None
+    if "error" in found[0]:
+        raise UsageError(found[0]["error"])
+
+    folder, is_own, content, saved = (found[0][name] for name in ("folder", "is_own", "content", "fingerprint"))
+    keep_optimizer = is_own or not args.reset_optimizer
+    checkpoint.restore_tensors(accelerator, model, optimizer, tensors, with_optimizer=keep_optimizer)
+    if accelerator.scaler and content["scaler"]:
+        accelerator.scaler.load_state_dict(content["scaler"])
+    state = LoopState(**content["loop"])
+    if is_own or not args.reset_lr_scheduler:
+        scheduler.load_state_dict({**content["scheduler"], "lr_lambdas": [None] * len(optimizer.param_groups)})
+    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
+    if not is_own:
+        state.stop, state.validation_due = None, False
+        if args.reset_dataloader:
+            state.epoch, state.step_in_epoch, state.step, state.done_before = 0, 0, 0, []
+        if args.reset_meters:
+            state.best, state.best_step, state.validations_without_improvement = None, 0, 0
+            state.skipped, state.train_seconds, state.meters = 0, 0.0, {}
+    is_reshaped = saved["shape"] != fingerprint(state.epoch)["shape"]
+    return state, folder, saved["shape"] if is_reshaped else None
+
+
+def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
+    """The checkpoint to start from, and whether it is one of this run (rather than of `--init_from`)."""
+    checkpoints = run_folder / "checkpoints"
+    checkpoint.tidy(checkpoints)
+    if args.resume_from_checkpoint == "auto":
+        if folder := checkpoint.find_newest_valid(checkpoints, warn):
+            return folder, True
+    elif args.resume_from_checkpoint == "none":
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    else:
+        folder = Path(args.resume_from_checkpoint)
+        if problem := checkpoint.problems(folder):
+            raise UsageError(f"--resume_from_checkpoint {problem}")
+        return folder, True
+    if args.init_from:
+        folder = Path(args.init_from)
+        if (folder / "checkpoints").is_dir():
+            folder = checkpoint.find_newest_valid(folder / "checkpoints", warn) or folder
+        if problem := checkpoint.problems(folder):
+            raise UsageError(f"--init_from {problem}")
+        return folder, False
+    return None, False
+
+
+def _compare(folder: Path, saved: dict, current: dict, allow_reshard: bool) -> None:
+    """UsageError that says what differs between a checkpoint's run and this one."""
+    names = {name for name in (*saved, *current) if name != "shape" and saved.get(name) != current.get(name)}
+    differences = [f"{name} {saved.get(name)} there, {current.get(name)} here" for name in sorted(names)]
+    reshaped = [
+        f"{name} {value} there, {current['shape'].get(name)} here"
+        for name, value in sorted(saved["shape"].items())
+        if current["shape"].get(name) != value
+    ]
+    if differences:
+        raise UsageError(
+            f"{folder} is of another run: {'; '.join(differences + reshaped)}. Choose another --output_dir, or pass "
+            "--resume_from_checkpoint none to start anew in this one"
+        )
+    if reshaped and not allow_reshard:
+        raise UsageError(
+            f"{folder} was made with another shape of batches: {'; '.join(reshaped)}. Pass --allow_reshard to go on "
+            "from the same place in the epoch"
+        )
