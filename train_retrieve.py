@@ -295,11 +295,10 @@ def main():
             else:
                 state.validation_due, (_, received) = True, signals.agree(accelerator)
         if is_best or state.stop or received or state.is_checkpoint_due(args):
-            folder = save_checkpoint(
-                accelerator, args, run_folder, state, model=model, optimizer=optimizer, scheduler=scheduler,
+            save_checkpoint(
+                accelerator, args, run_folder, log, state, model=model, optimizer=optimizer, scheduler=scheduler,
                 meters=meters, fingerprint=fingerprint(state.epoch), is_best=is_best,
             )  # fmt: skip
-            log("checkpoint", step=state.step, epoch=state.epoch, folder=str(folder), is_best=is_best)
         return received
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -300,11 +300,10 @@ def main():
             else:
                 state.validation_due, (_, received) = True, signals.agree(accelerator)
         if is_best or state.stop or received or state.is_checkpoint_due(args):
-            folder = save_checkpoint(
-                accelerator, args, run_folder, state, model=model, optimizer=optimizer, scheduler=scheduler,
+            save_checkpoint(
+                accelerator, args, run_folder, log, state, model=model, optimizer=optimizer, scheduler=scheduler,
                 meters=meters, fingerprint=fingerprint(state.epoch), is_best=is_best,
             )  # fmt: skip
-            log("checkpoint", step=state.step, epoch=state.epoch, folder=str(folder), is_best=is_best)
         return received
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -406,10 +405,11 @@ def main():
 
     if predictions is None:  # a finished run was started again
         predictions, scores = validate() or end_run(accelerator, 130)
+    weights = accelerator.get_state_dict(model)  # whole, where it is sharded
     if accelerator.is_main_process:
         rows = {"lead extract": scores["lead"], "oracle extract": scores["oracle"], "summarizer": scores}
         log.say(score_table(rows, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
-        publish(run_folder, lambda folder: save_pretrained(summarizer.model, tokenizer, folder))
+        publish(run_folder, lambda folder: save_pretrained(summarizer, tokenizer, folder, weights))
         write_predictions(run_folder / "predictions.validation.jsonl", validation_rows, predictions)
         log.say(f"wrote {run_folder / 'predictions.validation.jsonl'}")
     end_run(accelerator)

@@ -151,7 +151,7 @@ def test_validation_batches_hold_each_example_once_longest_first(examples):
 @pytest.mark.parametrize("size", [{"batch_size": 4}, {"max_tokens": 600}], ids=["batch_size", "max_tokens"])
 def test_groups_stay_together_and_are_drawn_anew_in_each_epoch(size):
     lengths, groups = random_lengths(96), [i % 24 for i in range(96)]  # 24 documents of four queries
-    plans = [plan_epoch(lengths, seed=1, epoch=epoch, groups=groups, **size) for epoch in (0, 1)]
+    plans = [plan_epoch(lengths, seed=1, epoch=epoch, groups=groups, by_group=True, **size) for epoch in (0, 1)]
     for plan in plans:
         batches = micro_batches(plan)
         assert sorted(itertools.chain(*batches)) == list(range(96))

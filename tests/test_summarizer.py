@@ -302,7 +302,7 @@ def test_the_trained_tokenizer_loses_no_character(tokenizer, text):
 def test_the_small_bart_and_its_tokenizer_load_in_plain_transformers_with_the_same_logits(tokenizer, tmp_path):
     torch.manual_seed(1)
     model = build_small_bart(tokenizer, d_model=32).eval()
-    save_pretrained(model, tokenizer, tmp_path)
+    save_pretrained(Summarizer(model), tokenizer, tmp_path, Summarizer(model).state_dict())
     loaded, loaded_tokenizer = AutoModelForSeq2SeqLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     text = "Das Café and the green bridge in May."
     assert loaded_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from utils import checkpoint
 from utils.arguments import UsageError
@@ -117,9 +117,16 @@ def digest(rows) -> str:
 
 
 def save_checkpoint(
-    accelerator, args, run_folder: Path, state: LoopState, *, model, optimizer, scheduler, meters, fingerprint, is_best
-) -> Path:
-    """Saves everything that a run needs to go on bit for bit; called on all processes. Raises CheckpointError."""
+    accelerator, args, run_folder: Path, log, state: LoopState, *, model, optimizer, scheduler, meters, fingerprint,
+    is_best: bool,
+) -> None:  # fmt: skip
+    """Saves everything that a run needs to go on bit for bit; called on all processes. Raises CheckpointError.
+
+    DeepSpeed keeps its state in a form of its own, which is not saved: the log says so.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        log("checkpoint_skipped", step=state.step, epoch=state.epoch, reason="not supported with DeepSpeed")
+        return
     tensors = checkpoint.gather_tensors(accelerator, model, optimizer)
     state.meters = {name: meter.state(accelerator) for name, meter in meters.items()}
     content = {
@@ -138,7 +145,7 @@ def save_checkpoint(
     broadcast_object_list(failure)  # so that all processes end with the same code
     if failure[0]:
         raise checkpoint.CheckpointError(failure[0])
-    return folder
+    log("checkpoint", step=state.step, epoch=state.epoch, folder=str(folder), is_best=is_best)
 
 
 def resume(
@@ -196,11 +203,20 @@ def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
         if folder := checkpoint.find_newest_valid(checkpoints, warn):
             return folder, True
     elif args.resume_from_checkpoint == "none":
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        if checkpoints.is_dir():
+            removed = checkpoints.with_name("checkpoints.removed")  # renamed first: a kill leaves no half of them
+            checkpoints.rename(removed)
+            shutil.rmtree(removed)
     else:
-        folder = Path(args.resume_from_checkpoint)
+        folder = Path(args.resume_from_checkpoint).resolve()
         if problem := checkpoint.problems(folder):
             raise UsageError(f"--resume_from_checkpoint {problem}")
+        newest = max(checkpoints.glob("step_*"), default=folder).resolve()
+        if newest != folder:
+            raise UsageError(
+                f"--resume_from_checkpoint {folder}: {checkpoints} holds other checkpoints, up to {newest.name}; "
+                "remove the newer ones, or go on from it in another --output_dir"
+            )
         return folder, True
     if args.init_from:
         folder = Path(args.init_from)

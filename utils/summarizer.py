@@ -243,7 +243,11 @@ def label_smoothed_loss(logits, targets, smoothing: float) -> tuple[torch.Tensor
     return (1 - smoothing) * nll + smoothing * uniform, nll.detach()
 
 
-def save_pretrained(model, tokenizer, output_dir: str | Path) -> None:
-    """The folder that `AutoModelForSeq2SeqLM.from_pretrained` and `AutoTokenizer.from_pretrained` load unchanged."""
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+def save_pretrained(summarizer: Summarizer, tokenizer, folder: str | Path, weights: dict) -> None:
+    """The folder that `AutoModelForSeq2SeqLM.from_pretrained` and `AutoTokenizer.from_pretrained` load unchanged.
+
+    `weights` is the summarizer's state dict.
+    """
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    summarizer.model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)

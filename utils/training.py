@@ -88,6 +88,11 @@ def start(accelerator, args) -> Path:
         # `accelerate launch` without a configuration starts PyTorch with a single thread
         here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if args.gradient_accumulation_steps != "1":
+            raise UsageError("--gradient_accumulation_steps is not supported with DeepSpeed: use FSDP2, or 1")
+        # DeepSpeed asks for it and uses it for messages only
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     transformers.utils.logging.disable_progress_bar()
     set_seed(args.seed)
     if args.deterministic:
