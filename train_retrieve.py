@@ -203,7 +203,12 @@ def main():
 
     def plan(epoch: int, without=(), **other_shape) -> list:
         steps = plan_epoch(
-            lengths, seed=args.seed, epoch=epoch, without=without, groups=groups, **(other_shape or shape(epoch))
+            lengths,
+            seed=args.seed,
+            epoch=0 if args.overfit_one_batch else epoch,
+            without=without,
+            groups=groups,
+            **(other_shape or shape(epoch)),
         )
         return [steps[0]] * len(steps) if args.overfit_one_batch else steps
 

@@ -181,7 +181,13 @@ def main():
         }
 
     def plan(epoch: int, without=(), **other_shape) -> list:
-        steps = plan_epoch(lengths, seed=args.seed, epoch=epoch, without=without, **(other_shape or shape(epoch)))
+        steps = plan_epoch(
+            lengths,
+            seed=args.seed,
+            epoch=0 if args.overfit_one_batch else epoch,
+            without=without,
+            **(other_shape or shape(epoch)),
+        )
         return [steps[0]] * len(steps) if args.overfit_one_batch else steps
 
     max_steps = schedule_steps(args, plan)

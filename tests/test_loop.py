@@ -45,6 +45,17 @@ def assert_same_run(folder, reference) -> None:
     assert [line["step"] for line in events(folder, "train")] == list(range(1, STEPS + 1))
 
 
+def assert_close(ours: dict, theirs: dict) -> None:
+    """Weights within 1e-5 of their norm, tensor by tensor.
+
+    Biases of keys are left out: softmax cancels them, so that their gradient is rounding, which AdamW scales up.
+    """
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if not name.endswith("k_proj.bias"):
+            assert torch.linalg.norm(ours[name] - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), name
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """For each script, a run that nothing happens to."""
@@ -208,9 +219,7 @@ def test_a_micro_batch_that_does_not_fit_is_tried_again_in_halves(tmp_path):
     assert not events(tmp_path / "run", "skip")
     assert sum(line["examples"] for line in events(tmp_path / "run", "train")) == 48
     run("train_summarize.py", tmp_path / "plain", "--num_train_epochs", 1, "--dropout", 0)
-    halved, plain = weights(tmp_path / "run"), weights(tmp_path / "plain")
-    for name in plain:
-        assert torch.linalg.norm(halved[name] - plain[name]) <= 1e-5 * torch.linalg.norm(plain[name]) + 1e-7
+    assert_close(weights(tmp_path / "run"), weights(tmp_path / "plain"))
 
 
 def test_steps_that_are_not_finite_are_dropped_and_named_and_too_many_end_the_run(tmp_path):
@@ -227,7 +236,7 @@ def test_a_file_system_that_is_full_ends_the_run_with_74_and_the_earlier_checkpo
     import resource
 
     script = "train_summarize.py"
-    run(script, tmp_path, "--max_train_steps", 2)
+    run(script, tmp_path, "--stop_time_hours", 1e-9)  # one step
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # inherited: no file may grow over a megabyte
