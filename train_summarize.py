@@ -61,7 +61,6 @@ from transformers import get_scheduler
 from utils.batching import StepBatches, eval_batches, plan_epoch
 from utils.checkpoint import publish
 from utils.data import load_splits, write_jsonl
-from utils.retriever import encode, load_retriever
 from utils.search import bm25_rankings, dense_rankings, lead_ranking, oracle_ranking, random_ranking
 from utils.state import best_score, digest, resume, save_checkpoint, schedule_steps, stop_reason
 from utils.summarizer import (
@@ -153,6 +152,8 @@ def main():
         return rows
 
     if args.retriever and args.retriever not in ("bm25", *BASELINES):
+        from utils.retriever import encode, load_retriever  # imports sentence-transformers, which takes seconds
+
         retriever = load_retriever(args.retriever).to(accelerator.device)
     train_rows, validation_rows = read(train), read(validation)
     retriever = None
