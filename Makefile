@@ -18,7 +18,7 @@ quality:
 	$(PYTHON) -m ruff check .
 
 test:
-	$(PYTHON) -m pytest -q tests --ignore=tests/test_smoke.py
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests --ignore=tests/test_smoke.py
 
 smoke:
 	$(PYTHON) -m pytest -q tests/test_smoke.py

@@ -36,6 +36,8 @@ class RetrieveArguments(TrainingArguments, DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_choice("--metric_for_best", self.metric_for_best, (
+            "recall@1", "recall@5", "recall@10", "recall@20", "mrr@10", "ndcg@10", "gold_words@1024"))  # fmt: skip
         check_choice("--ranking", self.ranking, ("dense", "hybrid"))
         check_at_least(1, self, "top_k", "negatives_pool", "oracle_passages", "max_seq_length")
         check_at_least(0, self, "num_hard_negatives", "smooth_window", "bm25_weight", "attention_dropout")
@@ -46,6 +48,7 @@ class RetrieveArguments(TrainingArguments, DataArguments):
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
     arguments = parse(RetrieveArguments, __doc__)
 
+import itertools
 import math
 import signal
 import time
@@ -73,7 +76,7 @@ from utils.search import (
     rank,
     smooth,
 )
-from utils.state import best_score, digest, resume, save_checkpoint, schedule_steps, stop_reason
+from utils.state import digest, resume, save_checkpoint, schedule_steps, stop_reason
 from utils.training import (
     Meters,
     NanDetector,
@@ -269,8 +272,10 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # checkpoints
 
+    data = digest([passage_tokens, [[pair["query"], pair["evidence"], pair["negatives"]] for pair in pairs]])
+
     def fingerprint(epoch: int) -> dict:
-        data = digest([passage_tokens, [[pair["query"], pair["evidence"], pair["negatives"]] for pair in pairs]])
+        """What a checkpoint must have in common with a run that goes on from it."""
         return {"data": data, "parameters": parameters, "seed": args.seed, "shape": shape(epoch)}
 
     state, resumed_from, old_shape = resume(
@@ -291,14 +296,16 @@ def main():
         lr = scheduler.get_last_lr()[0]
         state.stop = stop_reason(accelerator, args, state, lr)
         is_best = False
-        if state.is_validation_due(args) and not received:
-            if validated := validate():
+        if state.is_validation_due(args):
+            state.validation_due = True  # and stays so if a signal comes before it is done
+            validated = None if received else validate()
+            if validated:
                 scores = validated
                 log("validation", step=state.step, epoch=state.epoch, **scores)
-                is_best = state.note_validation(best_score(args, scores), args.greater_is_better)
+                is_best = state.note_validation(args, scores)
                 state.stop = stop_reason(accelerator, args, state, lr)
             else:
-                state.validation_due, (_, received) = True, signals.agree(accelerator)
+                received = received or signals.agree(accelerator)[1]
         if is_best or state.stop or received or state.is_checkpoint_due(args):
             save_checkpoint(
                 accelerator, args, run_folder, log, state, model=model, optimizer=optimizer, scheduler=scheduler,
@@ -340,8 +347,10 @@ def main():
         log.say(f"nothing to train: {state.stop}")
     received = at_boundary(None) if state.validation_due else None
     with profiler(accelerator, args, run_folder) as profile:
-        while not state.stop and not received:
-            epoch, steps = state.epoch, plan(state.epoch, state.done_before)
+        for epoch in itertools.count(state.epoch):
+            if state.stop or received:
+                break
+            steps = plan(epoch, state.done_before)
             collate_epoch = partial(collate, epoch=epoch)
             batches = StepBatches(pairs, steps[state.step_in_epoch :], collate_epoch, accelerator.process_index)
             log.start_epoch(epoch, state.step_in_epoch, len(steps))

@@ -37,6 +37,8 @@ class SummarizeArguments(TrainingArguments, DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_choice("--metric_for_best", self.metric_for_best, (
+            "loss", "nll_loss", "ppl", "rouge1", "rouge2", "rougeL", "rougeLsum"))  # fmt: skip
         check_choice("--fusion", self.fusion, ("concat", "fid"))
         check_choice("--passage_order", self.passage_order, ("document", "rank"))
         check_at_least(1, self, "top_k", "max_target_length", "num_beams", "max_new_tokens")
@@ -47,6 +49,7 @@ class SummarizeArguments(TrainingArguments, DataArguments):
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
     arguments = parse(SummarizeArguments, __doc__)
 
+import itertools
 import math
 import signal
 import time
@@ -62,7 +65,7 @@ from utils.batching import StepBatches, eval_batches, plan_epoch
 from utils.checkpoint import publish
 from utils.data import load_splits, write_jsonl
 from utils.search import bm25_rankings, dense_rankings, lead_ranking, oracle_ranking, random_ranking
-from utils.state import best_score, digest, resume, save_checkpoint, schedule_steps, stop_reason
+from utils.state import digest, resume, save_checkpoint, schedule_steps, stop_reason
 from utils.summarizer import (
     Sources,
     Summarizer,
@@ -276,9 +279,11 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # checkpoints
 
+    data = digest(pairs)
+
     def fingerprint(epoch: int) -> dict:
-        return {"data": digest(pairs), "parameters": parameters, "seed": args.seed,
-                "shape": shape(epoch)}  # fmt: skip
+        """What a checkpoint must have in common with a run that goes on from it."""
+        return {"data": data, "parameters": parameters, "seed": args.seed, "shape": shape(epoch)}
 
     state, resumed_from, old_shape = resume(
         accelerator, args, run_folder, model=model, optimizer=optimizer, scheduler=scheduler, fingerprint=fingerprint,
@@ -298,14 +303,16 @@ def main():
         lr = scheduler.get_last_lr()[0]
         state.stop = stop_reason(accelerator, args, state, lr)
         is_best = False
-        if state.is_validation_due(args) and not received:
-            if validated := validate():
+        if state.is_validation_due(args):
+            state.validation_due = True  # and stays so if a signal comes before it is done
+            validated = None if received else validate()
+            if validated:
                 predictions, scores = validated
                 log("validation", step=state.step, epoch=state.epoch, **scores)
-                is_best = state.note_validation(best_score(args, scores), args.greater_is_better)
+                is_best = state.note_validation(args, scores)
                 state.stop = stop_reason(accelerator, args, state, lr)
             else:
-                state.validation_due, (_, received) = True, signals.agree(accelerator)
+                received = received or signals.agree(accelerator)[1]
         if is_best or state.stop or received or state.is_checkpoint_due(args):
             save_checkpoint(
                 accelerator, args, run_folder, log, state, model=model, optimizer=optimizer, scheduler=scheduler,
@@ -336,8 +343,10 @@ def main():
         log.say(f"nothing to train: {state.stop}")
     received = at_boundary(None) if state.validation_due else None
     with profiler(accelerator, args, run_folder) as profile:
-        while not state.stop and not received:
-            epoch, steps = state.epoch, plan(state.epoch, state.done_before)
+        for epoch in itertools.count(state.epoch):
+            if state.stop or received:
+                break
+            steps = plan(epoch, state.done_before)
             batches = StepBatches(pairs, steps[state.step_in_epoch :], collate_pairs, accelerator.process_index)
             log.start_epoch(epoch, state.step_in_epoch, len(steps))
             for micro_batches in DataLoader(batches, batch_size=None, num_workers=args.dataloader_num_workers):

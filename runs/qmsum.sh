@@ -3,7 +3,14 @@
 # scratch on what it retrieves. Turns are merged into chunks of 200 words.
 # usage: runs/qmsum.sh FOLDER_OF_QMSUM [OUTPUT]     (train.jsonl.xz and validation.jsonl in this project's format)
 #
-# @@RESULT@@
+# 2026-11-22, two cores of an AMD EPYC (Zen 5), bfloat16, torch 2.13.0, seed 42; 24 minutes beside other work.
+# Retriever, validation, 237 specific queries with evidence: share of gold words within 1,024 words
+#   58.8 [51.5, 65.6], BM25 37.6 [30.5, 44.1], difference 21.2 [16.2, 26.0]   (95% bootstrap by meeting, runs/interval.py)
+#   recall@5 53.6 (BM25 32.8), nDCG@10 65.6 (44.6); after one epoch of the two 58.2
+#   One seed. The share of BM25 (0.5) and the window (2) were chosen on this validation split, with the model of another
+#   run; that model's own ranking alone gave 48.5, smoothed over neighbours 56.9, with 0.45 of BM25's score added 60.0.
+# Summarizer, small BART from scratch, 3 epochs, only to show the pipeline whole: training loss 10.51 -> 8.85 -> 8.40,
+#   validation loss 9.32 -> 8.77 -> 8.64 (bits a token, label-smoothed); ROUGE-1/2/L 15.2/3.6/12.3
 set -euo pipefail
 data=$(realpath "$1")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

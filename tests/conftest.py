@@ -7,8 +7,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
+
+# The smallest runs that have everything in them: two epochs, accumulation, dropout, draws of negatives.
+SMALL = {
+    "train_retrieve.py": ["--sample_documents", 8, "--num_hard_negatives", 2],
+    "train_summarize.py": ["--sample_documents", 8, "--dropout", 0.1, "--max_new_tokens", 2, "--num_beams", 1],
+}
+LOOP = ["--num_train_epochs", 2, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2,
+        "--log_steps", 1, "--learning_rate", 3e-4]  # fmt: skip
+STEPS = 12  # 48 examples, 8 in a step, two epochs
+SCRIPTS = list(SMALL)
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one core for each, so that their threads do not wait for a core
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    torch.set_num_threads(1)
 
 
 def launch(script: str, *flags, processes: int = 1, cwd=ROOT, timeout: int = 240, **environment):
@@ -54,3 +71,44 @@ def smoke(tmp_path_factory):
         result = launch(f"train_{stage}.py", *flags[stage])
         assert result.returncode == 0, result.stderr
     return {"retrieve": retrieve, "summarize": summarize, "flags": flags}
+
+
+def run(script, folder, *flags, expect=0, **options):
+    result = launch(script, "--output_dir", folder, *SMALL[script], *LOOP, *flags, **options)
+    assert result.returncode == expect, (result.returncode, result.stdout[-2000:], result.stderr[-4000:])
+    return result
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(folder, reference) -> None:
+    """The same weights to the last bit, and the same training history without repeated steps."""
+    ours, theirs = weights(folder), weights(reference)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    keep = ("step", "epoch", "loss", "lr", "gnorm", "examples", "tokens")
+    histories = [[[line[name] for name in keep] for line in events(run, "train")] for run in (folder, reference)]
+    assert histories[0] == histories[1]
+    assert [line["step"] for line in events(folder, "train")] == list(range(1, STEPS + 1))
+
+
+def assert_close(ours: dict, theirs: dict) -> None:
+    """Weights within 1e-5 of their norm, tensor by tensor.
+
+    Biases of keys are left out: softmax cancels them, so that their gradient is rounding, which AdamW scales up.
+    """
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if not name.endswith("k_proj.bias"):
+            assert torch.linalg.norm(ours[name] - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), name
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """For each script, a run that nothing happens to."""
+    folders = {script: tmp_path_factory.mktemp("undisturbed") for script in SCRIPTS}
+    for script, folder in folders.items():
+        run(script, folder)
+    return folders

@@ -1,142 +1,13 @@
-"""The training loop as a user meets it: killed, interrupted, starved of memory, split over processes, started again."""
+"""The training loop's rules and numbers: splits, memory, steps that are not finite, stop rules, intervals, the log."""
 
 import os
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, events, launch, read_jsonl
-from safetensors.torch import load_file
+from conftest import LOOP, ROOT, SCRIPTS, SMALL, assert_close, events, launch, read_jsonl, run, weights
 
 from utils.state import LoopState, stop_reason
-
-SMALL = {
-    "train_retrieve.py": ["--sample_documents", 8, "--num_hard_negatives", 2],
-    "train_summarize.py": ["--sample_documents", 8, "--dropout", 0.1, "--max_new_tokens", 2, "--num_beams", 1],
-}
-LOOP = ["--num_train_epochs", 2, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2,
-        "--log_steps", 1, "--learning_rate", 3e-4]  # fmt: skip
-STEPS = 12  # 48 examples, 8 in a step, two epochs
-SCRIPTS = list(SMALL)
-
-
-def run(script, folder, *flags, expect=0, **options):
-    result = launch(script, "--output_dir", folder, *SMALL[script], *LOOP, *flags, **options)
-    assert result.returncode == expect, (result.returncode, result.stdout[-2000:], result.stderr[-4000:])
-    return result
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_run(folder, reference) -> None:
-    """The same weights to the last bit, and the same training history without repeated steps."""
-    ours, theirs = weights(folder), weights(reference)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    keep = ("step", "epoch", "loss", "lr", "gnorm", "examples", "tokens")
-    histories = [[[line[name] for name in keep] for line in events(run, "train")] for run in (folder, reference)]
-    assert histories[0] == histories[1]
-    assert [line["step"] for line in events(folder, "train")] == list(range(1, STEPS + 1))
-
-
-def assert_close(ours: dict, theirs: dict) -> None:
-    """Weights within 1e-5 of their norm, tensor by tensor.
-
-    Biases of keys are left out: softmax cancels them, so that their gradient is rounding, which AdamW scales up.
-    """
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        if not name.endswith("k_proj.bias"):
-            assert torch.linalg.norm(ours[name] - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), name
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """For each script, a run that nothing happens to."""
-    folders = {script: tmp_path_factory.mktemp("undisturbed") for script in SCRIPTS}
-    for script, folder in folders.items():
-        run(script, folder)
-    return folders
-
-
-def start(script, folder, *flags, processes=1):
-    """A run in the background, in a process group of its own."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [
-        str(ROOT / script),
-        "--output_dir",
-        str(folder),
-        *map(str, SMALL[script]),
-        *map(str, LOOP),
-        *map(str, flags),
-    ]
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
-    return subprocess.Popen(command, env=variables, start_new_session=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)  # fmt: skip
-
-
-def wait_for_step(folder, step: int, process) -> None:
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        path = folder / "metrics.jsonl"
-        if path.exists() and path.read_text().count('"event": "train"') >= step:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached: {process.poll()}")
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(script, undisturbed, tmp_path):
-    for step in (3, 8):  # in the middle of the first epoch, and of the second
-        process = start(script, tmp_path, "--checkpointing_steps", 1, "--dataloader_num_workers", 2)
-        wait_for_step(tmp_path, step, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "model.safetensors").exists()
-    run(script, tmp_path, "--checkpointing_steps", 1)
-    assert len(events(tmp_path, "resume")) >= 1
-    assert_same_run(tmp_path, undisturbed[script])
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves_with_its_code(number, processes, tmp_path, request):
-    script = "train_summarize.py"
-    if processes == 2 and number != signal.SIGUSR1:
-        pytest.skip("torch's launcher answers for its workers: one of the three signals is enough")
-    process = start(script, tmp_path, "--log_format", "none", processes=processes)
-    wait_for_step(tmp_path, 2, process)
-    if processes == 1:
-        os.kill(process.pid, number)
-        assert process.wait(60) == 128 + number
-    else:  # to one of the two workers only
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(workers[0]), number)
-        process.wait(60)
-    stop = events(tmp_path, "stop")[-1]
-    assert number.name in stop["reason"]
-    assert events(tmp_path, "checkpoint")[-1]["step"] == stop["step"] < STEPS
-    if processes == 1 and number == signal.SIGTERM:
-        run(script, tmp_path)
-        assert_same_run(tmp_path, request.getfixturevalue("undisturbed")[script])
-
-
-def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(undisturbed, tmp_path):
-    script = "train_summarize.py"
-    run(script, tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1)
-    for file in (tmp_path / "checkpoints").glob("step_*/optimizer.safetensors"):
-        file.write_bytes(file.read_bytes()[:-1])
-    result = run(script, tmp_path, "--max_train_steps", 2, expect=2)
-    assert "all 2 are damaged" in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -232,25 +103,6 @@ def test_steps_that_are_not_finite_are_dropped_and_named_and_too_many_end_the_ru
     assert "the gradient of model." in skips[0]["reason"]
 
 
-def test_a_file_system_that_is_full_ends_the_run_with_74_and_the_earlier_checkpoint(tmp_path, undisturbed):
-    import resource
-
-    script = "train_summarize.py"
-    run(script, tmp_path, "--stop_time_hours", 1e-9)  # one step
-    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # inherited: no file may grow over a megabyte
-    try:
-        result = run(script, tmp_path, expect=74)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "could not be written" in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
-    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == kept
-    run(script, tmp_path)
-    assert_same_run(tmp_path, undisturbed[script])
-
-
 def rules(**changes):
     flags = {"num_train_epochs": 0, "max_train_steps": 0, "stop_time_hours": 0, "stop_min_lr": -1, "patience": -1}
     return SimpleNamespace(**{**flags, **changes})
@@ -274,13 +126,21 @@ def test_each_stop_rule_ends_the_run_when_it_is_met_and_not_before(flags, before
 
 
 def test_a_tie_is_no_improvement_and_patience_counts_anew_after_one():
+    best = SimpleNamespace(metric_for_best="rougeL", greater_is_better=None)
     state = LoopState(step=1)
-    assert state.note_validation(1.0, greater_is_better=True)
-    assert not state.note_validation(1.0, greater_is_better=True)
+    assert state.note_validation(best, {"rougeL": 1.0})
+    assert not state.note_validation(best, {"rougeL": 1.0})
     assert state.validations_without_improvement == 1
-    assert not state.note_validation(2.0, greater_is_better=False)
-    assert state.note_validation(0.5, greater_is_better=False)
-    assert (state.best, state.validations_without_improvement) == (0.5, 0)
+    assert state.note_validation(best, {"rougeL": 1.5})
+    assert (state.best, state.validations_without_improvement) == (1.5, 0)
+
+
+@pytest.mark.parametrize(("metric", "greater_is_better"), [("loss", None), ("rougeL", False)])
+def test_lower_is_better_for_a_loss_or_if_the_flag_says_so(metric, greater_is_better):
+    best = SimpleNamespace(metric_for_best=metric, greater_is_better=greater_is_better)
+    state = LoopState(step=1, best=1.0)
+    assert not state.note_validation(best, {metric: 2.0})
+    assert state.note_validation(best, {metric: 0.5})
 
 
 def test_intervals_patience_pruning_and_the_log_in_one_run(tmp_path):
@@ -298,18 +158,6 @@ def test_intervals_patience_pruning_and_the_log_in_one_run(tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents*"))
     assert list((tmp_path / "profile").iterdir())
     assert [line["event"] for line in read_jsonl(tmp_path / "metrics.jsonl")][-2:] == ["stop", "done"]
-
-
-def test_fine_tuning_from_another_run_keeps_or_resets_its_state(tmp_path, undisturbed):
-    script = "train_summarize.py"
-    source = undisturbed[script]
-    run(script, tmp_path / "reset", "--init_from", source, "--reset_optimizer", "--reset_lr_scheduler",
-        "--reset_dataloader", "--reset_meters", "--max_train_steps", 1, "--learning_rate", 0)  # fmt: skip
-    assert events(tmp_path / "reset", "train")[0]["step"] == 1
-    ours, theirs = weights(tmp_path / "reset"), weights(source)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    run(script, tmp_path / "kept", "--init_from", source, "--num_train_epochs", 3)
-    assert events(tmp_path / "kept", "train")[0]["step"] == STEPS + 1
 
 
 def test_overfitting_one_batch_sees_the_same_examples_at_each_step_and_learns_them(tmp_path):

@@ -69,7 +69,7 @@ class TrainingArguments:
     checkpointing_steps: int = flag(0, "optimizer steps between checkpoints; 0: at the end of each epoch")
     checkpoints_total_limit: int = flag(3, "checkpoints kept beside the best one; 0: all")
     metric_for_best: str = flag("loss", "validation score that decides which checkpoint is best, and patience")
-    greater_is_better: bool = flag(True, "whether a higher score is better")
+    greater_is_better: bool | None = flag(None, "whether a higher score is better [not for loss, nll_loss and ppl]")
     resume_from_checkpoint: str = flag(
         "auto", "auto: the newest valid checkpoint in the run folder, else start; none: start anew; or a checkpoint"
     )

@@ -32,10 +32,15 @@ class LoopState:
     stop: str | None = None  # why the run ended
     meters: dict = field(default_factory=dict)
 
-    def note_validation(self, score: float, greater_is_better: bool) -> bool:
-        """Counts a validation; True if it is the best so far. A tie is no improvement."""
-        better = self.best is None or (score > self.best if greater_is_better else score < self.best)
+    def note_validation(self, args, scores: dict) -> bool:
+        """Counts a validation; True if it is the best so far by `--metric_for_best`. A tie is no improvement."""
+        score, greater_is_better = scores.get(args.metric_for_best), args.greater_is_better
+        if greater_is_better is None:
+            greater_is_better = args.metric_for_best not in ("loss", "nll_loss", "ppl")
         self.last_validation, self.validation_due = self.step, False
+        better = score is not None and (
+            self.best is None or (score > self.best if greater_is_better else score < self.best)
+        )
         self.validations_without_improvement = 0 if better else self.validations_without_improvement + 1
         if better:
             self.best, self.best_step = score, self.step
@@ -75,14 +80,6 @@ class LoopState:
     def is_checkpoint_due(self, args) -> bool:
         every = args.checkpointing_steps
         return self.step % every == 0 if every else self.step_in_epoch == 0
-
-
-def best_score(args, scores: dict) -> float:
-    """The score that `--metric_for_best` names; UsageError if validation has none of that name."""
-    if args.metric_for_best not in scores:
-        numbers = sorted(name for name, value in scores.items() if isinstance(value, int | float))
-        raise UsageError(f"--metric_for_best {args.metric_for_best}: validation has {', '.join(numbers)}")
-    return scores[args.metric_for_best]
 
 
 def schedule_steps(args, plan) -> int:

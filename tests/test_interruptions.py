@@ -1,0 +1,115 @@
+"""Runs that are killed, interrupted, damaged or out of disk: what they leave, and that they end as if undisturbed."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import LOOP, ROOT, SCRIPTS, SMALL, STEPS, assert_same_run, events, run, weights
+
+
+def start(script, folder, *flags, processes=1):
+    """A run in the background, in a process group of its own."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [
+        str(ROOT / script),
+        "--output_dir",
+        str(folder),
+        *map(str, SMALL[script]),
+        *map(str, LOOP),
+        *map(str, flags),
+    ]
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    return subprocess.Popen(command, env=variables, start_new_session=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)  # fmt: skip
+
+
+def wait_for_step(folder, step: int, process) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and path.read_text().count('"event": "train"') >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached: {process.poll()}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(script, undisturbed, tmp_path):
+    for step in (3, 8):  # in the middle of the first epoch, and of the second
+        process = start(script, tmp_path, "--checkpointing_steps", 1, "--dataloader_num_workers", 2)
+        wait_for_step(tmp_path, step, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "model.safetensors").exists()
+    run(script, tmp_path, "--checkpointing_steps", 1)
+    assert len(events(tmp_path, "resume")) >= 1
+    assert_same_run(tmp_path, undisturbed[script])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_with_its_code(number, processes, tmp_path, request):
+    script = "train_summarize.py"
+    if processes == 2 and number != signal.SIGUSR1:
+        pytest.skip("torch's launcher answers for its workers: one of the three signals is enough")
+    process = start(script, tmp_path, "--log_format", "none", processes=processes)
+    wait_for_step(tmp_path, 2, process)
+    if processes == 1:
+        os.kill(process.pid, number)
+        assert process.wait(60) == 128 + number
+    else:  # to one of the two workers only
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[0]), number)
+        process.wait(60)
+    stop = events(tmp_path, "stop")[-1]
+    assert number.name in stop["reason"]
+    assert events(tmp_path, "checkpoint")[-1]["step"] == stop["step"] < STEPS
+    if processes == 1 and number == signal.SIGTERM:
+        run(script, tmp_path)
+        assert_same_run(tmp_path, request.getfixturevalue("undisturbed")[script])
+
+
+def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(undisturbed, tmp_path):
+    script = "train_summarize.py"
+    run(script, tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1)
+    for file in (tmp_path / "checkpoints").glob("step_*/optimizer.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    result = run(script, tmp_path, "--max_train_steps", 2, expect=2)
+    assert "all 2 are damaged" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_file_system_that_is_full_ends_the_run_with_74_and_the_earlier_checkpoint(tmp_path, undisturbed):
+    script = "train_summarize.py"
+    run(script, tmp_path, "--stop_time_hours", 1e-9)  # one step
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # inherited: no file may grow over a megabyte
+    try:
+        result = run(script, tmp_path, expect=74)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not be written" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == kept
+    run(script, tmp_path)
+    assert_same_run(tmp_path, undisturbed[script])
+
+
+def test_fine_tuning_from_another_run_keeps_or_resets_its_state(tmp_path, undisturbed):
+    script = "train_summarize.py"
+    source = undisturbed[script]
+    run(script, tmp_path / "reset", "--init_from", source, "--reset_optimizer", "--reset_lr_scheduler",
+        "--reset_dataloader", "--reset_meters", "--max_train_steps", 1, "--learning_rate", 0)  # fmt: skip
+    assert events(tmp_path / "reset", "train")[0]["step"] == 1
+    ours, theirs = weights(tmp_path / "reset"), weights(source)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    run(script, tmp_path / "kept", "--init_from", source, "--num_train_epochs", 3)
+    assert events(tmp_path / "kept", "train")[0]["step"] == STEPS + 1
