@@ -1,5 +1,6 @@
 """What both training loops share and no experiment changes: start and end, processes, signals, meters and log."""
 
+import errno
 import json
 import os
 import platform
@@ -43,7 +44,8 @@ def run_script(main) -> None:
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException as error:
-        code = EXIT_CODES.get(type(error), 1)
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        code = 74 if is_full else EXIT_CODES.get(type(error), 1)
         if code == 1:
             traceback.print_exc()
         elif os.environ.get("RANK", "0") == "0" or code == 74:  # most errors are met by every process alike
