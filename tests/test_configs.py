@@ -27,7 +27,8 @@ from accelerate import Accelerator
 
 accelerator = Accelerator()
 total = accelerator.reduce(torch.tensor(accelerator.process_index + 1.0, device=accelerator.device), "sum").item()
-print(f"probe: {accelerator.num_processes} {accelerator.device.type} {accelerator.mixed_precision} {total}")
+line = f"probe: {accelerator.num_processes} {accelerator.device.type} {accelerator.mixed_precision} {total}\\n"
+os.write(1, line.encode())  # at once: two processes must not write into one line
 accelerator.end_training()
 sys.stdout.flush()
 os._exit(0)
