@@ -113,3 +113,8 @@ def test_fine_tuning_from_another_run_keeps_or_resets_its_state(tmp_path, undist
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     run(script, tmp_path / "kept", "--init_from", source, "--num_train_epochs", 3)
     assert events(tmp_path / "kept", "train")[0]["step"] == STEPS + 1
+    # other data, from the middle of an epoch: its own epoch is read from the start
+    run(script, tmp_path / "short", "--stop_time_hours", 1e-9)
+    run(script, tmp_path / "other", "--model_name_or_path", tmp_path / "short", "--init_from", tmp_path / "short",
+        "--num_train_epochs", 1, "--max_train_examples", 8)  # fmt: skip
+    assert [line["examples"] for line in events(tmp_path / "other", "train")] == [8]

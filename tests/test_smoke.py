@@ -115,12 +115,8 @@ def test_two_processes_train_the_retriever_like_one_with_twice_the_batch(tmp_pat
     assert [line["examples"] for line in one] == [line["examples"] for line in two]
     assert sum(line["examples"] for line in one) == 120
     assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
-    assert "on 2 process(es)" in launch_output(tmp_path, result)
-
-
-def launch_output(tmp_path, result) -> str:
+    assert "on 2 process(es)" in result.stdout
     assert json.loads((tmp_path / "2" / "environment.json").read_text())["processes"] == 2
-    return result.stdout
 
 
 @pytest.mark.parametrize("processes", [1, 2])

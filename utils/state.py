@@ -184,7 +184,9 @@ def resume(
     if not is_own:
         state.stop, state.validation_due = None, False
         if args.reset_dataloader:
-            state.epoch, state.step_in_epoch, state.step, state.done_before = 0, 0, 0, []
+            state.epoch, state.step, state.last_validation = 0, 0, 0
+        if args.reset_dataloader or saved["data"] != fingerprint(state.epoch)["data"]:
+            state.step_in_epoch, state.done_before = 0, []  # a place in other data's epoch means nothing
         if args.reset_meters:
             state.best, state.best_step, state.validations_without_improvement = None, 0, 0
             state.skipped, state.train_seconds, state.meters = 0, 0.0, {}
@@ -202,6 +204,7 @@ def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
     elif args.resume_from_checkpoint == "none":
         if checkpoints.is_dir():
             removed = checkpoints.with_name("checkpoints.removed")  # renamed first: a kill leaves no half of them
+            shutil.rmtree(removed, ignore_errors=True)
             checkpoints.rename(removed)
             shutil.rmtree(removed)
     else:
