@@ -65,7 +65,7 @@ from utils.batching import StepBatches, eval_batches, plan_epoch
 from utils.checkpoint import publish
 from utils.data import load_splits, write_jsonl
 from utils.search import bm25_rankings, dense_rankings, lead_ranking, oracle_ranking, random_ranking
-from utils.state import digest, resume, save_checkpoint, schedule_steps, stop_reason
+from utils.state import Checkpoints, digest, schedule_steps, stop_reason
 from utils.summarizer import (
     Sources,
     Summarizer,
@@ -285,10 +285,9 @@ def main():
         """What a checkpoint must have in common with a run that goes on from it."""
         return {"data": data, "parameters": parameters, "seed": args.seed, "shape": shape(epoch)}
 
-    state, resumed_from, old_shape = resume(
-        accelerator, args, run_folder, model=model, optimizer=optimizer, scheduler=scheduler, fingerprint=fingerprint,
-        warn=log.warn,
-    )  # fmt: skip
+    checkpoints = Checkpoints(accelerator, args, run_folder, log, signals, model=model, optimizer=optimizer,
+                              scheduler=scheduler, fingerprint=fingerprint)  # fmt: skip
+    state, resumed_from, old_shape = checkpoints.resume()
     if old_shape:  # the epoch goes on with the examples that the other shape had not come to
         state.leave_out(plan(state.epoch, state.done_before, **old_shape))
     meters = {name: Meters(accelerator, state.meters.get(name)) for name in ("train", "epoch")}
@@ -314,10 +313,7 @@ def main():
             else:
                 received = received or signals.agree(accelerator)[1]
         if is_best or state.stop or received or state.is_checkpoint_due(args):
-            save_checkpoint(
-                accelerator, args, run_folder, log, state, model=model, optimizer=optimizer, scheduler=scheduler,
-                meters=meters, fingerprint=fingerprint(state.epoch), is_best=is_best,
-            )  # fmt: skip
+            checkpoints.save(state, meters, is_best=is_best)
         return received
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -409,6 +405,7 @@ def main():
                 if state.stop or received:
                     break
             log.end_epoch()
+    checkpoints.wait()
     if received:
         log("stop", step=state.step, reason=f"{signal.Signals(received).name}; the same command goes on from here")
         end_run(accelerator, 128 + received)

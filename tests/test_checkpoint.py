@@ -15,8 +15,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from utils import checkpoint
 from utils.arguments import UsageError
 from utils.checkpoint import CheckpointError, DamagedCheckpoint, find_newest_valid, problems, publish, read, save, tidy
+from utils.state import Checkpoints, LoopState
 from utils.training import end_run, parameter_groups
 
 FILES = (*checkpoint.FILES, "manifest.json")
@@ -337,6 +340,65 @@ def test_a_planted_pickle_never_runs(two_checkpoints, tmp_path, form, file, rewr
     with pytest.raises(DamagedCheckpoint):
         read(planted.parent)
     assert not marker.exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files, and writing them while training goes on
+
+
+@pytest.mark.parametrize("size", [1, 2000, 2048, 2049, 10_000])  # in 4 bytes each: around blocks of 8192 bytes
+@pytest.mark.parametrize("direct", [True, False], ids=["around the page cache", "through it"])
+def test_safetensors_reads_what_was_written_byte_for_byte(tmp_path, monkeypatch, size, direct):
+    monkeypatch.setattr(checkpoint, "BLOCK", 8192)
+    if not direct:
+        monkeypatch.delattr(os, "O_DIRECT")
+    model = {f"in {dtype}": torch.arange(7).to(dtype) for dtype in checkpoint.DTYPES}
+    model |= {
+        "number": torch.tensor(1.5),
+        "none": torch.zeros(0, 3),
+        "large": torch.randn(size),
+        "flag": torch.ones(3, 2),
+    }
+    tensors = {"model": model, "optimizer": {"w": torch.randn(3)}}
+    save_step(tmp_path, 1, tensors=tensors)
+    assert_equal(read(tmp_path / "last")[0], tensors)
+
+
+def checkpoints_of(folder: Path, model, optimizer) -> Checkpoints:
+    accelerator = Accelerator(cpu=True)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    return Checkpoints(accelerator, SimpleNamespace(checkpoints_total_limit=0), folder, lambda *event, **values: None,
+                       SimpleNamespace(received=None), model=model, optimizer=optimizer, scheduler=scheduler,
+                       fingerprint=lambda epoch: {})  # fmt: skip
+
+
+def test_training_goes_on_while_a_checkpoint_of_the_step_before_is_written(tmp_path, monkeypatch):
+    model, optimizer = small_bart(seed=1)
+    train(Accelerator(cpu=True), model, optimizer, range(1))
+    checkpoints, may_write, plain_save = checkpoints_of(tmp_path, model, optimizer), threading.Event(), save
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **kwargs: may_write.wait() and plain_save(*args, **kwargs))
+    before = model.model.shared.weight.clone()
+    checkpoints.save(LoopState(step=1), {}, is_best=False)
+    train(Accelerator(cpu=True), model, optimizer, range(1, 2))
+    assert not (tmp_path / "checkpoints").exists()
+    may_write.set()
+    checkpoints.save(LoopState(step=2), {}, is_best=False)  # waits for the first one, whose memory it uses again
+    assert problems(tmp_path / "checkpoints" / "step_00000001") is None
+    checkpoints.wait()
+    first, second = (read(tmp_path / "checkpoints" / f"step_0000000{step}")[0]["model"] for step in (1, 2))
+    assert torch.equal(first["model.shared.weight"], before)
+    assert torch.equal(second["model.shared.weight"], model.model.shared.weight)
+    assert not torch.equal(first["model.shared.weight"], second["model.shared.weight"])
+
+
+def test_a_write_that_fails_in_the_background_asks_the_loop_to_stop_and_is_raised_there(tmp_path):
+    checkpoints = checkpoints_of(tmp_path, *small_bart(seed=1))
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    checkpoints.save(LoopState(step=1), {}, is_best=False)
+    checkpoints.thread.join()
+    assert checkpoints.signals.received
+    with pytest.raises(CheckpointError, match="step_00000001 could not be written"):
+        checkpoints.wait()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

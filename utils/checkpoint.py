@@ -7,8 +7,12 @@ A folder of that name is always complete: it is written beside, synced and renam
 of each file and is checked before anything is used. Only safetensors and JSON are read.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -18,13 +22,19 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.arguments import UsageError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "fingerprint.json")
 TEMPORARY = ".tmp_"  # begins the name of what is being written or removed
+BLOCK = 2**23  # bytes written at once
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+WRITER = "checkpoint writer"  # name of the thread that calls `save`
 REPLACED = ".old"  # ends the name of a checkpoint whose successor of the same step is about to take its place
 
 
@@ -40,12 +50,12 @@ class DamagedCheckpoint(ValueError):
 # tensors of model and optimizer: the same names and values for one process, DDP and FSDP2
 
 
-def gather_tensors(accelerator, model, optimizer) -> dict[str, dict[str, torch.Tensor]]:
+def gather_tensors(accelerator, model, optimizer, into=None) -> dict[str, dict[str, torch.Tensor]]:
     """Copies of all tensors on the main process's CPU, {"model": {...}, "optimizer": {...}}; {} on other processes.
 
     Called on all processes. Training may go on while the copies are written. Tied weights are there once. Of the
     optimizer there is each parameter's state as "parameter/entry", and the groups' learning rates, which schedulers
-    move; the groups' other settings are those of the flags.
+    move; the groups' other settings are those of the flags. `into`: earlier copies, whose memory is used again.
     """
     named = _named_tensors(accelerator, model)
     names = {id(tensor): name for name, tensor in named.items()}
@@ -56,10 +66,10 @@ def gather_tensors(accelerator, model, optimizer) -> dict[str, dict[str, torch.T
         for entry, value in state.items()
         if value is not None
     }
-    gathered = {
-        group: {name: copy for name, tensor in tensors.items() if (copy := _gather(accelerator, tensor)) is not None}
-        for group, tensors in {"model": named, "optimizer": states}.items()
-    }
+    gathered = {}
+    for group, tensors in {"model": named, "optimizer": states}.items():
+        memory = (into or {}).get(group, {})
+        gathered[group] = {name: _gather(accelerator, tensor, memory.get(name)) for name, tensor in tensors.items()}
     if not accelerator.is_main_process:
         return {}
     rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -113,15 +123,17 @@ def _named_tensors(accelerator, model) -> dict[str, torch.Tensor]:
     return {name: everything[name] for name in everything if first_names[id(everything[name])] == name}
 
 
-def _gather(accelerator, value) -> torch.Tensor | None:
+def _gather(accelerator, value, memory: torch.Tensor | None) -> torch.Tensor | None:
     """A contiguous copy of a whole tensor, or number, on the main process's CPU; None elsewhere."""
     if isinstance(value, DTensor):
         value = value.to(value.device_mesh.device_type).full_tensor()  # from the CPU, where parameters are offloaded
     if not accelerator.is_main_process:
         return None
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    if not isinstance(value, torch.Tensor):
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    if memory is None or (memory.shape, memory.dtype) != (value.shape, value.dtype):
+        memory = torch.empty(value.shape, dtype=value.dtype)
+    return memory.copy_(value.detach())  # into pages that are there already: several times faster than into new ones
 
 
 def _from_main(accelerator, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -162,11 +174,13 @@ def save(checkpoints: Path, step: int, tensors, *, state: dict, fingerprint: dic
     try:
         tidy(checkpoints)
         temporary.mkdir(parents=True)
-        save_file(tensors["model"], temporary / "model.safetensors")
-        save_file(tensors["optimizer"], temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-        (temporary / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1) + "\n")
-        files = {name: _size_and_digest(temporary / name) for name in FILES}
+        files = {
+            "model.safetensors": _safetensors(tensors["model"]),
+            "optimizer.safetensors": _safetensors(tensors["optimizer"]),
+            "state.json": [(json.dumps(state, indent=1) + "\n").encode()],
+            "fingerprint.json": [(json.dumps(fingerprint, indent=1) + "\n").encode()],
+        }
+        files = {name: _write(temporary / name, parts) for name, parts in files.items()}
         (temporary / "manifest.json").write_text(_manifest({"is_best": is_best, "files": files}))
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
@@ -250,6 +264,70 @@ def _is_failed_write(error: Exception) -> bool:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
+    """The bytes of a safetensors file: the length of a JSON header, the header, and the tensors end to end."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each is aligned
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": DTYPES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(path: Path, parts) -> dict:
+    """Writes byte strings to a new file; returns its size and digest for the manifest.
+
+    Whole blocks go around the system's page cache where the file system lets them: filling it with gigabytes that
+    nobody reads takes the processor several times as long as all the rest.
+    """
+    block, filled, size, digest = mmap.mmap(-1, BLOCK), 0, 0, hashlib.sha256()  # mmap: direct writes want whole pages
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        _set_direct(descriptor, True)
+        for part in parts:
+            while part:
+                count = min(len(part), BLOCK - filled)
+                block[filled : filled + count] = part[:count]
+                part, filled, size = part[count:], filled + count, size + count
+                if filled == BLOCK:
+                    digest.update(block)
+                    _write_whole(descriptor, memoryview(block))
+                    filled = 0
+        _set_direct(descriptor, False)  # the rest is no whole block
+        digest.update(block[:filled])
+        _write_whole(descriptor, memoryview(block)[:filled])
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _write_whole(descriptor: int, view: memoryview) -> None:
+    try:
+        view = view[os.write(descriptor, view) :]
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    if view:  # refused, or cut short where the disk is full: in the ordinary way, which works or says why
+        _set_direct(descriptor, False)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _set_direct(descriptor: int, on: bool) -> None:
+    """Whether writes go around the page cache; not every system and file system can."""
+    direct, flags = getattr(os, "O_DIRECT", 0), fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | direct if on else flags & ~direct)
 
 
 def _manifest(content: dict) -> str:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import shutil
+import signal
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Thread
 
 from accelerate.utils import DistributedType, broadcast_object_list
 
@@ -113,85 +115,113 @@ def digest(rows) -> str:
     return total.hexdigest()[:16]
 
 
-def save_checkpoint(
-    accelerator, args, run_folder: Path, log, state: LoopState, *, model, optimizer, scheduler, meters, fingerprint,
-    is_best: bool,
-) -> None:  # fmt: skip
-    """Saves everything that a run needs to go on bit for bit; called on all processes. Raises CheckpointError.
+class Checkpoints:
+    """A run's checkpoints: saves everything that it needs to go on bit for bit, and goes on from there.
 
-    DeepSpeed keeps its state in a form of its own, which is not saved: the log says so.
+    Training goes on while a checkpoint is written: only the copying of its tensors is waited for. DeepSpeed keeps its
+    state in a form of its own, which is not saved: the log says so. `fingerprint(epoch)` is what a checkpoint must have
+    in common with a run that goes on from it.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        log("checkpoint_skipped", step=state.step, epoch=state.epoch, reason="not supported with DeepSpeed")
-        return
-    tensors = checkpoint.gather_tensors(accelerator, model, optimizer)
-    state.meters = {name: meter.state(accelerator) for name, meter in meters.items()}
-    content = {
-        "loop": asdict(state),
-        "scheduler": {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"},
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-    }
-    folder = run_folder / "checkpoints" / f"step_{state.step:08d}"
-    failure = [None]
-    if accelerator.is_main_process:
+
+    def __init__(self, accelerator, args, run_folder: Path, log, signals, *, model, optimizer, scheduler, fingerprint):
+        self.accelerator, self.args, self.log, self.signals = accelerator, args, log, signals
+        self.model, self.optimizer, self.scheduler, self.fingerprint = model, optimizer, scheduler, fingerprint
+        self.run_folder, self.folder = run_folder, run_folder / "checkpoints"
+        self.copies: dict | None = None  # of the tensors that are being written
+        self.is_writing = False
+        self.thread: Thread | None = None  # on the main process
+        self.error: BaseException | None = None
+
+    def save(self, state: LoopState, meters: dict, *, is_best: bool) -> None:
+        """Copies the state and starts to write it; called on all processes. Raises what `wait` raises."""
+        self.wait()
+        place = {"step": state.step, "epoch": state.epoch}
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.log("checkpoint_skipped", **place, reason="not supported with DeepSpeed")
+            return
+        self.copies = checkpoint.gather_tensors(self.accelerator, self.model, self.optimizer, self.copies)
+        state.meters = {name: meter.state(self.accelerator) for name, meter in meters.items()}
+        scaler = self.accelerator.scaler
+        content = {
+            "loop": asdict(state),
+            "scheduler": {name: value for name, value in self.scheduler.state_dict().items() if name != "lr_lambdas"},
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        if self.accelerator.is_main_process:
+            event = {**place, "folder": str(self.folder / f"step_{state.step:08d}"), "is_best": is_best}
+            content = json.loads(json.dumps(content))  # a copy: the loop goes on to change what is in it
+            contents = {"state": content, "fingerprint": self.fingerprint(state.epoch), "is_best": is_best}
+            self.thread = Thread(target=self._write, args=(event, contents), name=checkpoint.WRITER)
+            self.thread.start()
+        self.is_writing = True
+
+    def _write(self, event: dict, contents: dict) -> None:
         try:
-            checkpoint.save(run_folder / "checkpoints", state.step, tensors, state=content, fingerprint=fingerprint,
-                            limit=args.checkpoints_total_limit, is_best=is_best)  # fmt: skip
-        except checkpoint.CheckpointError as error:
-            failure = [str(error)]
-    broadcast_object_list(failure)  # so that all processes end with the same code
-    if failure[0]:
-        raise checkpoint.CheckpointError(failure[0])
-    log("checkpoint", step=state.step, epoch=state.epoch, folder=str(folder), is_best=is_best)
+            limit = self.args.checkpoints_total_limit
+            checkpoint.save(self.folder, event["step"], self.copies, **contents, limit=limit)
+            self.log("checkpoint", **event)
+        except BaseException as error:
+            self.error = error
+            self.signals.received = signal.SIGTERM  # ends the step loop, on all processes: they then come to `wait`
 
+    def wait(self) -> None:
+        """Until the last checkpoint is complete; called on all processes. Raises CheckpointError if it is not."""
+        if not self.is_writing:
+            return
+        if self.thread:
+            self.thread.join()
+        failure = [self.error and (str(self.error) or repr(self.error))]
+        broadcast_object_list(failure)  # so that all processes end with the same code
+        if failure[0]:
+            raise self.error or checkpoint.CheckpointError(failure[0])
+        self.is_writing, self.thread = False, None
 
-def resume(
-    accelerator, args, run_folder: Path, *, model, optimizer, scheduler, fingerprint, warn
-) -> tuple[LoopState, Path | None, dict | None]:
-    """Restores model, optimizer and schedule from where `--resume_from_checkpoint` or `--init_from` say.
+    def resume(self) -> tuple[LoopState, Path | None, dict | None]:
+        """Restores model, optimizer and schedule from where `--resume_from_checkpoint` or `--init_from` say.
 
-    Returns the loop's state, the checkpoint or None, and the checkpoint's batch shape if it is another than this run's,
-    which needs `--allow_reshard`. `fingerprint(epoch)` is this run's. Called on all processes. Raises UsageError.
-    """
-    found = [None]
-    tensors = {}
-    if accelerator.is_main_process:
-        try:
-            folder, is_own = _find(args, run_folder, warn)
-            if folder is not None:
-                tensors, content, saved = checkpoint.read(folder)
-                if is_own:
-                    _compare(folder, saved, fingerprint(content["loop"]["epoch"]), args.allow_reshard)
-                found = [{"folder": folder, "is_own": is_own, "content": content, "fingerprint": saved}]
-        except (UsageError, checkpoint.DamagedCheckpoint, OSError) as error:
-            found = [{"error": str(error)}]
-    broadcast_object_list(found)
-    if found[0] is None:
-        return LoopState(), None, None
-    if "error" in found[0]:
-        raise UsageError(found[0]["error"])
+        Returns the loop's state, the checkpoint or None, and the checkpoint's batch shape if it is another than this
+        run's, which needs `--allow_reshard`. Called on all processes. Raises UsageError.
+        """
+        accelerator, args, optimizer, scheduler = self.accelerator, self.args, self.optimizer, self.scheduler
+        found = [None]
+        tensors = {}
+        if accelerator.is_main_process:
+            try:
+                folder, is_own = _find(args, self.run_folder, self.log.warn)
+                if folder is not None:
+                    tensors, content, saved = checkpoint.read(folder)
+                    if is_own:
+                        _compare(folder, saved, self.fingerprint(content["loop"]["epoch"]), args.allow_reshard)
+                    found = [{"folder": folder, "is_own": is_own, "content": content, "fingerprint": saved}]
+            except (UsageError, checkpoint.DamagedCheckpoint, OSError) as error:
+                found = [{"error": str(error)}]
+        broadcast_object_list(found)
+        if found[0] is None:
+            return LoopState(), None, None
+        if "error" in found[0]:
+            raise UsageError(found[0]["error"])
 
-    folder, is_own, content, saved = (found[0][name] for name in ("folder", "is_own", "content", "fingerprint"))
-    keep_optimizer = is_own or not args.reset_optimizer
-    checkpoint.restore_tensors(accelerator, model, optimizer, tensors, with_optimizer=keep_optimizer)
-    if accelerator.scaler and content["scaler"]:
-        accelerator.scaler.load_state_dict(content["scaler"])
-    state = LoopState(**content["loop"])
-    if is_own or not args.reset_lr_scheduler:
-        scheduler.load_state_dict({**content["scheduler"], "lr_lambdas": [None] * len(optimizer.param_groups)})
-    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-        group["lr"] = lr
-    if not is_own:
-        state.stop, state.validation_due = None, False
-        if args.reset_dataloader:
-            state.epoch, state.step, state.last_validation = 0, 0, 0
-        if args.reset_dataloader or saved["data"] != fingerprint(state.epoch)["data"]:
-            state.step_in_epoch, state.done_before = 0, []  # a place in other data's epoch means nothing
-        if args.reset_meters:
-            state.best, state.best_step, state.validations_without_improvement = None, 0, 0
-            state.skipped, state.train_seconds, state.meters = 0, 0.0, {}
-    is_reshaped = saved["shape"] != fingerprint(state.epoch)["shape"]
-    return state, folder, saved["shape"] if is_reshaped else None
+        folder, is_own, content, saved = (found[0][name] for name in ("folder", "is_own", "content", "fingerprint"))
+        keep_optimizer = is_own or not args.reset_optimizer
+        checkpoint.restore_tensors(accelerator, self.model, optimizer, tensors, with_optimizer=keep_optimizer)
+        if accelerator.scaler and content["scaler"]:
+            accelerator.scaler.load_state_dict(content["scaler"])
+        state = LoopState(**content["loop"])
+        if is_own or not args.reset_lr_scheduler:
+            scheduler.load_state_dict({**content["scheduler"], "lr_lambdas": [None] * len(optimizer.param_groups)})
+        for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+        if not is_own:
+            state.stop, state.validation_due = None, False
+            if args.reset_dataloader:
+                state.epoch, state.step, state.last_validation = 0, 0, 0
+            if args.reset_dataloader or saved["data"] != self.fingerprint(state.epoch)["data"]:
+                state.step_in_epoch, state.done_before = 0, []  # a place in other data's epoch means nothing
+            if args.reset_meters:
+                state.best, state.best_step, state.validations_without_improvement = None, 0, 0
+                state.skipped, state.train_seconds, state.meters = 0, 0.0, {}
+        is_reshaped = saved["shape"] != self.fingerprint(state.epoch)["shape"]
+        return state, folder, saved["shape"] if is_reshaped else None
 
 
 def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:

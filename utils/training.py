@@ -9,9 +9,11 @@ import resource
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from accelerate.utils import DistributedType, ProfileKwargs, gather_object, set_
 from tqdm import tqdm
 
 from utils.arguments import UsageError
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import WRITER, CheckpointError
 from utils.data import DataError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,6 +70,9 @@ def end_run(accelerator, code: int = 0) -> None:
 
 
 def _exit(code: int) -> None:
+    for thread in threading.enumerate():  # after an error, a checkpoint may still be on its way
+        if thread.name == WRITER:
+            thread.join()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -129,6 +134,16 @@ def environment(accelerator) -> dict:
         "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
     }
+
+
+def hardware() -> str:
+    """Date, processor or GPU, cores and torch's version in one line: the head of every table of measurements."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    if not torch.cuda.is_available() and Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        device = names[0].partition(": ")[2] if names else device
+    cores = len(os.sched_getaffinity(0))
+    return f"{date.today()}, {device}, {cores} cores, torch {torch.__version__}"
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
@@ -341,7 +356,7 @@ class RunLog:
             print(line, flush=True)
         else:
             self.say(" | ".join([event, *(f"{name} {_shown(value)}" for name, value in values.items())]))
-        if self.accelerator.trackers:
+        if self.accelerator.trackers and event in ("train", "epoch", "validation"):
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(numbers, step=values.get("step"))
 
