@@ -91,6 +91,7 @@ from utils.training import (
     is_sharded,
     local_gradients,
     parameter_groups,
+    precision,
     profiler,
     run_script,
     score_table,
@@ -107,7 +108,7 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # set-up
 
-    accelerator = Accelerator(log_with=args.report_to, project_dir=args.output_dir)
+    accelerator = Accelerator(mixed_precision=precision(args), log_with=args.report_to, project_dir=args.output_dir)
     run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
     train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)

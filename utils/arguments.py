@@ -91,6 +91,9 @@ class TrainingArguments:
     curriculum_epochs: int = flag(0, "first epochs that run in order of length, unshuffled")
     dataloader_num_workers: int = flag(0, "worker processes that prepare batches, for each process")
 
+    mixed_precision: str | None = flag(
+        None, "no, bf16 or fp16 [accelerate's; bf16 for pretrained models where the machine has instructions for it]"
+    )
     learning_rate: float = flag(1e-3, "peak learning rate")
     lr_scheduler_type: str = flag("linear", f"learning rate over the steps: {', '.join(LR_SCHEDULERS)}")
     num_warmup_steps: int = flag(100, "optimizer steps over which the learning rate rises, a tenth of all at most")
@@ -133,6 +136,8 @@ class TrainingArguments:
                        "dataloader_num_workers", "max_skipped_steps", "seed", "adam_beta1", "adam_beta2",
                        "adam_epsilon")  # fmt: skip
         check_choice("--lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULERS)
+        if self.mixed_precision is not None:
+            check_choice("--mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         if self.report_to is not None:
             check_choice("--report_to", self.report_to, TRACKERS)
         if self.log_format is not None:

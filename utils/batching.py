@@ -7,7 +7,8 @@ counts exactly once, and a run can go on from any step.
 import numpy as np
 from torch.utils.data import Dataset
 
-WINDOW = 50  # steps among which examples are sorted by length: longer windows pad less and shuffle less
+WINDOW = 100  # steps among which examples are sorted by length: longer windows pad less and shuffle less
+RUN = 4  # steps of similar length on the first side, which are sorted by the second one
 
 
 def plan_epoch(
@@ -42,23 +43,24 @@ def plan_epoch(
     order = rng.permutation(len(lengths))
     slots = num_processes * gradient_accumulation_steps
     order = order[~np.isin(order, list(without))]
-    total = lengths.sum(1)
-    if by_group:
-        groups = np.asarray(groups)
-        order = order[np.argsort(rng.permutation(groups.max() + 1)[groups[order]], kind="stable")]
-        total = np.zeros_like(total)
-
+    per_step = slots * batch_size
     if max_tokens:
         per_step = max(1, int(slots * max_tokens / lengths.sum(1).mean()))
-        window = len(order) if by_length else WINDOW * per_step
-        batches = [
-            batch for part in _windows(order, window, total) for batch in _cut_by_tokens(part, lengths, max_tokens)
-        ]
+    if by_length:
+        parts = [order[np.argsort(lengths.sum(1)[order], kind="stable")]]
+    elif by_group:
+        groups = np.asarray(groups)
+        order = order[np.argsort(rng.permutation(groups.max() + 1)[groups[order]], kind="stable")]
+        parts = _parts(order, WINDOW * per_step)
+    else:
+        parts = [_similar(part, lengths, RUN * per_step) for part in _parts(order, WINDOW * per_step)]
+
+    if max_tokens:
+        batches = [batch for part in parts for batch in _cut_by_tokens(part.tolist(), lengths, max_tokens)]
         shuffled = range(len(batches)) if by_length else rng.permutation(len(batches))
         steps = [[batches[i] for i in group] for group in _groups(shuffled, slots)]
     else:
-        window = len(order) if by_length else WINDOW * slots * batch_size
-        steps = [step for part in _windows(order, window, total) for step in _groups(part, slots * batch_size)]
+        steps = [step for part in parts for step in _groups(part.tolist(), per_step)]
         shuffled = range(len(steps)) if by_length else rng.permutation(len(steps))
         steps = [_groups(steps[i], batch_size) for i in shuffled]
 
@@ -69,10 +71,20 @@ def plan_epoch(
     return plan
 
 
-def _windows(order: np.ndarray, size: int, total: np.ndarray) -> list[list[int]]:
-    """Consecutive parts of a shuffled order, each sorted by length; ties stay shuffled."""
-    parts = [order[start : start + size] for start in range(0, len(order), max(size, 1))]
-    return [part[np.argsort(total[part], kind="stable")].tolist() for part in parts]
+def _parts(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[start : start + size] for start in range(0, len(order), max(size, 1))]
+
+
+def _similar(order: np.ndarray, lengths: np.ndarray, run: int) -> np.ndarray:
+    """Sorted by the side whose lengths differ most and, in runs of it, by the others; ties stay shuffled."""
+    side = lengths.std(0).argmax()
+    order = order[np.argsort(lengths[order, side], kind="stable")]
+    others = lengths.sum(1) - lengths[:, side]
+    parts = _parts(order, run)
+    # in turns up and down, so that what a step takes of two runs is similar too
+    return np.concatenate([
+        part[np.argsort((-1) ** number * others[part], kind="stable")] for number, part in enumerate(parts)
+    ])  # fmt: skip
 
 
 def _groups(items, size: int) -> list[list]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import DistributedType, ProfileKwargs, gather_object, set_seed
+from accelerate.utils import DistributedType, ProfileKwargs, gather_object, parse_flag_from_env, set_seed
 from tqdm import tqdm
 
 from utils.arguments import UsageError
@@ -134,6 +134,21 @@ def environment(accelerator) -> dict:
         "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
     }
+
+
+def precision(args) -> str | None:
+    """`--mixed_precision`; without it what `accelerate` was told, or bf16 if that is nothing and it pays.
+
+    It does for pretrained models, several times over, where GPU or processor have instructions for it; the small
+    models built from scratch lose more in the casting. FSDP and DeepSpeed go by their own configuration.
+    """
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    own = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    if args.mixed_precision or told != "no" or own or not args.model_name_or_path:
+        return args.mixed_precision
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_bf16 else None
 
 
 def hardware() -> str:
