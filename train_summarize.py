@@ -72,7 +72,6 @@ from utils.summarizer import (
     build_small_bart,
     collate,
     halves,
-    label_smoothed_loss,
     load_model_and_tokenizer,
     save_pretrained,
 )
@@ -241,9 +240,7 @@ def main():
                             tokenizer.pad_token_id).to(accelerator.device)  # fmt: skip
             labels = batch["labels"]
             with torch.no_grad(), accelerator.autocast():
-                loss, nll = label_smoothed_loss(
-                    summarizer(**batch), labels[labels != -100], args.label_smoothing_factor
-                )
+                loss, nll = summarizer(**batch, label_smoothing_factor=args.label_smoothing_factor)
                 del batch["labels"]
                 ids = summarizer.generate(**batch, **generation)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -325,13 +322,11 @@ def main():
         batch = batch.to(accelerator.device)
         with local_gradients(accelerator, model):
             with record_function("forward"), accelerator.autocast():
-                logits = model(**batch)
-                targets = batch["labels"][batch["labels"] != -100]
-                loss, nll = label_smoothed_loss(logits, targets, args.label_smoothing_factor)
+                loss, nll = model(**batch, label_smoothing_factor=args.label_smoothing_factor)
             with record_function("backward"):
                 # times the processes, because gradients are averaged over them
                 accelerator.backward(loss * accelerator.num_processes / target_tokens)
-        return {"loss": loss.detach(), "nll": nll, "count": targets.numel(), **count_tokens(batch)}
+        return {"loss": loss.detach(), "nll": nll, "count": (batch["labels"] != -100).sum(), **count_tokens(batch)}
 
     began = time.perf_counter()
     model.train()

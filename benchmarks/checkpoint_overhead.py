@@ -22,8 +22,8 @@ from transformers import BartConfig, BartForConditionalGeneration, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.state import Checkpoints, LoopState
-from utils.summarizer import Summarizer, collate, label_smoothed_loss
-from utils.training import hardware, parameter_groups
+from utils.summarizer import Summarizer, collate
+from utils.training import hardware, keep_memory, parameter_groups
 
 
 def main():
@@ -34,6 +34,7 @@ def main():
     args = parser.parse_args()
 
     accelerator = Accelerator()
+    keep_memory()
     torch.manual_seed(0)
     config = BartConfig(d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
                         decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072)  # fmt: skip
@@ -48,7 +49,7 @@ def main():
     def train(steps: int) -> None:
         for _ in range(steps):
             with accelerator.autocast():
-                loss, _ = label_smoothed_loss(model(**batch), batch["labels"].flatten(), 0.1)
+                loss, _ = model(**batch, label_smoothing_factor=0.1)
             accelerator.backward(loss / batch["labels"].numel())
             optimizer.step()
             optimizer.zero_grad()

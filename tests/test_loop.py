@@ -45,14 +45,14 @@ import os, runpy, sys
 sys.path.insert(0, {root!r})
 import torch
 import utils.summarizer as module
-plain, calls = module.label_smoothed_loss, 0
-def injected(logits, targets, smoothing):
+plain, calls = module.vocabulary_loss, 0
+def injected(hidden, *others):
     global calls
     calls += 1
     if {when}:
         {what}
-    return plain(logits, targets, smoothing)
-module.label_smoothed_loss = injected
+    return plain(hidden, *others)
+module.vocabulary_loss = injected
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -90,7 +90,7 @@ def test_a_micro_batch_that_does_not_fit_is_tried_again_in_halves(tmp_path):
 
 
 def test_steps_that_are_not_finite_are_dropped_and_named_and_too_many_end_the_run(tmp_path):
-    result = run_injected(tmp_path, "calls >= 5", "logits = logits * float('nan')", "--max_skipped_steps", 3)
+    result = run_injected(tmp_path, "calls >= 5", "hidden = hidden * float('nan')", "--max_skipped_steps", 3)
     assert result.returncode == 3
     assert "4 steps in a row were dropped, more than --max_skipped_steps 3" in result.stderr
     assert "Traceback" not in result.stderr

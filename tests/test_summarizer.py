@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+import utils.summarizer as summarizer_module
 from utils.data import Document
 from utils.summarizer import (
     Sources,
@@ -24,6 +25,7 @@ from utils.summarizer import (
     collate,
     label_smoothed_loss,
     save_pretrained,
+    vocabulary_loss,
 )
 from utils.tokenizer import train_tokenizer
 
@@ -130,6 +132,34 @@ def test_a_dummy_batch_has_a_loss_of_zero_and_zero_gradients_everywhere(summariz
 def test_the_models_output_layer_is_left_as_it_was(summarizer):
     summarizer(**collate(*examples(), pad_token_id=1))
     assert not summarizer.model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 10**6], ids=["a token at a time", "in chunks", "at once"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_loss_without_kept_logits_and_its_gradients_are_those_with_them(monkeypatch, chunk, dtype, tolerance):
+    monkeypatch.setattr(summarizer_module._VocabularyLoss, "LOGITS", chunk)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(37, 24).requires_grad_(), torch.randn(101, 24).requires_grad_()
+    bias, targets = torch.randn(1, 101), torch.randint(101, (37,))
+    results = []
+    for fused in (True, False):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            if fused:
+                loss, nll = vocabulary_loss(hidden, targets, 0.1, weight, bias)
+            else:
+                loss, nll = label_smoothed_loss(torch.nn.functional.linear(hidden, weight) + bias, targets, 0.1)
+        results.append([loss.detach(), nll, *torch.autograd.grad(loss / 37, (hidden, weight))])
+    for ours, plain in zip(*results, strict=True):
+        assert torch.linalg.norm(ours - plain) <= tolerance * torch.linalg.norm(plain)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_logits(summarizer):
+    sources, targets = [[[4, 5, 6, 7]], [[4, 8]]], [[5, 6, 2], [7, 2]]
+    batch = collate(sources, targets, pad_token_id=1)
+    if hasattr(summarizer.model, "final_logits_bias"):
+        summarizer.model.final_logits_bias.normal_()
+    expected = label_smoothed_loss(summarizer(**batch), torch.tensor([5, 6, 2, 7, 2]), 0.1)
+    torch.testing.assert_close(summarizer(**batch, label_smoothing_factor=0.1), expected)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])

@@ -174,6 +174,16 @@ class Summarizer(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        head = model.get_output_embeddings()
+        # whether logits are more than a matrix product and BART's bias, as where they are capped
+        self.has_own_logits = (
+            type(head) is not nn.Linear
+            or head.bias is not None
+            or any(
+                getattr(model.config, name, None)
+                for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+            )
+        )
 
     def encode(self, input_ids, attention_mask, sequences_per_example):
         """(sequences, tokens) -> (examples, tokens of an example, hidden) and its mask.
@@ -189,15 +199,22 @@ class Summarizer(nn.Module):
         ones = [torch.ones(len(example), dtype=attention_mask.dtype, device=hidden.device) for example in examples]
         return hidden, nn.utils.rnn.pad_sequence(ones, batch_first=True)
 
-    def forward(self, input_ids, attention_mask, sequences_per_example, labels) -> torch.Tensor:
+    def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):
         """Logits (target tokens, vocabulary) at the real target positions, in the order of ``labels[labels != -100]``.
 
-        The vocabulary is by far the widest layer, so padded positions never reach it.
+        With `label_smoothing_factor`, their `label_smoothed_loss` instead, in less memory and time. The vocabulary is
+        by far the widest layer: padded positions never reach it, and for the loss its output is not kept.
         """
         hidden, mask = self.encode(input_ids, attention_mask, sequences_per_example)
         real = labels != -100
-        vocabulary = self.model.get_output_embeddings()
-        keep_real = vocabulary.register_forward_pre_hook(lambda module, inputs: (inputs[0][real][None],))
+        vocabulary, states = self.model.get_output_embeddings(), []
+        wants_logits = label_smoothing_factor is None or self.has_own_logits
+
+        def keep_real(module, inputs):
+            states.append(inputs[0][real])
+            return (states[0][None] if wants_logits else states[0][None, :1],)
+
+        handle = vocabulary.register_forward_pre_hook(keep_real)
         try:
             output = self.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
@@ -206,8 +223,13 @@ class Summarizer(nn.Module):
                 use_cache=False,
             )
         finally:
-            keep_real.remove()
-        return output.logits[0]
+            handle.remove()
+        if label_smoothing_factor is None:
+            return output.logits[0]
+        if wants_logits:
+            return label_smoothed_loss(output.logits[0], labels[real], label_smoothing_factor)
+        bias = getattr(self.model, "final_logits_bias", None)
+        return vocabulary_loss(states[0], labels[real], label_smoothing_factor, vocabulary.weight, bias)
 
     def shift_right(self, labels) -> torch.Tensor:
         """Decoder inputs: the start token, then the labels but the last; padding in place of -100."""
@@ -233,14 +255,59 @@ def _tokens_per_example(attention_mask, sequences_per_example) -> list[int]:
 def label_smoothed_loss(logits, targets, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed label-smoothed cross entropy and the summed plain one, in nats; logits (tokens, vocabulary).
 
-    Smoothing spreads its share over the whole vocabulary (Szegedy et al., 2016, arXiv:1512.00567). The uniform part is
-    the mean logit against the normalizer, so no second tensor of vocabulary size is made.
+    Smoothing spreads its share over the whole vocabulary (Szegedy et al., 2016, arXiv:1512.00567).
     """
-    logits = logits.float()
-    normalizer = logits.logsumexp(dim=-1)
-    nll = (normalizer - logits.gather(1, targets[:, None])[:, 0]).sum()
-    uniform = (normalizer - logits.mean(dim=-1)).sum()
+    log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
+    nll = -log_probabilities.gather(1, targets[:, None]).sum()
+    uniform = -log_probabilities.mean(-1).sum()
     return (1 - smoothing) * nll + smoothing * uniform, nll.detach()
+
+
+def vocabulary_loss(hidden, targets, smoothing: float, weight, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`label_smoothed_loss` of ``hidden @ weight.T + bias``, of which a part exists at any time.
+
+    The gradient is made along with the loss, in chunks of tokens, so that logits are computed once and never kept
+    (Hsu et al., 2024, arXiv:2410.10989). hidden (tokens, width), weight (vocabulary, width), bias (1, vocabulary).
+    """
+    return _VocabularyLoss.apply(hidden, targets, smoothing, weight, bias)
+
+
+class _VocabularyLoss(torch.autograd.Function):
+    LOGITS = 2**25  # in a chunk at most
+
+    @staticmethod
+    def forward(ctx, hidden, targets, smoothing, weight, bias):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
+        nll, uniform = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden, grad_weight = torch.empty_like(low_hidden), None
+        size = max(1, _VocabularyLoss.LOGITS // len(weight))
+        for start in range(0, len(hidden), size):
+            rows, labels = low_hidden[start : start + size], targets[start : start + size]
+            logits = rows @ low_weight.T
+            if bias is not None:
+                logits = logits + bias
+            log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
+            nll -= log_probabilities.gather(1, labels[:, None]).sum()
+            uniform -= log_probabilities.mean(-1).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            gradient = log_probabilities.exp_().sub_(smoothing / len(weight))
+            gradient[torch.arange(len(labels), device=labels.device), labels] -= 1 - smoothing
+            gradient = gradient.to(dtype)
+            grad_hidden[start : start + size] = gradient @ low_weight
+            if ctx.needs_input_grad[3]:
+                part = gradient.T @ rows
+                grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
+        ctx.mark_non_differentiable(nll)
+        return (1 - smoothing) * nll + smoothing * uniform, nll
+
+    @staticmethod
+    def backward(ctx, scale, _):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * scale, None, None, None if grad_weight is None else grad_weight.mul_(scale), None
 
 
 def save_pretrained(summarizer: Summarizer, tokenizer, folder: str | Path, weights: dict) -> None:

@@ -1,5 +1,7 @@
 """What both training loops share and no experiment changes: start and end, processes, signals, meters and log."""
 
+import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -11,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -95,6 +97,7 @@ def start(accelerator, args) -> Path:
         # `accelerate launch` without a configuration starts PyTorch with a single thread
         here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        keep_memory()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if args.gradient_accumulation_steps != "1":
             raise UsageError("--gradient_accumulation_steps is not supported with DeepSpeed: use FSDP2, or 1")
@@ -118,6 +121,17 @@ def start(accelerator, args) -> Path:
     if args.report_to:
         accelerator.init_trackers(folder.name, config=asdict(args))
     return folder
+
+
+def keep_memory() -> None:
+    """Makes glibc keep what tensors of a step leave free for the next step's, instead of giving it back to the system.
+
+    Getting it again, page by page, takes a quarter of the time of training on a processor.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # other systems' libraries
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def environment(accelerator) -> dict:
@@ -248,7 +262,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def together(accelerator):
     """Raises OutOfMemoryError on every process if memory ran out on any of them within it.
 
