@@ -4,49 +4,18 @@ import os
 import resource
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import LOOP, ROOT, SCRIPTS, SMALL, STEPS, assert_same_run, events, run, weights
-
-
-def start(script, folder, *flags, processes=1):
-    """A run in the background, in a process group of its own."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [
-        str(ROOT / script),
-        "--output_dir",
-        str(folder),
-        *map(str, SMALL[script]),
-        *map(str, LOOP),
-        *map(str, flags),
-    ]
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
-    return subprocess.Popen(command, env=variables, start_new_session=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)  # fmt: skip
-
-
-def wait_for_step(folder, step: int, process) -> None:
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        path = folder / "metrics.jsonl"
-        if path.exists() and path.read_text().count('"event": "train"') >= step:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached: {process.poll()}")
+from conftest import SCRIPTS, STEPS, assert_same_run, events, kill_all, run, start, wait_until, weights
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(script, undisturbed, tmp_path):
     for step in (3, 8):  # in the middle of the first epoch, and of the second
         process = start(script, tmp_path, "--checkpointing_steps", 1, "--dataloader_num_workers", 2)
-        wait_for_step(tmp_path, step, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        wait_until(lambda: len(events(tmp_path, "train")) >= step, process, tmp_path)  # noqa: B023
+        kill_all(process)
         assert not (tmp_path / "model.safetensors").exists()
     run(script, tmp_path, "--checkpointing_steps", 1)
     assert len(events(tmp_path, "resume")) >= 1
@@ -60,7 +29,7 @@ def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(script, undistur
 def test_a_signal_saves_and_leaves_with_its_code(number, processes, tmp_path, request):
     script = "train_summarize.py"
     process = start(script, tmp_path, "--log_format", "none", processes=processes)
-    wait_for_step(tmp_path, 2, process)
+    wait_until(lambda: len(events(tmp_path, "train")) >= 2, process, tmp_path)
     if processes == 1:
         os.kill(process.pid, number)
         assert process.wait(60) == 128 + number
