@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ def launch(script: str, *flags, processes: int = 1, cwd=ROOT, timeout: int = 240
 def start(script, folder, *flags, processes: int = 1) -> subprocess.Popen:
     """A small run in the background; what it prints goes to `folder/output.txt`."""
     folder.mkdir(exist_ok=True)
-    flags = ["--output_dir", folder, *SMALL[script], *LOOP, *flags]
+    flags = ["--output_dir", folder, *SMALL[Path(script).name], *LOOP, *flags]
     with (folder / "output.txt").open("wb") as output:
         return subprocess.Popen(command(script, flags, processes), env={**os.environ, **OFFLINE}, stdout=output,
                                 stderr=subprocess.STDOUT)  # fmt: skip
@@ -107,9 +108,47 @@ def smoke(tmp_path_factory):
 
 
 def run(script, folder, *flags, expect=0, **options):
-    result = launch(script, "--output_dir", folder, *SMALL[script], *LOOP, *flags, **options)
+    result = launch(script, "--output_dir", folder, *SMALL[Path(script).name], *LOOP, *flags, **options)
     assert result.returncode == expect, (result.returncode, result.stdout[-2000:], result.stderr[-4000:])
     return result
+
+
+INJECTED = """
+import os, pkgutil, runpy, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+owner = pkgutil.resolve_name({owner!r})
+plain, calls, rank = getattr(owner, {name!r}), 0, int(os.environ.get("RANK", 0))
+def injected(*args, **kwargs):
+    global calls
+    calls += 1
+    if {when}:
+        {what}
+    return plain(*args, **kwargs)
+setattr(owner, {name!r}, injected)
+sys.argv[0] = {script!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def inject(folder, script: str, target: str, when: str, what: str) -> Path:
+    """A script to run instead of `script`, where `what` happens before calls of `target` (module:name) `when` it says.
+
+    `args`, `calls` (counted from 1) and `rank` are known to both.
+    """
+    owner, name = re.fullmatch(r"(.+)[:.](\w+)", target).groups()
+    wrapper = folder / script
+    wrapper.write_text(INJECTED.format(root=str(ROOT), owner=owner, name=name, when=when, what=what,
+                                       script=str(ROOT / script)))  # fmt: skip
+    return wrapper
+
+
+# what an injection of both scripts can stand before
+LOSS = {"train_retrieve.py": "utils.contrastive:contrastive_loss",
+        "train_summarize.py": "utils.summarizer:label_smoothed_loss"}  # fmt: skip
+FORWARD = {"train_retrieve.py": "sentence_transformers:SentenceTransformer.forward",
+           "train_summarize.py": "utils.summarizer:Summarizer.forward"}  # fmt: skip
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
