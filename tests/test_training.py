@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -243,3 +244,27 @@ def test_going_on_as_another_run_is_refused_with_what_differs(here, said, can_be
     else:
         with pytest.raises(UsageError):
             state._compare(tmp_path, saved, saved | here, allow_reshard=True)
+
+
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("sent", "received", "left"),
+    [((), None, []), ((TERM,), TERM, []), ((USR1, TERM), USR1, []), ((TERM, TERM), TERM, []), ((INT,), INT, []),
+     ((INT, INT), INT, [130]), ((TERM, INT), TERM, []), ((TERM, INT, INT), TERM, [130])],
+)  # fmt: skip
+def test_the_first_signal_is_noted_and_a_second_interrupt_leaves_at_once(sent, received, left, monkeypatch):
+    codes = []
+    monkeypatch.setattr(training.os, "_exit", codes.append)
+    handlers = {number: signal.getsignal(number) for number in training.Signals.NUMBERS}
+    try:
+        signals = training.Signals()
+        for number in sent:
+            signal.raise_signal(number)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    reduced = alone(reduce=lambda sums, _: sums)
+    assert signals.agree(reduced, 7) == (7, received)
+    assert codes == left
