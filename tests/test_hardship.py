@@ -10,10 +10,31 @@ import sys
 import time
 
 import pytest
-from conftest import FORWARD, ROOT, SCRIPTS, assert_same_run, events, inject, kill_all, run, start, wait_until, weights
+from conftest import (
+    FORWARD,
+    ROOT,
+    SCRIPTS,
+    assert_same_run,
+    events,
+    inject,
+    kill_all,
+    read_jsonl,
+    run,
+    start,
+    wait_until,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("KILLS", 20))  # fewer to develop with
+
+
+def sample(path, documents: int):
+    """A file of the embedded data, six examples for each document."""
+    with path.open("w") as file:
+        subprocess.run([sys.executable, "-m", "utils.sample", "--documents", str(documents)], cwd=ROOT, stdout=file,
+                       check=True)  # fmt: skip
+    return path
 
 
 @pytest.mark.parametrize(
@@ -35,11 +56,14 @@ def test_a_run_killed_twenty_times_ends_as_if_undisturbed(script, processes, wor
         before = log.stat().st_ino if log.exists() else None
         process = start(script, folder, *flags, processes=processes)
         wait_until(lambda: log.exists() and log.stat().st_ino != before, process, folder)  # noqa: B023 - it resumed
-        # then a kill in the first step, or after a new step, or after a new checkpoint, without which none comes far
-        event = rng.choice([None, "train", "checkpoint", "checkpoint"])
+        # then a kill in the first step, after a step, after a checkpoint (without which no kill comes far) or amid one
+        place, wait = rng.choice(["start", "train", "checkpoint", "write", "write"]), rng.random()
+        event = {"start": None, "write": "checkpoint"}.get(place, place)
         seen = len(events(folder, event))
         wait_until(lambda: event is None or len(events(folder, event)) > seen, process, folder)  # noqa: B023
-        time.sleep(rng.uniform(0, 2 * seconds))
+        if place == "write":
+            wait_until(lambda: any(checkpoints.glob(".tmp_step_*")), process, folder)
+        time.sleep(wait * seconds * (0.2 if place == "write" else 2))
         assert process.poll() is None, f"the run ended before kill {number}"
         kill_all(process)
         in_a_write += any(checkpoints.glob(".tmp_step_*"))
@@ -49,7 +73,7 @@ def test_a_run_killed_twenty_times_ends_as_if_undisturbed(script, processes, wor
     with capsys.disabled():
         print(f"\n{script}, {processes} process(es), {workers} workers: {KILLS} kills, {in_a_write} inside a write, "
               f"{in_a_validation} inside a validation, {len(events(folder, 'resume'))} resumptions")  # fmt: skip
-    assert in_a_write or KILLS < 20
+    assert in_a_write >= KILLS // 10
     assert_same_run(folder, reference, steps=48)
 
 
@@ -180,10 +204,9 @@ def test_a_second_interrupt_leaves_at_once(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_signal_amid_a_validation_leaves_soon_and_the_validation_is_made_up_for(script, number, tmp_path):
-    data = tmp_path / "validation.jsonl"
-    with data.open("w") as file:
-        subprocess.run([sys.executable, "-m", "utils.sample", "--documents", "30"], cwd=ROOT, stdout=file, check=True)
-    flags = ["--validation_file", data, "--per_device_eval_batch_size", 4, "--checkpointing_steps", 4]
+    data = sample(tmp_path / "data.jsonl", documents=30)
+    flags = ["--train_file", data, "--max_train_examples", 48, "--validation_file", data,
+             "--per_device_eval_batch_size", 4, "--checkpointing_steps", 4]  # fmt: skip
     folder, batches = tmp_path / "run", tmp_path / "batches"
     slow = f"Path({str(batches)!r}).open('a').write('.'); time.sleep(0.5)"  # each batch of a validation
     wrapper = inject(tmp_path, script, VALIDATION[script], "not args[0].training", slow)
@@ -224,12 +247,10 @@ def test_each_example_counts_once_in_an_epoch(script, processes, size, examples,
 
 
 def test_examples_without_positives_are_left_out_of_the_retrievers_epochs(tmp_path):
-    lines = subprocess.run([sys.executable, "-m", "utils.sample", "--documents", "2"], cwd=ROOT, text=True,
-                           capture_output=True, check=True).stdout.splitlines()  # fmt: skip
-    records = [json.loads(line) for line in lines]
+    data = sample(tmp_path / "data.jsonl", documents=2)
+    records = read_jsonl(data)
     for record in records[::4]:
         record["evidence"] = []
-    data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     result = run("train_retrieve.py", tmp_path / "run", "--train_file", data, "--validation_file", data)
     assert "12 training examples, 12 for validation; 9 with positives" in result.stdout
