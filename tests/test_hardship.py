@@ -241,7 +241,7 @@ def test_each_example_counts_once_in_an_epoch(script, processes, size, examples,
     for epoch in (0, 1):
         assert sum(line["examples"] for line in lines if line["epoch"] == epoch) == examples
     assert [line["examples"] for line in events(tmp_path, "epoch")] == [examples] * 2
-    if size == "tokens":  # in each of the two micro-batches of each process, padding included
+    if size == "tokens" and script == "train_summarize.py":  # two micro-batches a process, padding included
         for line in lines:
             assert line["tokens"] / (1 - line["padding"]) <= 2 * processes * budget + 1
 
