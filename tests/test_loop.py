@@ -51,7 +51,7 @@ one_epoch = ("--num_train_epochs", 1, "--gradient_accumulation_steps", 1)
 
 
 @pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
-@pytest.mark.parametrize("first", [3])
+@pytest.mark.parametrize("first", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_memory_running_out_on_one_of_two_processes_drops_the_step_on_both(first, script, tmp_path):
     wrapper = inject(tmp_path, script, FORWARD[script],
                      f"rank == 1 and args[0].training and {first} <= calls < {first + 4}", OUT_OF_MEMORY)  # fmt: skip
@@ -109,6 +109,24 @@ def test_processes_that_disagree_on_the_gradient_stop_unless_told_not_to(script,
     assert re.search(r"exitcode +: 3\b", result.stderr)
     assert not events(tmp_path / "run", "train")
     run(wrapper, tmp_path / "run", "--check_grad_norm", False, "--num_train_epochs", 1, processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_processes_that_train_different_models_stop(script, tmp_path):
+    wrapper = inject(tmp_path, script, FORWARD[script], "rank == 1 and args[0].training and calls == 1",
+                     "next(args[0].parameters()).data.mul_(1.5)")  # fmt: skip
+    result = run(wrapper, tmp_path / "run", processes=2, expect=1)  # the launcher's code
+    assert "the processes disagree on the gradient norm" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_without_a_last_step_warms_up_too(script, tmp_path):
+    run(script, tmp_path, "--num_train_epochs", 0, "--lr_scheduler_type", "constant_with_warmup", "--patience", 1,
+        "--eval_steps", 3, "--learning_rate", 1e-6, "--num_warmup_steps", 4)  # fmt: skip
+    rates = [line["lr"] for line in events(tmp_path, "train")]
+    assert rates[:5] == pytest.approx([0.25e-6, 0.5e-6, 0.75e-6, 1e-6, 1e-6])
 
 
 def rules(**changes):

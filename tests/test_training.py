@@ -252,7 +252,7 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 @pytest.mark.parametrize(
     ("sent", "received", "left"),
     [((), None, []), ((TERM,), TERM, []), ((USR1, TERM), USR1, []), ((TERM, TERM), TERM, []), ((INT,), INT, []),
-     ((INT, INT), INT, [130]), ((TERM, INT), TERM, [])],
+     ((INT, INT), INT, [130]), ((TERM, INT), TERM, []), ((TERM, INT, INT), TERM, [130])],
 )  # fmt: skip
 def test_the_first_signal_is_noted_and_a_second_interrupt_leaves_at_once(sent, received, left, monkeypatch):
     codes = []
