@@ -263,7 +263,7 @@ def test_examples_without_positives_are_left_out_of_the_retrievers_epochs(tmp_pa
     data = sample(tmp_path / "data.jsonl", documents=2)
     records = read_jsonl(data)
     for record in records[::4]:
-        record["evidence"] = []
+        record.update(evidence=[], summary=["Zyzzyva."])  # nor does a passage share a word with it
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     result = run("train_retrieve.py", tmp_path / "run", "--train_file", data, "--validation_file", data)
     assert "12 training examples, 12 for validation; 9 with positives" in result.stdout
