@@ -2,12 +2,13 @@
 # make quality    the same as a check, nothing rewritten
 # make test       the unit tests
 # make smoke      the scripts as users run them
+# make slow       kills, damage and signals at many places of a run: half an hour
 # Everything runs offline; any of these needs only `pip install -r requirements-dev.txt`.
 
 PYTHON ?= python
 export HF_HUB_OFFLINE = 1
 
-.PHONY: style quality test smoke
+.PHONY: style quality test smoke slow
 
 style:
 	$(PYTHON) -m ruff format .
@@ -18,7 +19,10 @@ quality:
 	$(PYTHON) -m ruff check .
 
 test:
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests --ignore=tests/test_smoke.py
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow" tests --ignore=tests/test_smoke.py
 
 smoke:
-	$(PYTHON) -m pytest -q tests/test_smoke.py
+	$(PYTHON) -m pytest -q -m "not slow" tests/test_smoke.py
+
+slow:
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m slow tests

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +24,7 @@ LOOP = ["--num_train_epochs", 2, "--per_device_train_batch_size", 4, "--gradient
         "--log_steps", 1, "--learning_rate", 3e-4]  # fmt: skip
 STEPS = 12  # 48 examples, 8 in a step, two epochs
 SCRIPTS = list(SMALL)
+OFFLINE = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one core for each, so that their threads do not wait for a core
     cores = sorted(os.sched_getaffinity(0))
@@ -28,25 +32,55 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one core for each, so tha
     torch.set_num_threads(1)
 
 
+def command(script, flags, processes: int) -> list[str]:
+    """A script of the project with 1 process, or with 2 and more under torch's launcher."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *map(str, flags)]
+
+
 def launch(script: str, *flags, processes: int = 1, cwd=ROOT, timeout: int = 240, **environment):
-    """Runs a script of the project with 1 process, or with 2 and more under torch's launcher; returns its result."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1", **environment}
-    return subprocess.run(
-        [*command, str(ROOT / script), *map(str, flags)],
-        cwd=cwd,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    """Runs a script of the project to its end; returns its result."""
+    variables = {**os.environ, **OFFLINE, **environment}
+    return subprocess.run(command(script, flags, processes), cwd=cwd, env=variables, capture_output=True, text=True,
+                          timeout=timeout)  # fmt: skip
+
+
+def start(script, folder, *flags, processes: int = 1) -> subprocess.Popen:
+    """A small run in the background; what it prints goes to `folder/output.txt`."""
+    folder.mkdir(exist_ok=True)
+    flags = ["--output_dir", folder, *SMALL[Path(script).name], *LOOP, *flags]
+    with (folder / "output.txt").open("wb") as output:
+        return subprocess.Popen(command(script, flags, processes), env={**os.environ, **OFFLINE}, stdout=output,
+                                stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def wait_until(condition, process, folder, seconds: float = 180) -> None:
+    """Waits until `condition()`; an error with what the run printed if it ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline or process.poll() is not None:
+            printed = (folder / "output.txt").read_text()[-3000:]
+            raise AssertionError(f"what was waited for did not come, exit code {process.poll()}: {printed}")
+        time.sleep(0.002)
+
+
+def kill_all(process) -> None:
+    """SIGKILL to a run at once: the launcher, the processes it started and their data loaders."""
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in everyone:
+        try:
+            each.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(everyone, timeout=30)
+    process.wait(30)
 
 
 def events(run_folder, name: str) -> list[dict]:
-    """The lines of a run's metrics.jsonl with this event."""
-    lines = map(json.loads, (Path(run_folder) / "metrics.jsonl").read_text().splitlines())
+    """The lines of a run's metrics.jsonl with this event; the run may still be writing it."""
+    path = Path(run_folder) / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
     return [line for line in lines if line["event"] == name]
 
 
@@ -74,24 +108,68 @@ def smoke(tmp_path_factory):
 
 
 def run(script, folder, *flags, expect=0, **options):
-    result = launch(script, "--output_dir", folder, *SMALL[script], *LOOP, *flags, **options)
+    result = launch(script, "--output_dir", folder, *SMALL[Path(script).name], *LOOP, *flags, **options)
     assert result.returncode == expect, (result.returncode, result.stdout[-2000:], result.stderr[-4000:])
     return result
+
+
+INJECTED = """
+import os, pkgutil, runpy, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+owner = pkgutil.resolve_name({owner!r})
+plain, calls, rank = getattr(owner, {name!r}), 0, int(os.environ.get("RANK", 0))
+def injected(*args, **kwargs):
+    global calls
+    calls += 1
+    if {when}:
+        {what}
+    return plain(*args, **kwargs)
+setattr(owner, {name!r}, injected)
+sys.argv[0] = {script!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def inject(folder, script: str, target: str, when: str, what: str) -> Path:
+    """A script to run instead of `script`, where `what` happens before calls of `target` (module:name) `when` it says.
+
+    `args`, `calls` (counted from 1) and `rank` are known to both.
+    """
+    owner, name = re.fullmatch(r"(.+)[:.](\w+)", target).groups()
+    wrapper = folder / script
+    wrapper.write_text(INJECTED.format(root=str(ROOT), owner=owner, name=name, when=when, what=what,
+                                       script=str(ROOT / script)))  # fmt: skip
+    return wrapper
+
+
+# what an injection of both scripts can stand before
+LOSS = {"train_retrieve.py": "utils.contrastive:contrastive_loss",
+        "train_summarize.py": "utils.summarizer:vocabulary_loss"}  # fmt: skip
+FORWARD = {"train_retrieve.py": "sentence_transformers:SentenceTransformer.forward",
+           "train_summarize.py": "utils.summarizer:Summarizer.forward"}  # fmt: skip
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def assert_same_run(folder, reference) -> None:
-    """The same weights to the last bit, and the same training history without repeated steps."""
+def history(folder) -> dict[str, list]:
+    """What a run's log says of training and validation, without times and memory."""
+    keep = ("step", "epoch", "loss", "lr", "gnorm", "clip", "examples", "tokens", "padding", "skipped")
+    of_steps = {event: [[line.get(name) for name in keep] for line in events(folder, event)]
+                for event in ("train", "epoch")}  # fmt: skip
+    return {**of_steps, "validation": events(folder, "validation")}
+
+
+def assert_same_run(folder, reference, steps: int = STEPS) -> None:
+    """The same weights to the last bit, and the same history without repeated steps."""
     ours, theirs = weights(folder), weights(reference)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    keep = ("step", "epoch", "loss", "lr", "gnorm", "examples", "tokens")
-    histories = [[[line[name] for name in keep] for line in events(run, "train")] for run in (folder, reference)]
-    assert histories[0] == histories[1]
-    assert [line["step"] for line in events(folder, "train")] == list(range(1, STEPS + 1))
+    assert history(folder) == history(reference)
+    assert [line["step"] for line in events(folder, "train")] == list(range(1, steps + 1))
 
 
 def assert_close(ours: dict, theirs: dict) -> None:

@@ -86,8 +86,9 @@ def test_a_stray_word_is_refused(monkeypatch, capsys):
     assert "stray" in error
 
 
-def test_a_run_that_nothing_would_end_is_refused(monkeypatch, capsys):
-    _, error = parse_flags(monkeypatch, capsys, "--num_train_epochs", "0")
+@pytest.mark.parametrize("script", ["train_summarize", "train_retrieve"])
+def test_a_run_that_nothing_would_end_is_refused(monkeypatch, capsys, script):
+    _, error = parse_flags(monkeypatch, capsys, "--num_train_epochs", "0", script=script)
     check_one_line(error)
     assert "--num_train_epochs" in error
     assert "--max_train_steps" in error

@@ -158,3 +158,14 @@ def test_groups_stay_together_and_are_drawn_anew_in_each_epoch(size):
         batches_of = [sum(any(groups[i] == group for i in batch) for batch in batches) for group in range(24)]
         assert np.mean(batches_of) < 2.5  # without groups a document's four queries are in nearly four batches
     assert plans[0] != plans[1]
+
+
+@pytest.mark.parametrize("size", [{"batch_size": 4}, {"max_tokens": 600}], ids=["batch_size", "max_tokens"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_curriculum_runs_in_order_of_length_and_still_holds_every_example(accumulation, size):
+    lengths = random_lengths(301)
+    plan = plan_epoch(lengths, seed=1, epoch=0, by_length=True, gradient_accumulation_steps=accumulation, **size)
+    order = [i for batch in micro_batches(plan) for i in batch]
+    assert sorted(order) == list(range(301))
+    totals = lengths.sum(1)[order].tolist()
+    assert totals == sorted(totals)

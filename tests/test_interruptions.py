@@ -1,79 +1,62 @@
 """Runs that are killed, interrupted, damaged or out of disk: what they leave, and that they end as if undisturbed."""
 
-import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 
+import psutil
 import pytest
 import torch
-from conftest import LOOP, ROOT, SCRIPTS, SMALL, STEPS, assert_same_run, events, run, weights
-
-
-def start(script, folder, *flags, processes=1):
-    """A run in the background, in a process group of its own."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [
-        str(ROOT / script),
-        "--output_dir",
-        str(folder),
-        *map(str, SMALL[script]),
-        *map(str, LOOP),
-        *map(str, flags),
-    ]
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
-    return subprocess.Popen(command, env=variables, start_new_session=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)  # fmt: skip
-
-
-def wait_for_step(folder, step: int, process) -> None:
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        path = folder / "metrics.jsonl"
-        if path.exists() and path.read_text().count('"event": "train"') >= step:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached: {process.poll()}")
+from conftest import SCRIPTS, STEPS, assert_same_run, events, kill_all, run, start, wait_until, weights
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(script, undisturbed, tmp_path):
     for step in (3, 8):  # in the middle of the first epoch, and of the second
         process = start(script, tmp_path, "--checkpointing_steps", 1, "--dataloader_num_workers", 2)
-        wait_for_step(tmp_path, step, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        wait_until(lambda: len(events(tmp_path, "train")) >= step, process, tmp_path)  # noqa: B023
+        kill_all(process)
         assert not (tmp_path / "model.safetensors").exists()
     run(script, tmp_path, "--checkpointing_steps", 1)
     assert len(events(tmp_path, "resume")) >= 1
     assert_same_run(tmp_path, undisturbed[script])
 
 
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("number", "processes"),
-    [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGUSR1, 1), (signal.SIGUSR1, 2)],  # 2: to one worker of two
+    ("script", "number", "processes"),
+    [
+        ("train_summarize.py", signal.SIGTERM, 1),
+        ("train_summarize.py", signal.SIGUSR1, 2),  # to one worker of two
+        pytest.param("train_summarize.py", signal.SIGINT, 1, marks=slow),
+        pytest.param("train_summarize.py", signal.SIGUSR1, 1, marks=slow),
+        pytest.param("train_retrieve.py", signal.SIGTERM, 1, marks=slow),
+        pytest.param("train_retrieve.py", signal.SIGINT, 1, marks=slow),
+        pytest.param("train_retrieve.py", signal.SIGUSR1, 1, marks=slow),
+        pytest.param("train_retrieve.py", signal.SIGUSR1, 2, marks=slow),
+    ],
 )
-def test_a_signal_saves_and_leaves_with_its_code(number, processes, tmp_path, request):
-    script = "train_summarize.py"
-    process = start(script, tmp_path, "--log_format", "none", processes=processes)
-    wait_for_step(tmp_path, 2, process)
+def test_a_signal_saves_and_leaves_with_its_code_and_the_run_goes_on(script, number, processes, tmp_path, request):
+    folder = tmp_path / "run"
+    process = start(script, folder, "--log_format", "none", processes=processes)
+    wait_until(lambda: len(events(folder, "train")) >= 2, process, folder)
     if processes == 1:
-        os.kill(process.pid, number)
+        process.send_signal(number)
         assert process.wait(60) == 128 + number
-    else:  # to one of the two workers only
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(workers[0]), number)
+    else:
+        psutil.Process(process.pid).children()[1].send_signal(number)
         process.wait(60)
-    stop = events(tmp_path, "stop")[-1]
+    stop = events(folder, "stop")[-1]
     assert number.name in stop["reason"]
-    assert events(tmp_path, "checkpoint")[-1]["step"] == stop["step"] < STEPS
-    if processes == 1 and number == signal.SIGTERM:
-        run(script, tmp_path)
-        assert_same_run(tmp_path, request.getfixturevalue("undisturbed")[script])
+    last = STEPS // processes
+    assert events(folder, "checkpoint")[-1]["step"] == stop["step"] < last
+    run(script, folder, processes=processes)
+    if processes == 1:
+        assert_same_run(folder, request.getfixturevalue("undisturbed")[script])
+    else:
+        run(script, tmp_path / "undisturbed", processes=processes)
+        assert_same_run(folder, tmp_path / "undisturbed", steps=last)
 
 
 def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(undisturbed, tmp_path):

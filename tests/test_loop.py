@@ -1,10 +1,15 @@
 """The training loop's rules and numbers: splits, memory, steps that are not finite, stop rules, intervals, the log."""
 
+import json
+import math
 import os
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from conftest import LOOP, ROOT, SCRIPTS, SMALL, assert_close, events, launch, read_jsonl, run, weights
+import torch
+from conftest import FORWARD, LOSS, SCRIPTS, assert_close, events, inject, read_jsonl, run, weights
 
 from utils.state import LoopState, stop_reason
 
@@ -19,9 +24,10 @@ def test_weights_do_not_depend_on_how_the_batch_is_split(script, tmp_path):
         folder = tmp_path / f"{processes}x{accumulation}x{batch}"
         flags = ["--dropout", 0] if script == "train_summarize.py" else ["--attention_dropout", 0]
         run(script, folder, *flags, "--gradient_accumulation_steps", accumulation, "--per_device_train_batch_size",
-            batch, "--max_train_steps", 3, processes=processes)  # fmt: skip
+            batch, "--max_train_steps", 3, "--max_train_examples", 42, processes=processes)  # fmt: skip
         runs.append((weights(folder), events(folder, "train")))
     (first, history), *others = runs
+    assert sorted(line["examples"] for line in history) == [10, 16, 16]  # a step smaller than the others
     for other, other_history in others:
         for name in ("tokens", "lr", "examples"):
             assert [line[name] for line in other_history] == [line[name] for line in history]
@@ -40,63 +46,87 @@ def test_a_checkpoint_of_another_shape_is_refused_or_resharded_without_losing_an
     assert sum(line["examples"] for line in events(tmp_path, "train")) == 48
 
 
-INJECTED = """
-import os, runpy, sys
-sys.path.insert(0, {root!r})
-import torch
-import utils.summarizer as module
-plain, calls = module.vocabulary_loss, 0
-def injected(hidden, *others):
-    global calls
-    calls += 1
-    if {when}:
-        {what}
-    return plain(hidden, *others)
-module.vocabulary_loss = injected
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+OUT_OF_MEMORY = "raise torch.OutOfMemoryError('injected')"
+one_epoch = ("--num_train_epochs", 1, "--gradient_accumulation_steps", 1)
 
 
-def run_injected(tmp_path, when: str, what: str, *flags, processes=1):
-    wrapper = tmp_path / "injected.py"
-    wrapper.write_text(INJECTED.format(root=str(ROOT), when=when, what=what))
-    script = ROOT / "train_summarize.py"
-    return launch(wrapper, script, "--output_dir", tmp_path / "run", *SMALL[script.name], *LOOP, *flags,
-                  processes=processes)  # fmt: skip
-
-
-def test_memory_running_out_on_one_of_two_processes_drops_the_step_on_both(tmp_path):
-    result = run_injected(
-        tmp_path, "os.environ['RANK'] == '1' and 3 <= calls <= 8", "raise torch.OutOfMemoryError('injected')",
-        "--num_train_epochs", 1, "--gradient_accumulation_steps", 1, processes=2,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
+@pytest.mark.parametrize("first", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_memory_running_out_on_one_of_two_processes_drops_the_step_on_both(first, script, tmp_path):
+    wrapper = inject(tmp_path, script, FORWARD[script],
+                     f"rank == 1 and args[0].training and {first} <= calls < {first + 4}", OUT_OF_MEMORY)  # fmt: skip
+    run(wrapper, tmp_path / "run", *one_epoch, processes=2)
     skips = events(tmp_path / "run", "skip")
     assert skips and {line["reason"] for line in skips} == {"memory ran out"}
     assert events(tmp_path / "run", "stop")[-1]["step"] == 6
-    assert events(tmp_path / "run", "train")[-1]["skipped"] == len(skips)
+    last = events(tmp_path / "run", "train")[-1]
+    assert last["skipped"] == len(skips)
+    assert sum(line["examples"] for line in events(tmp_path / "run", "train")) == 48 - 8 * len(skips)
 
 
 def test_a_micro_batch_that_does_not_fit_is_tried_again_in_halves(tmp_path):
-    result = run_injected(
-        tmp_path, "calls == 3", "raise torch.OutOfMemoryError('injected')", "--num_train_epochs", 1, "--dropout", 0
-    )
-    assert result.returncode == 0, result.stderr
+    script = "train_summarize.py"
+    wrapper = inject(tmp_path, script, LOSS[script], "calls == 3", OUT_OF_MEMORY)
+    flags = ["--num_train_epochs", 1, "--dropout", 0]
+    run(wrapper, tmp_path / "run", *flags)
     assert not events(tmp_path / "run", "skip")
     assert sum(line["examples"] for line in events(tmp_path / "run", "train")) == 48
-    run("train_summarize.py", tmp_path / "plain", "--num_train_epochs", 1, "--dropout", 0)
+    run(script, tmp_path / "plain", *flags)
     assert_close(weights(tmp_path / "run"), weights(tmp_path / "plain"))
 
 
-def test_steps_that_are_not_finite_are_dropped_and_named_and_too_many_end_the_run(tmp_path):
-    result = run_injected(tmp_path, "calls >= 5", "hidden = hidden * float('nan')", "--max_skipped_steps", 3)
-    assert result.returncode == 3
+@pytest.mark.parametrize("detector", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_steps_that_are_not_finite_are_dropped_and_named_and_too_many_end_the_run(script, detector, tmp_path):
+    wrapper = inject(tmp_path, script, LOSS[script], "calls >= 5", "args = (args[0] * float('nan'), *args[1:])")
+    result = run(wrapper, tmp_path / "run", "--max_skipped_steps", 3, "--nan_detector", detector, expect=3)
     assert "4 steps in a row were dropped, more than --max_skipped_steps 3" in result.stderr
     assert "Traceback" not in result.stderr
     skips = events(tmp_path / "run", "skip")
     assert [line["in_a_row"] for line in skips] == [1, 2, 3, 4]
-    assert "the gradient of model." in skips[0]["reason"]
+    assert ("the gradient of " if detector else "the gradient norm is not finite") in skips[0]["reason"]
+    assert skips[1]["reason"] == "the gradient norm is not finite"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_step_that_is_not_finite_changes_nothing_and_the_run_goes_on(script, tmp_path):
+    wrapper = inject(tmp_path, script, LOSS[script], "calls <= 4", "args = (args[0] * float('nan'), *args[1:])")
+    flags = ["--gradient_accumulation_steps", 1, "--num_warmup_steps", 0]  # the detector runs the first again
+    run(wrapper, tmp_path / "run", *flags, "--max_train_steps", 3, "--eval_steps", 1, "--eval_after_steps", 3,
+        "--checkpointing_steps", 1, "--checkpoints_total_limit", 0, "--max_skipped_steps", 3)  # fmt: skip
+    assert [line["in_a_row"] for line in events(tmp_path / "run", "skip")] == [1, 2, 3]
+    assert [line["examples"] for line in events(tmp_path / "run", "train")] == [0, 0, 0]
+    first, last = (weights(tmp_path / "run" / "checkpoints" / f"step_0000000{step}") for step in (1, 3))
+    assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_processes_that_disagree_on_the_gradient_stop_unless_told_not_to(script, tmp_path):
+    wrapper = inject(tmp_path, script, "utils.training:check_grad_norm", "rank == 1", "args = (args[0], 2 * args[1])")
+    result = run(wrapper, tmp_path / "run", processes=2, expect=1)  # the launcher's code
+    assert "the processes disagree on the gradient norm" in result.stderr
+    assert re.search(r"exitcode +: 3\b", result.stderr)
+    assert not events(tmp_path / "run", "train")
+    run(wrapper, tmp_path / "run", "--check_grad_norm", False, "--num_train_epochs", 1, processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_processes_that_train_different_models_stop(script, tmp_path):
+    wrapper = inject(tmp_path, script, FORWARD[script], "rank == 1 and args[0].training and calls == 1",
+                     "next(args[0].parameters()).data.mul_(1.5)")  # fmt: skip
+    result = run(wrapper, tmp_path / "run", processes=2, expect=1)  # the launcher's code
+    assert "the processes disagree on the gradient norm" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_without_a_last_step_warms_up_too(script, tmp_path):
+    run(script, tmp_path, "--num_train_epochs", 0, "--lr_scheduler_type", "constant_with_warmup", "--patience", 1,
+        "--eval_steps", 3, "--learning_rate", 1e-6, "--num_warmup_steps", 4)  # fmt: skip
+    rates = [line["lr"] for line in events(tmp_path, "train")]
+    assert rates[:5] == pytest.approx([0.25e-6, 0.5e-6, 0.75e-6, 1e-6, 1e-6])
 
 
 def rules(**changes):
@@ -139,10 +169,11 @@ def test_lower_is_better_for_a_loss_or_if_the_flag_says_so(metric, greater_is_be
     assert state.note_validation(best, {metric: 0.5})
 
 
-def test_intervals_patience_pruning_and_the_log_in_one_run(tmp_path):
-    run("train_summarize.py", tmp_path, "--eval_steps", 2, "--eval_after_steps", 4, "--checkpointing_steps", 3,
-        "--checkpoints_total_limit", 2, "--learning_rate", 0, "--patience", 2, "--log_format", "json",
-        "--report_to", "tensorboard", "--profile")  # fmt: skip
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_intervals_patience_pruning_and_the_log_in_one_run(script, tmp_path):
+    result = run(script, tmp_path, "--eval_steps", 2, "--eval_after_steps", 4, "--checkpointing_steps", 3,
+                 "--checkpoints_total_limit", 2, "--learning_rate", 0, "--patience", 2, "--log_format", "json",
+                 "--log_steps", 4, "--report_to", "tensorboard", "--profile")  # fmt: skip
     # nothing changes at learning rate 0: the first validation is the best, and patience ends the run two later
     assert [line["step"] for line in events(tmp_path, "validation")] == [4, 6, 8]
     assert events(tmp_path, "stop")[-1]["reason"].startswith("patience 2")
@@ -153,11 +184,89 @@ def test_intervals_patience_pruning_and_the_log_in_one_run(tmp_path):
     assert os.readlink(folder / "last") == "step_00000008"
     assert list(tmp_path.rglob("events.out.tfevents*"))
     assert list((tmp_path / "profile").iterdir())
-    assert [line["event"] for line in read_jsonl(tmp_path / "metrics.jsonl")][-2:] == ["stop", "done"]
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [line["event"] for line in lines][-2:] == ["stop", "done"]
+    assert [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")] == lines
+    # meters start anew after each log interval, and at the end of an epoch
+    assert [(line["step"], line["examples"]) for line in events(tmp_path, "train")] == [(4, 32), (6, 16), (8, 16)]
+    assert [(line["step"], line["examples"]) for line in events(tmp_path, "epoch")] == [(6, 48)]
 
 
-def test_overfitting_one_batch_sees_the_same_examples_at_each_step_and_learns_them(tmp_path):
-    run("train_summarize.py", tmp_path, "--overfit_one_batch", "--dropout", 0, "--num_train_epochs", 3)
+@pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
+def test_overfitting_one_batch_sees_the_same_examples_at_each_step_and_learns_them(script, tmp_path):
+    flags = ["--dropout", 0] if script == "train_summarize.py" else ["--num_hard_negatives", 0]
+    run(script, tmp_path, "--overfit_one_batch", "--num_train_epochs", 3, *flags)
     lines = events(tmp_path, "train")
-    assert len({line["tokens"] for line in lines}) == 1
+    if script == "train_summarize.py":  # a retriever draws one of the positives in each epoch
+        assert len({line["tokens"] for line in lines}) == 1
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_schedule_accumulation_curriculum_clipping_and_smoothing_are_those_of_the_flags(script, tmp_path):
+    flags = ["--label_smoothing_factor", 0] if script == "train_summarize.py" else ["--num_hard_negatives", 0]
+    result = run(script, tmp_path, "--num_train_epochs", 3, "--gradient_accumulation_steps", "2,1",
+                 "--curriculum_epochs", 1, "--lr_scheduler_type", "cosine", "--num_warmup_steps", 2,
+                 "--max_grad_norm", 2.5, "--eval_after_steps", 30, *flags)  # fmt: skip
+    lines = events(tmp_path, "train")
+    assert [line["examples"] for line in lines] == [8] * 6 + [4] * 24  # two micro-batches of 4, later one
+    half = [0.5 * (1 + math.cos(math.pi * (step - 2) / 28)) for step in range(2, 31)]
+    assert [line["lr"] for line in lines] == pytest.approx([3e-4 * share for share in (0.5, *half)], rel=1e-4, abs=1e-9)
+    tokens = [line["tokens"] / line["examples"] for line in lines]
+    assert np.corrcoef(tokens[:6], range(6))[0, 1] > 0.8  # the curriculum's epoch runs by length, the others do not
+    assert abs(np.corrcoef(tokens[6:18], range(12))[0, 1]) < 0.6
+    assert [line["clip"] for line in lines] == [float(line["gnorm"] > 2.5) for line in lines]
+    assert {line["clip"] for line in lines} == {0.0, 1.0}
+    if script == "train_summarize.py":
+        assert [line["loss"] for line in lines] == [line["nll_loss"] for line in lines]
+    assert [line["reason"] for line in events(tmp_path, "stop")] == ["num_train_epochs 3 reached"]
+    assert re.search(r"^done training in [\d.]+ s$", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_log_line_has_all_meters(script, undisturbed):
+    names = """step epoch lr skipped loss gnorm clip examples tokens tokens_per_second tokens_per_step padding
+        steps_per_second examples_per_step memory_gb train_wall wall""".split()
+    names += ["nll_loss", "ppl"] if script == "train_summarize.py" else ["accuracy"]
+    lines = events(undisturbed[script], "train")
+    for line in lines:
+        assert line.keys() == {"event", *names}
+        assert line["tokens_per_step"] == line["tokens"] > 0
+        assert line["examples_per_step"] == line["examples"] == 8
+        assert 0 <= line["padding"] < 0.5
+        assert line["steps_per_second"] * line["train_wall"] == pytest.approx(1, rel=1e-4)
+        if "nll_loss" in line:  # base 2, without the label smoothing
+            assert line["ppl"] == pytest.approx(2 ** line["nll_loss"], rel=1e-4)
+            assert line["nll_loss"] < line["loss"]
+    assert lines[-1]["wall"] == pytest.approx(sum(line["train_wall"] for line in lines), rel=1e-4)
+    for epoch, line in enumerate(events(undisturbed[script], "epoch")):
+        of_epoch = lines[6 * epoch : 6 * epoch + 6]
+        assert line["examples"] == 48
+        assert line["tokens"] == sum(step["tokens"] for step in of_epoch)
+        assert line["gnorm"] == pytest.approx(sum(step["gnorm"] for step in of_epoch) / 6, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_seed_makes_another_run(script, undisturbed, tmp_path):
+    run(script, tmp_path, "--seed", 7)
+    ours, theirs = (events(folder, "train") for folder in (tmp_path, undisturbed[script]))
+    assert [line["tokens"] for line in ours] != [line["tokens"] for line in theirs]
+    assert ours[0]["loss"] != theirs[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_hours_count_over_all_sessions_of_a_run(script, tmp_path):
+    flags = ["--num_train_epochs", 0, "--lr_scheduler_type", "constant", "--stop_time_hours"]
+    run(script, tmp_path, *flags, 1e-9)
+    first = events(tmp_path, "train")
+    assert len(first) == 1
+    result = run(script, tmp_path, *flags, 1e-9)
+    assert "nothing to train: stop_time_hours 1e-09 reached" in result.stdout
+    assert events(tmp_path, "train") == first
+    run(script, tmp_path, *flags, (first[0]["wall"] + 1) / 3600)
+    lines = events(tmp_path, "train")
+    assert lines[0] == first[0]
+    assert first[0]["wall"] < lines[1]["wall"] < lines[-1]["wall"]
+    assert lines[-2]["wall"] < first[0]["wall"] + 1 <= lines[-1]["wall"] + 1e-4
