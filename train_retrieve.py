@@ -19,8 +19,11 @@ class RetrieveArguments(TrainingArguments, DataArguments):
         None, "a sentence-transformers or plain encoder checkpoint [a small encoder from scratch]"
     )
     max_seq_length: int | None = flag(None, "tokens of a query or passage that are read [the model's own]")
-    attention_dropout: float | None = flag(
-        None, "dropout of attention weights [the model's own]; 0 is several times faster on a processor"
+    attention_dropout: float = flag(
+        0.0, "dropout of attention weights, in place of the model's own; 0 is several times faster on a processor"
+    )
+    gradient_cache_tokens: int = flag(
+        0, "tokens whose graph is held at a time, by gradient caching: memory for large batches; 0: all of them"
     )
     temperature: float = flag(0.05, "divides the similarities in the contrastive loss")
     num_hard_negatives: int = flag(3, "passages of the same document, ranked high by BM25, as negatives of each query")
@@ -40,7 +43,8 @@ class RetrieveArguments(TrainingArguments, DataArguments):
             "recall@1", "recall@5", "recall@10", "recall@20", "mrr@10", "ndcg@10", "gold_words@1024"))  # fmt: skip
         check_choice("--ranking", self.ranking, ("dense", "hybrid"))
         check_at_least(1, self, "top_k", "negatives_pool", "oracle_passages", "max_seq_length")
-        check_at_least(0, self, "num_hard_negatives", "smooth_window", "bm25_weight", "attention_dropout")
+        check_at_least(0, self, "num_hard_negatives", "smooth_window", "bm25_weight")
+        check_at_least(0, self, "attention_dropout", "gradient_cache_tokens")
         if not self.temperature > 0:
             raise UsageError(f"--temperature {self.temperature}: more than 0 is wanted")
 
@@ -64,9 +68,9 @@ from transformers import get_scheduler
 
 from utils.batching import StepBatches, plan_epoch
 from utils.checkpoint import publish
-from utils.contrastive import contrastive_loss
+from utils.contrastive import backward_by_chunk, contrastive_loss, embed, embed_without_graph
 from utils.data import load_splits, write_retrieved
-from utils.retriever import build_small_encoder, encode, load_retriever, pad, tokenize
+from utils.retriever import build_small_encoder, count_tokens, encode, in_chunks, load_retriever, tokenize
 from utils.search import (
     bm25_rankings,
     dense_rankings,
@@ -108,6 +112,8 @@ def main():
 
     accelerator = Accelerator(mixed_precision=precision(args), log_with=args.report_to, project_dir=args.output_dir)
     run_folder = start(accelerator, args)
+    if args.gradient_cache_tokens and is_sharded(accelerator):  # whose processes must run the model equally often
+        raise UsageError("--gradient_cache_tokens is not supported with FSDP and DeepSpeed")
     log = RunLog(accelerator, run_folder, args.log_format)
     train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
 
@@ -119,7 +125,8 @@ def main():
     else:
         documents = {id(example.document): example.document for example in train}.values()
         texts = [text for document in documents for text in document.passages]
-        retriever = build_small_encoder([*texts, *(example.query for example in train)])
+        texts += [example.query for example in train]
+        retriever = build_small_encoder(texts, attention_dropout=args.attention_dropout)
     if args.max_seq_length:
         retriever.max_seq_length = args.max_seq_length
     parameters = sum(parameter.numel() for parameter in retriever.parameters())
@@ -177,8 +184,12 @@ def main():
         keys += negatives
         evidence = [torch.tensor(example["evidence"]) for example in examples]
         return {
-            "queries": pad([example["query"] for example in examples], retriever.tokenizer.pad_token_id),
-            "passages": pad([passage_tokens[key] for key in keys], retriever.tokenizer.pad_token_id),
+            "texts": in_chunks(
+                retriever,
+                [example["query"] for example in examples],
+                [passage_tokens[key] for key in keys],
+                args.gradient_cache_tokens,
+            ),
             "passage_keys": torch.full((len(keys),), -2) if dummy else torch.tensor(keys),
             "evidence_keys": torch.full((len(examples), 1), -1)
             if dummy
@@ -316,25 +327,32 @@ def main():
     def train_micro_batch(batch, count: int) -> dict:
         """Adds to the gradients those of the mean loss over all `count` pairs of the step, on all processes."""
         batch = move(batch, accelerator.device)
+        states, sides = None, (len(batch["evidence_keys"]), len(batch["passage_keys"]))
         with local_gradients(accelerator, model):
             with record_function("forward"), accelerator.autocast():
                 with together(accelerator):  # the loss gathers the passages of all processes
-                    queries = model(batch["queries"])["sentence_embedding"]
-                    passages = model(batch["passages"])["sentence_embedding"]
+                    if len(batch["texts"]) > 1 and args.gradient_cache_tokens:
+                        embeddings, states = embed_without_graph(model, batch["texts"])
+                    else:
+                        embeddings = embed(model, batch["texts"])
                 loss, right = contrastive_loss(
-                    queries, passages, passage_keys=batch["passage_keys"], evidence_keys=batch["evidence_keys"],
+                    *embeddings.split(sides), passage_keys=batch["passage_keys"], evidence_keys=batch["evidence_keys"],
                     temperature=args.temperature,
                 )  # fmt: skip
             with record_function("backward"), together(accelerator):
                 # times the processes, because gradients are averaged over them
                 accelerator.backward(loss * accelerator.num_processes / count)
+                if states:
+                    backward_by_chunk(model, batch["texts"], embeddings, states)
         pairs_here = count_pairs(batch)
+        tokens, slots = count_tokens(retriever, batch["texts"])
         return {
             "loss": loss.detach(),
             "right": right,
             "count": pairs_here,
             "examples": pairs_here,
-            **count_tokens(batch),
+            "tokens": tokens if pairs_here else 0,  # a dummy is all padding
+            "slots": slots,
         }
 
     began = time.perf_counter()
@@ -434,22 +452,13 @@ def main():
 def move(batch, device):
     if isinstance(batch, dict):
         return {name: move(value, device) for name, value in batch.items()}
+    if isinstance(batch, list):
+        return [move(value, device) for value in batch]
     return batch.to(device, non_blocking=True)
 
 
 def count_pairs(batch: dict) -> int:
     return int((batch["evidence_keys"][:, 0] >= 0).sum())
-
-
-def count_tokens(batch: dict) -> dict:
-    """Examples and tokens of a micro-batch without padding, and tokens with it (`slots`)."""
-    masks = [batch[side]["attention_mask"] for side in ("queries", "passages")]
-    examples = count_pairs(batch)  # 0 if it is a dummy, which is all padding
-    return {
-        "examples": examples,
-        "tokens": sum(mask.sum() for mask in masks) if examples else 0,
-        "slots": sum(mask.numel() for mask in masks),
-    }
 
 
 if __name__ == "__main__":

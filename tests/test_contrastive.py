@@ -125,44 +125,53 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 
-from utils.contrastive import contrastive_loss
-from utils.retriever import build_small_encoder, pad, tokenize
+from utils.contrastive import backward_by_chunk, contrastive_loss, embed, embed_without_graph
+from utils.retriever import build_small_encoder, in_chunks, tokenize
+from utils.training import average_gradients
 
 
 def encoder(texts):
     torch.manual_seed(0)
-    model = build_small_encoder(texts, vocab_size=300, hidden_size=32, layers=1)
+    return build_small_encoder(texts, vocab_size=300, hidden_size=32, layers=1)
+
+
+def set_dropout(model, p):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
+            module.p = p
 
 
-def gradients(accelerator, retriever, model, parts):
+def gradients(accelerator, retriever, model, parts, max_tokens=0, cached=False):
     """One step as in train_retrieve.py; parts[process] = (example numbers, whether each is a dummy)."""
+    torch.manual_seed(accelerator.process_index)
     numbers, dummy = parts[accelerator.process_index]
     negatives = [40 + 2 * i + j for i in numbers for j in range(2)]
     keys = torch.tensor([*numbers, *negatives])
     evidence = torch.tensor([[i, (i + 1) % 3 + 20] for i in numbers])
     batch = {
-        "queries": pad([queries[i] for i in numbers], retriever.tokenizer.pad_token_id),
-        "passages": pad([passages[i] for i in keys], retriever.tokenizer.pad_token_id),
+        "texts": in_chunks(retriever, [queries[i] for i in numbers], [passages[i] for i in keys], max_tokens),
         "passage_keys": torch.full((len(keys),), -2) if dummy else keys,
         "evidence_keys": torch.full((len(numbers), 1), -1) if dummy else evidence,
     }
     count = accelerator.reduce((batch["evidence_keys"][:, 0] >= 0).sum(), "sum")
-    with accelerator.autocast():
+    assert dummy or (len(batch["texts"]) > 3 if max_tokens else len(batch["texts"]) == 1)
+    with accelerator.no_sync(model):
+        if cached:
+            embeddings, states = embed_without_graph(model, batch["texts"])
+        else:
+            embeddings = embed(model, batch["texts"])
         loss, right = contrastive_loss(
-            model(batch["queries"])["sentence_embedding"],
-            model(batch["passages"])["sentence_embedding"],
+            *embeddings.split([len(numbers), len(keys)]),
             passage_keys=batch["passage_keys"],
             evidence_keys=batch["evidence_keys"],
             temperature=0.05,
         )
         accelerator.backward(loss * accelerator.num_processes / count)
+        if cached:
+            backward_by_chunk(model, batch["texts"], embeddings, states)
+    average_gradients(accelerator, model)
     found = {name: p.grad.clone() for name, p in retriever.named_parameters() if p.grad is not None}
     model.zero_grad()
     total = accelerator.reduce(torch.stack([loss.detach(), right.float()]), "sum")
@@ -170,8 +179,8 @@ def gradients(accelerator, retriever, model, parts):
 
 
 texts = [f"word{i % 7} letter{i % 11} " + "abc " * (i % 13) + f"end{i}" for i in range(120)]
-unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-accelerator = Accelerator(kwargs_handlers=[unused])
+accelerator = Accelerator()
+process = f"{accelerator.num_processes}.{accelerator.process_index}"
 retriever = encoder(texts)
 queries, passages = tokenize(retriever, texts[::-1], "query"), tokenize(retriever, texts, "passage")
 model = accelerator.prepare(retriever)
@@ -180,8 +189,16 @@ for name, first, second in (("even", (0, 8), (8, 16)), ("uneven", (0, 8), (8, 13
     parts = [(list(range(*first)), False), (list(range(*second)), False) if second else ([0], True)]
     if accelerator.num_processes == 1:
         parts = [(sum((numbers for numbers, dummy in parts if not dummy), []), False)]
-    found = gradients(accelerator, retriever, model, parts)
-    save_file(found, f"{sys.argv[1]}/{name}.{accelerator.num_processes}.{accelerator.process_index}.safetensors")
+    set_dropout(model, 0.0)
+    variants = {"": {}, "cached.": {"max_tokens": 40, "cached": True}}
+    for variant, options in variants.items():
+        found = gradients(accelerator, retriever, model, parts, **options)
+        save_file(found, f"{sys.argv[1]}/{name}.{variant}{process}.safetensors")
+set_dropout(model, 0.2)
+for cached in (False, True):
+    found = gradients(accelerator, retriever, model, parts, max_tokens=40, cached=cached)
+    name = "cached" if cached else "plain"
+    save_file(found, f"{sys.argv[1]}/dropout.{name}.{process}.safetensors")
 accelerator.end_training()
 sys.stdout.flush()
 os._exit(0)
@@ -201,13 +218,32 @@ def gradient_files(tmp_path_factory):
     return folder
 
 
+def check_gradients(found, expected):
+    assert len(expected) > 20
+    assert np.linalg.norm(expected["0.model.embeddings.word_embeddings.weight"]) > 1e-3
+    assert found.keys() == expected.keys()  # every parameter that has a gradient, and "total": loss and number right
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("variant", ["", "cached."], ids=["plain", "cached"])
 @pytest.mark.parametrize("case", ["even", "uneven", "dummy"])
-def test_two_processes_give_the_gradient_of_one_with_all_examples(gradient_files, case):
+def test_two_processes_give_the_gradient_of_one_with_all_examples(gradient_files, case, variant):
     """8 + 8 examples against 16, 8 + 5 against 13, and 8 + a dummy against 8, in float32."""
-    one, *two = (load_file(gradient_files / f"{case}.{name}.safetensors") for name in ("1.0", "2.0", "2.1"))
-    assert len(one) > 20
-    assert np.linalg.norm(one["0.model.embeddings.word_embeddings.weight"]) > 1e-3
-    for found in two:
-        assert found.keys() == one.keys()  # every parameter that has a gradient, and "total": loss and number right
-        for name, gradient in one.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    one = load_file(gradient_files / f"{case}.1.0.safetensors")
+    for process in range(2):
+        check_gradients(load_file(gradient_files / f"{case}.{variant}2.{process}.safetensors"), one)
+
+
+@pytest.mark.parametrize("name", ["1.0", "2.0", "2.1"])
+def test_gradient_caching_gives_the_plain_gradient_with_dropout_on(gradient_files, name):
+    plain, cached = (load_file(gradient_files / f"dropout.{kind}.{name}.safetensors") for kind in ("plain", "cached"))
+    check_gradients(cached, plain)
+    without = load_file(gradient_files / f"dummy.{name}.safetensors")
+    assert abs(plain["total"][0] / without["total"][0] - 1) > 1e-3  # it does drop
+
+
+def test_gradient_caching_gives_the_plain_gradient_on_one_process(gradient_files):
+    for case in ("even", "uneven", "dummy"):
+        one, cached = (load_file(gradient_files / f"{case}.{kind}1.0.safetensors") for kind in ("", "cached."))
+        check_gradients(cached, one)

@@ -95,7 +95,7 @@ def test_the_model_is_loaded_in_float32_and_its_length_limit_is_kept(loaded, tmp
 
 
 def test_the_dropout_of_attention_can_be_switched_off(tmp_path):
-    small().save_pretrained(str(tmp_path), create_model_card=False)
+    small(attention_dropout=0.1).save_pretrained(str(tmp_path), create_model_card=False)
     assert load_retriever(str(tmp_path))[0].auto_model.config.attention_probs_dropout_prob == 0.1
     assert load_retriever(str(tmp_path), 0.0)[0].auto_model.config.attention_probs_dropout_prob == 0.0
 

@@ -1,4 +1,4 @@
-"""The contrastive loss, with the passages of every process as negatives."""
+"""The contrastive loss, with the passages of every process as negatives; embeddings of large batches in chunks."""
 
 import torch
 import torch.distributed as dist
@@ -63,3 +63,53 @@ def contrastive_loss(
     counts = evidence_keys[:, 0] >= 0
     losses = torch.nn.functional.cross_entropy(similarities, positives, reduction="none")
     return (losses * counts).sum(), ((similarities.argmax(1) == positives) & counts).sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# embeddings; a chunk holds an encoder's features and `rows`, the numbers of its texts in the batch
+
+
+def embed(model, chunks: list[dict]) -> torch.Tensor:
+    """(texts, hidden), in the order of the batch."""
+    parts = [_forward(model, chunk) for chunk in chunks]
+    return torch.cat(parts)[torch.cat([chunk["rows"] for chunk in chunks]).argsort()]
+
+
+def embed_without_graph(model, chunks: list[dict]) -> tuple[torch.Tensor, list]:
+    """The first half of gradient caching (Gao et al., 2021, arXiv:2101.06983); `backward_by_chunk` is the second.
+
+    Returns the embeddings as a leaf, for a loss and its backward pass, and the random state before each chunk. Not
+    within the autocast of `backward_by_chunk`, which would find weights in its cache that have no gradient.
+    """
+    states, parts = [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            states.append(_random_state(chunk["rows"].device))
+            parts.append(_forward(model, chunk))
+    embeddings = torch.cat(parts)[torch.cat([chunk["rows"] for chunk in chunks]).argsort()]
+    return embeddings.requires_grad_(), states
+
+
+def backward_by_chunk(model, chunks: list[dict], embeddings: torch.Tensor, states: list) -> None:
+    """Adds to the gradients those of the loss that left `embeddings.grad`, with one chunk's graph in memory at a time.
+
+    Dropout draws what it drew in `embed_without_graph`.
+    """
+    for chunk, state in zip(chunks, states, strict=True):
+        _set_random_state(state)
+        part = _forward(model, chunk)
+        part.backward(embeddings.grad[chunk["rows"]].to(part.dtype))
+
+
+def _forward(model, chunk: dict) -> torch.Tensor:
+    return model({name: value for name, value in chunk.items() if name != "rows"})["sentence_embedding"]
+
+
+def _random_state(device) -> tuple:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])

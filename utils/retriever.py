@@ -1,7 +1,7 @@
 """The retriever: a SentenceTransformer, built from scratch or loaded; tokenizing, encoding and saving.
 
 Queries and passages go through one encoder, each with its own prompt where the model has one. A text is tokenized once
-and encoded in batches of similar length.
+and encoded in batches of similar length, without padding where the encoder can do without.
 """
 
 import tempfile
@@ -15,13 +15,14 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import BertConfig, BertModel
 
 from utils.arguments import UsageError
+from utils.packing import is_packed, remove_padding
 from utils.tokenizer import train_tokenizer
 
 PROMPTS = {"query": "query", "passage": "document"}  # the names that sentence-transformers looks up
 
 
 def build_small_encoder(
-    texts, *, vocab_size: int = 8192, hidden_size: int = 128, layers: int = 2
+    texts, *, vocab_size: int = 8192, hidden_size: int = 128, layers: int = 2, attention_dropout: float = 0.0
 ) -> SentenceTransformer:
     """A small BERT with random weights, mean pooling and unit length, and a lowercase tokenizer trained on `texts`."""
     tokenizer = train_tokenizer(texts, vocab_size=vocab_size, lowercase=True, max_length=512)
@@ -32,6 +33,7 @@ def build_small_encoder(
         num_attention_heads=hidden_size // 32,
         intermediate_size=4 * hidden_size,
         max_position_embeddings=512,
+        attention_probs_dropout_prob=attention_dropout,
         initializer_range=0.06,  # the width's own scale; BERT's 0.02 is made for hidden_size 768
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -40,7 +42,9 @@ def build_small_encoder(
         save_file(BertModel(config).state_dict(), f"{folder}/model.safetensors", {"format": "pt"})
         tokenizer.save_pretrained(folder)
         transformer = Transformer(folder)
-    return SentenceTransformer(modules=[transformer, Pooling(hidden_size), Normalize()], device="cpu")
+    retriever = SentenceTransformer(modules=[transformer, Pooling(hidden_size), Normalize()], device="cpu")
+    remove_padding(retriever)
+    return retriever
 
 
 def load_retriever(name_or_path: str, attention_dropout: float | None = None) -> SentenceTransformer:
@@ -49,13 +53,15 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
     if attention_dropout is not None:  # BERT's name and the others'; a configuration ignores the one it does not have
         config = {"attention_probs_dropout_prob": attention_dropout, "attention_dropout": attention_dropout}
     try:
-        return SentenceTransformer(
+        retriever = SentenceTransformer(
             name_or_path, device="cpu", model_kwargs={"dtype": torch.float32}, config_kwargs=config
         )
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{name_or_path}: no retriever could be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
+    remove_padding(retriever)
+    return retriever
 
 
 def tokenize(model: SentenceTransformer, texts: list[str], kind: str) -> list[list[int]]:
@@ -74,6 +80,39 @@ def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor
         "input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
         "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
     }
+
+
+def in_chunks(
+    retriever: SentenceTransformer, queries: list[list[int]], passages: list[list[int]], max_tokens: int = 0
+) -> list[dict[str, torch.Tensor]]:
+    """Features of a training batch, with `rows`: their numbers in the batch, in which queries come first.
+
+    With `max_tokens`, texts of similar length and so many tokens at most, padding included where there is any; else
+    all at once, or queries apart from passages where padding them to one length would cost.
+    """
+    token_ids, packed = queries + passages, is_packed(retriever[0])
+    parts = [range(len(queries)), range(len(queries), len(token_ids))]
+    if packed:
+        parts = [range(len(token_ids))]
+    if max_tokens:
+        parts, tokens = [[]], 0
+        for number in sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i])):
+            width = len(token_ids[number if packed or not parts[-1] else parts[-1][0]])
+            if parts[-1] and tokens + width > max_tokens:
+                width, tokens = len(token_ids[number]), 0
+                parts.append([])
+            parts[-1].append(number)
+            tokens += width
+    return [
+        {**pad([token_ids[i] for i in part], retriever.tokenizer.pad_token_id), "rows": torch.tensor(part)}
+        for part in parts
+    ]
+
+
+def count_tokens(retriever: SentenceTransformer, chunks: list[dict[str, torch.Tensor]]) -> tuple[int, int]:
+    """Tokens without padding, and tokens as they are computed."""
+    tokens = sum(int(chunk["attention_mask"].sum()) for chunk in chunks)
+    return tokens, tokens if is_packed(retriever[0]) else sum(chunk["attention_mask"].numel() for chunk in chunks)
 
 
 @torch.no_grad()
