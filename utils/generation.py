@@ -146,7 +146,8 @@ def beam_search(model, hidden, mask, **generation) -> torch.Tensor:
 
 def is_supported(model, config) -> bool:
     return (
-        model.config.model_type in MODEL_TYPES
+        not model.training  # with its dropout
+        and model.config.model_type in MODEL_TYPES
         and config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH)
         and all(getattr(config, name, None) in values for name, values in UNKNOWN_SETTINGS.items())
         and not is_deepspeed_zero3_enabled()
@@ -167,8 +168,8 @@ def search(model, start, *, logits_processor, generation_config, beams, encoded,
     past = SimpleNamespace(max_slots=1 + beams.count * (max_length - 2), positions=None, mask=None)
     source_mask = encoded["attention_mask"]
     if source_mask is not None and not source_mask.all():
-        source.mask = torch.zeros(source_mask.shape, device=device).masked_fill(source_mask == 0, -torch.inf)
-        source.mask = source.mask[:, None, None]
+        source.mask = torch.zeros(source_mask.shape, device=device)
+        source.mask = source.mask.masked_fill(source_mask == 0, torch.finfo(torch.float32).min)[:, None, None]
     cache = EncoderDecoderCache(*(Cache(layer_class_to_replicate=partial(Layer, view)) for view in (past, source)))
 
     # what `generate` fills up with
@@ -281,8 +282,8 @@ def advance_beams(state, logits, process, length, eos, beams, max_length):
         merged = torch.cat([getattr(state, name), new], 1)
         setattr(state, name, merged.take_along_dim(best[..., None] if merged.dim() == 3 else best, 1))
 
-    # done where the best that runs on could not be better than the worst that has ended, if it were to end now ("never":
-    # at any length)
+    # done where the best that runs on, were it to end now ("never": at any length), would be no better than the worst
+    # that has ended
     final = max_length - 1 if beams.early_stopping == "never" and beams.length_penalty > 0 else length
     worst = torch.where(state.has_ended, state.ended_scores.min(1, keepdim=True)[0], NEVER)
     done = ~(state.scores[:, :1] / final**beams.length_penalty > worst).any(1) | (length + 1 == max_length)
