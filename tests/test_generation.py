@@ -67,7 +67,7 @@ SETTINGS = {
     "minimum": {"num_beams": 3, "min_new_tokens": 7},
     "no 2-gram twice": {"num_beams": 4, "no_repeat_ngram_size": 2, "min_new_tokens": 9},
     "no token twice": {"num_beams": 4, "no_repeat_ngram_size": 1},
-    "early": {"num_beams": 4, "early_stopping": True},
+    "early": {"num_beams": 4, "early_stopping": True, "length_penalty": 2.0},
     "never early": {"num_beams": 4, "early_stopping": "never", "length_penalty": 1.5},
     "forced": {"num_beams": 4, "forced_bos_token_id": 9, "forced_eos_token_id": EOS},
     "several ends": {"num_beams": 3, "eos_token_id": [EOS, 5, 6]},
@@ -81,16 +81,18 @@ SETTINGS = {
 @pytest.mark.parametrize("kind", ["bart", "t5", "pegasus"])
 def test_tokens_are_those_of_transformers(kind, searched):
     model, inputs = build(kind), encoded()
-    lengths = set()
+    lengths, results = set(), {}
     for name, settings in SETTINGS.items():
         settings = {"max_new_tokens": 14, **settings}
         if settings.get("eos_token_id", 0) is None:
             model.generation_config.eos_token_id = settings.pop("eos_token_id")
         ids = beam_search(model, *inputs, **settings)
         assert torch.equal(ids, transformers_generate(model, *inputs, **settings)), name
+        results[name] = ids.tolist()
         lengths |= {(row != PAD).sum().item() for row in ids}
     assert len(searched) == len(SETTINGS)
     assert len(lengths) > 5  # outputs do end at different lengths
+    assert results["early"] != results["long"]
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
@@ -162,6 +164,14 @@ def test_examples_that_are_done_leave_the_batch(beams):
     assert torch.equal(ids, transformers_generate(model, *inputs, num_beams=beams, max_new_tokens=30))
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+def test_where_all_end_early_the_result_is_no_wider_than_the_longest(beams):
+    model, inputs, settings = build("bart", eos_bias=9.0), encoded(), {"num_beams": beams, "max_new_tokens": 30}
+    ids = beam_search(model, *inputs, **settings)
+    assert ids.shape[1] < 31
+    assert torch.equal(ids, transformers_generate(model, *inputs, **settings))
+
+
 @pytest.mark.parametrize("cast", ["autocast", "weights"])
 def test_in_bfloat16_outputs_are_as_likely_as_in_float32(cast):
     model, (hidden, mask) = build("bart"), encoded()
@@ -190,6 +200,11 @@ def test_in_bfloat16_outputs_are_as_likely_as_in_float32(cast):
 # ---- where it stands aside
 
 
+def test_a_model_in_training_keeps_its_dropout(searched):
+    beam_search(build("bart").train(), *encoded(), max_new_tokens=4)
+    assert not searched
+
+
 @pytest.mark.parametrize("settings", [
     {"do_sample": True}, {"num_beams": 4, "do_sample": True}, {"num_beams": 4, "num_return_sequences": 2},
     {"num_beams": 2, "prefix_allowed_tokens_fn": lambda batch, ids: list(range(2, 30))},
@@ -206,6 +221,7 @@ def test_what_the_search_does_not_know_is_left_to_transformers(settings, searche
 def test_a_model_that_is_not_listed_is_left_to_transformers(searched):
     model, inputs = build("led", attention_window=4), encoded()
     settings = {"num_beams": 3, "max_new_tokens": 8}
+    assert not generation.is_supported(model, model.generation_config)
     assert torch.equal(beam_search(model, *inputs, **settings), transformers_generate(model, *inputs, **settings))
     assert not searched
 

@@ -274,8 +274,6 @@ def advance_beams(state, logits, process, length, eos, beams, max_length):
 
     ends[:, count:] = False  # the others are only there to run on
     points = points / length**beams.length_penalty
-    if beams.early_stopping is True:
-        points += state.has_ended.all(1, keepdim=True) * NEVER
     state.ended_scores, best = torch.cat([state.ended_scores, points + ~ends * NEVER], 1).topk(count)
     for name, new in (("ended", candidates), ("has_ended", ends),
                       ("ended_lengths", torch.full_like(tokens, length + 1))):  # fmt: skip
