@@ -22,6 +22,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.arguments import UsageError
+from utils.generation import beam_search, onednn_linears
+
+ENCODED_AT_ONCE = 8192  # tokens, with their padding, in generation
 
 
 def build_small_bart(
@@ -239,11 +242,29 @@ class Summarizer(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, sequences_per_example, **generation) -> torch.Tensor:
-        """Token ids (examples, generated tokens); `generation` as in Transformers' `generate`."""
-        hidden, mask = self.encode(input_ids, attention_mask, sequences_per_example)
-        return self.model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask, **generation
-        )
+        """Token ids (examples, generated tokens); `generation` as in Transformers' `generate`.
+
+        Sequences are padded on their right. They are encoded in order of length and in parts, so that there is little
+        padding among them and that memory does not grow with the number of passages; the search is `beam_search`.
+        """
+        with onednn_linears(self.model):
+            lengths = attention_mask.sum(1).tolist()
+            longest_first = torch.tensor(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
+            states = [None] * len(lengths)
+            for part in longest_first.split(max(1, ENCODED_AT_ONCE // input_ids.shape[1])):
+                longest = lengths[part[0]]
+                hidden = self.model.get_encoder()(
+                    input_ids=input_ids[part, :longest], attention_mask=attention_mask[part, :longest]
+                ).last_hidden_state
+                for i, row in zip(part.tolist(), hidden, strict=True):
+                    states[i] = row[: lengths[i]]
+            starts = [0, *sequences_per_example.cumsum(0).tolist()]
+            examples = [torch.cat(states[start:end]) for start, end in pairwise(starts)]
+            hidden = nn.utils.rnn.pad_sequence(examples, batch_first=True)
+            tokens = torch.tensor([len(example) for example in examples], device=hidden.device)
+            mask = (torch.arange(hidden.shape[1], device=hidden.device) < tokens[:, None]).long()
+            del states, examples
+            return beam_search(self.model, hidden, mask, **generation)
 
 
 def _tokens_per_example(attention_mask, sequences_per_example) -> list[int]:

@@ -1,0 +1,209 @@
+"""Seconds and memory of generation: Transformers' `generate` on unsorted batches of 8 against `Summarizer.generate`.
+
+    python benchmarks/generation.py --size base --examples 16 --repeats 3
+
+Ours gets the same examples in order of length, in batches of at most `--max_tokens` source tokens. The model is a BART
+of random weights, large enough for outputs to vary; nothing is downloaded. All numbers include the encoder. The two
+ways are timed in turns within one process, so that both meet the same load; the ratio is that of each turn. Memory is
+what a process of its own needs beyond the loaded model for 32 new tokens: the highest resident size that Linux reports
+(VmHWM; on a GPU, the most that was allocated).
+
+Results
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from transformers import BartConfig, BartForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+import utils.summarizer
+from utils.summarizer import Summarizer, collate
+
+EOS, PAD = 2, 1
+NEW_TOKENS = {"concat": 128, "fid": 64}
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--size", choices=["small", "base"], default="base", help="d_model 256 or BART-base")
+    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3, help="turns of both ways, after the one that warms up")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compute_dtype", choices=["float32", "bfloat16", "both"], default="both",
+                        help="bfloat16: under autocast")  # fmt: skip
+    parser.add_argument("--fusion", choices=["concat", "fid", "both"], default="both")
+    parser.add_argument("--max_tokens", type=int, default=16384, help="source tokens of one of our batches")
+    parser.add_argument("--max_new_tokens", type=int, help="[128 for concat, 64 for fid]")
+    parser.add_argument("--eos_bias", type=float, default=0.0, help="logit added to the end token: outputs end early")
+    parser.add_argument("--no_onednn", action="store_true", help="matrix products as PyTorch does them")
+    return parser.parse_args()
+
+
+def build(args):
+    torch.manual_seed(0)
+    width = {"small": 256, "base": 768}[args.size]
+    config = BartConfig(
+        d_model=width, encoder_layers=6, decoder_layers=6, encoder_attention_heads=width // 64,
+        decoder_attention_heads=width // 64, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
+        init_std=width**-0.5 * 1.2, forced_eos_token_id=EOS,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    model.final_logits_bias[0, EOS] = args.eos_bias
+    return Summarizer(model).to(args.device)
+
+
+def make_sources(fusion: str, examples: int) -> list[list[list[int]]]:
+    """concat: one sequence each, log-normal around 280 tokens, up to 512; fid: 8 to 10 of 130 to 256 tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    def sequence(tokens):
+        return [0, *torch.randint(3, 50265, (tokens - 2,), generator=generator).tolist(), EOS]
+
+    if fusion == "fid":
+        return [[sequence(draw(130, 256)) for _ in range(draw(8, 10))] for _ in range(examples)]
+    lengths = (280 * torch.exp(0.45 * torch.randn(examples, generator=generator))).clamp(32, 512).long().tolist()
+    return [[sequence(length)] for length in lengths]
+
+
+def batch_of(sources, device):
+    batch = collate(sources, [[EOS]] * len(sources), PAD).to(device)
+    del batch["labels"]
+    return batch
+
+
+def theirs(summarizer, sources, args, generation) -> list[list[int]]:
+    rows = []
+    for start in range(0, len(sources), 8):
+        with torch.no_grad():
+            hidden, mask = summarizer.encode(**batch_of(sources[start : start + 8], args.device))
+            ids = summarizer.model.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask, **generation
+            )
+        rows += ids.tolist()
+    return without_padding(rows)
+
+
+def ours(summarizer, sources, args, generation) -> list[list[int]]:
+    tokens = [sum(map(len, source)) for source in sources]
+    batches = [[]]
+    for i in sorted(range(len(sources)), key=lambda i: -tokens[i]):
+        if batches[-1] and (len(batches[-1]) + 1) * tokens[batches[-1][0]] > args.max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    rows = [None] * len(sources)
+    for batch in batches:
+        ids = summarizer.generate(**batch_of([sources[i] for i in batch], args.device), **generation)
+        for i, row in zip(batch, ids.tolist(), strict=True):
+            rows[i] = row
+    return without_padding(rows)
+
+
+def without_padding(rows):
+    return [[token for token in row if token != PAD] for row in rows]
+
+
+def setting(args, fusion: str, dtype: str):
+    """The summarizer, the sources, the settings of generation, and the context to generate in."""
+    if args.no_onednn:
+        utils.summarizer.onednn_linears = lambda model: contextlib.nullcontext()
+    generation = {"num_beams": 4, "max_new_tokens": args.max_new_tokens or NEW_TOKENS[fusion], "do_sample": False}
+    autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=dtype == "bfloat16")
+    return build(args), make_sources(fusion, args.examples), generation, autocast
+
+
+def measure_memory(args, fusion, dtype, way, queue):
+    """Puts the mebibytes that one run needs beyond the model."""
+    summarizer, sources, generation, autocast = setting(args, fusion, dtype)
+    before = resident(args.device, "VmRSS")
+    with autocast:
+        way(summarizer, sources, args, {**generation, "max_new_tokens": min(generation["max_new_tokens"], 32)})
+    queue.put(resident(args.device, "VmHWM") - before)
+
+
+def resident(device: str, name: str) -> float:
+    """Mebibytes now (VmRSS) or at most so far (VmHWM)."""
+    if device.startswith("cuda"):
+        return (torch.cuda.memory_allocated() if name == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**20
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) / 1024
+
+
+def memory(args, fusion, dtype, way) -> float:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure_memory, args=(args, fusion, dtype, way, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def compare(args, fusion: str, dtype: str) -> str:
+    summarizer, sources, generation, autocast = setting(args, fusion, dtype)
+    seconds = {theirs: [], ours: []}
+    with autocast:
+        for way in seconds:  # a warm-up
+            way(summarizer, sources[:2], args, {**generation, "max_new_tokens": 4})
+        for turn in range(args.repeats):
+            outputs = {}
+            for way in (theirs, ours) if turn % 2 == 0 else (ours, theirs):
+                synchronize(args.device)
+                began = time.perf_counter()
+                outputs[way] = way(summarizer, sources, args, generation)
+                synchronize(args.device)
+                seconds[way].append(time.perf_counter() - began)
+    ratios = [slow / fast for slow, fast in zip(seconds[theirs], seconds[ours], strict=True)]
+    same = sum(a == b for a, b in zip(outputs[theirs], outputs[ours], strict=True))
+    peaks = [memory(args, fusion, dtype, way) for way in (theirs, ours)]
+    return (
+        f"| {fusion} | {dtype} | {spread(seconds[theirs])} | {spread(seconds[ours])} | {spread(ratios)} "
+        f"| {same} of {len(sources)} | {peaks[0]:.0f} | {peaks[1]:.0f} |"
+    )
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def hardware(device: str) -> str:
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":")[1].strip() if lines else name
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
+def main():
+    args = parse()
+    print(f"{hardware(args.device)}; BART {args.size}, {args.examples} examples, 4 beams", flush=True)
+    print("| source | computed in | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |")
+    print("| --- | --- | --- | --- | --- | --- | ---: | ---: |", flush=True)
+    for fusion in ("concat", "fid") if args.fusion == "both" else (args.fusion,):
+        for dtype in ("float32", "bfloat16") if args.compute_dtype == "both" else (args.compute_dtype,):
+            print(compare(args, fusion, dtype), flush=True)
+
+
+if __name__ == "__main__":
+    main()
