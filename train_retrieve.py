@@ -82,6 +82,7 @@ from utils.search import (
 )
 from utils.state import Checkpoints, digest, schedule_steps, stop_reason
 from utils.training import (
+    Interrupted,
     Meters,
     NanDetector,
     RunLog,
@@ -89,6 +90,7 @@ from utils.training import (
     average_gradients,
     check_grad_norm,
     check_loss_scale,
+    check_weight_norm,
     end_run,
     is_out_of_memory,
     is_sharded,
@@ -199,10 +201,10 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # batches, optimizer, schedule
 
-    lengths = [
-        [len(pair["query"]), int(np.mean([len(passage_tokens[key]) for key in pair["evidence"]]))] for pair in pairs
-    ]
-
+    lengths = []  # of the query, and of its positive and negatives at most, for they are drawn anew in each epoch
+    for pair in pairs:
+        longest = max(len(passage_tokens[key]) for key in pair["evidence"] + pair["negatives"])
+        lengths.append([len(pair["query"]), longest * (1 + min(args.num_hard_negatives, len(pair["negatives"])))])
     groups = [pair["document"] for pair in pairs]
 
     def shape(epoch: int) -> dict:
@@ -236,7 +238,8 @@ def main():
         fused=True,
     )
     # not prepared: it steps once for each optimizer step, at any number of processes
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, min(args.num_warmup_steps, max_steps // 10), max_steps)
+    warmup_steps = min(args.num_warmup_steps, max_steps // 10) if max_steps else args.num_warmup_steps
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, max_steps)
     model, optimizer = accelerator.prepare(retriever, optimizer)
     signals = Signals()
 
@@ -244,7 +247,7 @@ def main():
     # validation: the model beside BM25 on the same examples
 
     def encode_texts(texts: list[str], kind: str) -> np.ndarray:
-        return encode(retriever, texts, kind, accelerator=accelerator)
+        return encode(retriever, texts, kind, accelerator=accelerator, poll=lambda: signals.poll(accelerator))
 
     def rankings(examples: list) -> list:
         ranked = dense_rankings(examples, encode_texts)
@@ -271,13 +274,10 @@ def main():
 
     bm25_scores = scores_of(bm25_rankings(validation)) if accelerator.is_main_process else {}
 
-    def validate() -> dict | None:
-        """Scores beside those of BM25, on all processes; None if a signal came meanwhile."""
-        if signals.agree(accelerator)[1]:
-            return None
+    def validate() -> dict:
+        """Scores beside those of BM25, on all processes; Interrupted if a signal came meanwhile."""
         ranked = rankings(validation)
-        if signals.agree(accelerator)[1]:
-            return None
+        signals.poll(accelerator)
         found = [{**scores_of(ranked), "bm25": bm25_scores}] if accelerator.is_main_process else [{}]
         return broadcast_object_list(found)[0]
 
@@ -309,14 +309,14 @@ def main():
         is_best = False
         if state.is_validation_due(args):
             state.validation_due = True  # and stays so if a signal comes before it is done
-            validated = None if received else validate()
-            if validated:
-                scores = validated
+            try:
+                signals.poll(accelerator)
+                scores = validate()
                 log("validation", step=state.step, epoch=state.epoch, **scores)
                 is_best = state.note_validation(args, scores)
                 state.stop = stop_reason(accelerator, args, state, lr)
-            else:
-                received = received or signals.agree(accelerator)[1]
+            except Interrupted as signalled:
+                received = signalled.number
         if is_best or state.stop or received or state.is_checkpoint_due(args):
             checkpoints.save(state, meters, is_best=is_best)
         return received
@@ -357,6 +357,7 @@ def main():
 
     began = time.perf_counter()
     model.train()
+    culprit_named = False
     state.stop = stop_reason(accelerator, args, state, scheduler.get_last_lr()[0])
     if state.stop:
         log.say(f"nothing to train: {state.stop}")
@@ -389,8 +390,10 @@ def main():
                         check_grad_norm(accelerator, gnorm)
                     if not math.isfinite(gnorm):
                         failure = "the gradient norm is not finite"
-                        if args.nan_detector and not state.skipped:
+                        if args.nan_detector and not culprit_named:
+                            culprit_named = True
                             optimizer.zero_grad()
+                            seed_step(args.seed, state.step, accelerator.process_index)
                             with NanDetector(accelerator, model) as detector:
                                 for batch in micro_batches:
                                     train_micro_batch(batch, count)
@@ -413,6 +416,8 @@ def main():
 
                 state.advance(len(steps), seconds)
                 if state.step % args.log_steps == 0 or state.step_in_epoch == 0:
+                    if args.check_grad_norm:
+                        check_weight_norm(accelerator, model)
                     log("train", step=state.step, epoch=epoch, lr=scheduler.get_last_lr()[0], skipped=state.skipped,
                         **meters["train"].read(accelerator), wall=state.train_seconds)  # fmt: skip
                 if state.step_in_epoch == 0:
@@ -436,7 +441,7 @@ def main():
     # the model, and the hand-over to stage 2
 
     if scores is None:  # a finished run was started again
-        scores = validate() or end_run(accelerator, 130)
+        scores = validate()
     if accelerator.is_main_process:
         columns = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")
         log.say(score_table({"BM25": bm25_scores, "retriever": scores}, columns))

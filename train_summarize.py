@@ -77,6 +77,7 @@ from utils.summarizer import (
 )
 from utils.tokenizer import train_tokenizer
 from utils.training import (
+    Interrupted,
     Meters,
     NanDetector,
     RunLog,
@@ -85,6 +86,7 @@ from utils.training import (
     average_gradients,
     check_grad_norm,
     check_loss_scale,
+    check_weight_norm,
     end_run,
     is_out_of_memory,
     is_sharded,
@@ -203,7 +205,8 @@ def main():
         fused=True,
     )
     # not prepared: it steps once for each optimizer step, at any number of processes
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, min(args.num_warmup_steps, max_steps // 10), max_steps)
+    warmup_steps = min(args.num_warmup_steps, max_steps // 10) if max_steps else args.num_warmup_steps
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, max_steps)
     model, optimizer = accelerator.prepare(summarizer, optimizer)
     signals = Signals()
 
@@ -221,8 +224,8 @@ def main():
     }
     baselines = {}
 
-    def validate() -> tuple[list[str], dict] | None:
-        """Predictions, and scores beside those of the extracts, on all processes; None if a signal came meanwhile."""
+    def validate() -> tuple[list[str], dict]:
+        """Predictions, and scores beside those of the extracts, on all processes; Interrupted if a signal came."""
         from utils.metrics import Rouge  # imports `evaluate`, which takes seconds
 
         model.eval()
@@ -230,8 +233,7 @@ def main():
                                batch_size=args.per_device_eval_batch_size)  # fmt: skip
         generated, sums = [], []
         for first in range(0, len(batches), accelerator.num_processes):
-            if signals.agree(accelerator)[1]:
-                return None
+            signals.poll(accelerator)
             number = first + accelerator.process_index
             if number >= len(batches):
                 continue
@@ -302,14 +304,14 @@ def main():
         is_best = False
         if state.is_validation_due(args):
             state.validation_due = True  # and stays so if a signal comes before it is done
-            validated = None if received else validate()
-            if validated:
-                predictions, scores = validated
+            try:
+                signals.poll(accelerator)
+                predictions, scores = validate()
                 log("validation", step=state.step, epoch=state.epoch, **scores)
                 is_best = state.note_validation(args, scores)
                 state.stop = stop_reason(accelerator, args, state, lr)
-            else:
-                received = received or signals.agree(accelerator)[1]
+            except Interrupted as signalled:
+                received = signalled.number
         if is_best or state.stop or received or state.is_checkpoint_due(args):
             checkpoints.save(state, meters, is_best=is_best)
         return received
@@ -330,6 +332,7 @@ def main():
 
     began = time.perf_counter()
     model.train()
+    culprit_named = False
     state.stop = stop_reason(accelerator, args, state, scheduler.get_last_lr()[0])
     if state.stop:
         log.say(f"nothing to train: {state.stop}")
@@ -366,8 +369,10 @@ def main():
                         check_grad_norm(accelerator, gnorm)
                     if not math.isfinite(gnorm):
                         failure = "the gradient norm is not finite"
-                        if args.nan_detector and not state.skipped:
+                        if args.nan_detector and not culprit_named:
+                            culprit_named = True
                             optimizer.zero_grad()
+                            seed_step(args.seed, state.step, accelerator.process_index)
                             with NanDetector(accelerator, model) as detector:
                                 for batch in micro_batches:
                                     train_micro_batch(batch, target_tokens)
@@ -390,6 +395,8 @@ def main():
 
                 state.advance(len(steps), seconds)
                 if state.step % args.log_steps == 0 or state.step_in_epoch == 0:
+                    if args.check_grad_norm:
+                        check_weight_norm(accelerator, model)
                     log("train", step=state.step, epoch=epoch, lr=scheduler.get_last_lr()[0], skipped=state.skipped,
                         **meters["train"].read(accelerator), wall=state.train_seconds)  # fmt: skip
                 if state.step_in_epoch == 0:
@@ -413,7 +420,7 @@ def main():
     # the model, and the predictions with the passages that were read
 
     if predictions is None:  # a finished run was started again
-        predictions, scores = validate() or end_run(accelerator, 130)
+        predictions, scores = validate()
     weights = accelerator.get_state_dict(model)  # whole, where it is sharded
     if accelerator.is_main_process:
         rows = {"lead extract": scores["lead"], "oracle extract": scores["oracle"], "summarizer": scores}

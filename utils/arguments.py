@@ -136,6 +136,8 @@ class TrainingArguments:
                        "dataloader_num_workers", "max_skipped_steps", "seed", "adam_beta1", "adam_beta2",
                        "adam_epsilon")  # fmt: skip
         check_choice("--lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULERS)
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
+            raise UsageError(f"--learning_rate {self.learning_rate}: polynomial decay ends at 1e-7, give it more")
         if self.mixed_precision is not None:
             check_choice("--mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         if self.report_to is not None:

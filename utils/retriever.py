@@ -117,29 +117,38 @@ def count_tokens(retriever: SentenceTransformer, chunks: list[dict[str, torch.Te
 
 @torch.no_grad()
 def encode(
-    model: SentenceTransformer, texts: list[str], kind: str, *, accelerator, max_tokens: int = 8192
+    model: SentenceTransformer, texts: list[str], kind: str, *, accelerator, max_tokens: int = 8192, poll=None
 ) -> np.ndarray:
     """Embeddings (texts, hidden) in float32, the work divided over the processes and the result on all of them.
 
-    Sorted by length and batched by `max_tokens`, padding included.
+    Sorted by length and batched by `max_tokens`, padding included. `poll()` is called before each batch, on all
+    processes equally often: it may raise.
     """
     token_ids = tokenize(model, texts, kind)
-    order = sorted(range(len(texts)), key=lambda i: -len(token_ids[i]))[
-        accelerator.process_index :: accelerator.num_processes
-    ]
+    batches: list[list[int]] = []
+    for number in sorted(range(len(texts)), key=lambda i: -len(token_ids[i])):
+        if not batches or (len(batches[-1]) + 1) * len(token_ids[batches[-1][0]]) > max_tokens:
+            batches.append([])
+        batches[-1].append(number)
     was_training = model.training
     model.eval()
-    parts, start = [], 0
-    while start < len(order):
-        batch = order[start : start + max(1, max_tokens // len(token_ids[order[start]]))]
-        features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
-        with accelerator.autocast():
-            output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})
-        parts.append(output["sentence_embedding"].float().cpu().numpy())
-        start += len(batch)
-    model.train(was_training)
+    numbers, parts = [], [np.empty((0, model.get_embedding_dimension()), dtype=np.float32)]
+    try:
+        for first in range(0, len(batches), accelerator.num_processes):
+            if poll:
+                poll()
+            if first + accelerator.process_index >= len(batches):
+                continue
+            batch = batches[first + accelerator.process_index]
+            features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
+            with accelerator.autocast():
+                output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})
+            parts.append(output["sentence_embedding"].float().cpu().numpy())
+            numbers += batch
+    finally:
+        model.train(was_training)
     embeddings = np.empty((len(texts), model.get_embedding_dimension()), dtype=np.float32)
-    mine = (order, np.concatenate(parts) if parts else embeddings[:0])
-    for numbers, rows in gather_object([mine]) if accelerator.num_processes > 1 else [mine]:
-        embeddings[numbers] = rows
+    mine = (numbers, np.concatenate(parts))
+    for rows, vectors in gather_object([mine]) if accelerator.num_processes > 1 else [mine]:
+        embeddings[rows] = vectors
     return embeddings

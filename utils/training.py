@@ -36,11 +36,19 @@ class Diverged(Exception):
     """Training cannot go on: too many dropped steps, a loss scale under its floor, or processes that disagree."""
 
 
+class Interrupted(Exception):
+    """A signal came to one of the processes while no step could be finished and saved; holds its number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"{signal.Signals(number).name}; the same command goes on from here")
+        self.number = number
+
+
 def run_script(main) -> None:
     """Runs `main()` and ends the process with the exit code of what happened.
 
-    0 done, 2 unusable arguments, data or checkpoint, 3 diverged, 74 a write failed, 130 Ctrl-C, 1 anything else; only
-    the last with a traceback, the others with one readable line.
+    0 done, 2 unusable arguments, data or checkpoint, 3 diverged, 74 a write failed, 128 + its number a signal, 1
+    anything else; only the last with a traceback, the others with one readable line.
     """
     try:
         main()
@@ -50,10 +58,12 @@ def run_script(main) -> None:
     except BaseException as error:
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         code = 74 if is_full else EXIT_CODES.get(type(error), 1)
+        code = 128 + error.number if isinstance(error, Interrupted) else code
         if code == 1:
             traceback.print_exc()
         elif os.environ.get("RANK", "0") == "0" or code == 74:  # most errors are met by every process alike
-            text = "interrupted" if code == 130 else f"error: {error}"
+            text = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+            text = str(error) if isinstance(error, Interrupted) else text
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
     _exit(code)
 
@@ -242,11 +252,22 @@ def any_process(accelerator, condition: bool) -> bool:
 
 def check_grad_norm(accelerator, gnorm: float) -> None:
     """Diverged if the processes' gradient norms differ by more than 1e-6 of their size: they train different models."""
+    _check_equal(accelerator, gnorm, "the gradient norm")
+
+
+def check_weight_norm(accelerator, model) -> None:
+    """Diverged if the processes' weights differ in norm by more than 1e-6: averaged gradients do not show it."""
+    if accelerator.num_processes > 1 and not is_sharded(accelerator):
+        norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()])
+        _check_equal(accelerator, float(torch.stack(norms).double().norm()), "the norm of the weights")
+
+
+def _check_equal(accelerator, value: float, name: str) -> None:
     if accelerator.num_processes == 1:
         return
-    norms = accelerator.gather(torch.tensor([gnorm], dtype=torch.float64, device=accelerator.device)).tolist()
-    if not max(norms) - min(norms) <= 1e-6 * max(norms) and all(map(np.isfinite, norms)):
-        raise Diverged(f"the processes disagree on the gradient norm: {norms}")
+    values = accelerator.gather(torch.tensor([value], dtype=torch.float64, device=accelerator.device)).tolist()
+    if not max(values) - min(values) <= 1e-6 * max(values) and all(map(np.isfinite, values)):
+        raise Diverged(f"the processes disagree on {name}: {values}")
 
 
 def check_loss_scale(accelerator, args) -> None:
@@ -327,12 +348,14 @@ class Signals:
 
     def __init__(self):
         self.received: int | None = None
+        self.was_interrupted = False
         for number in self.NUMBERS:
             signal.signal(number, self._note)
 
     def _note(self, number, frame) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self.was_interrupted:
             os._exit(130)
+        self.was_interrupted |= number == signal.SIGINT
         self.received = self.received or number
 
     def agree(self, accelerator, count=0) -> tuple[int, int | None]:
@@ -341,6 +364,11 @@ class Signals:
         sums = torch.tensor([float(count), *noted], dtype=torch.float64 if accelerator.device.type == "cpu" else None)
         count, *noted = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
         return int(count), next((n for n, times in zip(self.NUMBERS, noted, strict=True) if times), None)
+
+    def poll(self, accelerator) -> None:
+        """Raises Interrupted on all processes if any of them received a signal."""
+        if received := self.agree(accelerator)[1]:
+            raise Interrupted(received)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
