@@ -9,6 +9,20 @@ what a process of its own needs beyond the loaded model for 32 new tokens: the h
 (VmHWM; on a GPU, the most that was allocated).
 
 Results
+
+2026-11-23; AMD EPYC, 2 cores, 1 thread, torch 2.13.0+cpu; BART base, 4 beams. Preliminary: one turn each, and because
+the machine had other work to do, seconds of processor time in place of time on the clock.
+
+| source | computed in | examples, tokens | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |
+| --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: |
+| concat | float32 | 16, 64 | 46.9 | 13.0 | 3.6 | 16 of 16 | 906 | 534 |
+| concat, --no_onednn | float32 | 16, 64 | 47.7 | 23.3 | 2.1 | 16 of 16 | 988 | 540 |
+| fid | float32 | 8, 24 | 59.3 | 12.4 | 4.8 | 8 of 8 | 2890 | 901 |
+| concat | bfloat16 | 16, 32 | 12.8 | 5.7 | 2.3 | 8 of 16 | 992 | 620 |
+| fid | bfloat16 | 8, 24 | 34.2 | 6.9 | 5.0 | 5 of 8 | 1800 | 774 |
+
+At d_model 256 (--size small), concat in float32, 16 examples and 64 new tokens: 8.8 s and 3.8 s, ratio 2.3, 16 of 16
+the same, 422 and 244 MiB. In bfloat16 the two ways round at different places and so part.
 """
 
 import argparse
