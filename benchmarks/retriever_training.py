@@ -90,8 +90,8 @@ def write_data(folder: Path, model: Path, pairs: int) -> None:
             (copy / "config.json").write_text(json.dumps(config))
 
 
-def run_here(folder: Path, pairs: int, done, *, dropout: bool, gradient_cache_tokens: int) -> None:
-    """train_retrieve.py for two epochs, the second timed from its start to the end of its last step."""
+def run_here(folder: Path, pairs: int, done, *, dropout: bool, gradient_cache_tokens: int, epochs: int = 2) -> None:
+    """train_retrieve.py for some epochs, the last timed from its start to the end of its last step."""
     from utils.training import RunLog
 
     steps = len((folder / "train.jsonl").read_text().splitlines()) // pairs
@@ -103,16 +103,16 @@ def run_here(folder: Path, pairs: int, done, *, dropout: bool, gradient_cache_to
 
     def note_step(self, **values):
         times.append(CLOCKS[os.environ.get("BENCHMARK_CLOCK", "wall")]())
-        epochs[0] += len(times) == steps + 1
-        if epochs[0] == 2:
+        ended[0] += len(times) == steps + 1
+        if ended[0] == epochs:
             done(steps * pairs / (times[-1] - times[0]))
 
-    epochs = [0]
+    ended = [0]
     RunLog.start_epoch, RunLog.advance = note_start, note_step
     flags = [
         "--model_name_or_path", folder / ("dropout" if dropout else "none"), "--train_file", folder / "train.jsonl",
         "--validation_file", folder / "validation.jsonl", "--num_hard_negatives", 0, "--learning_rate", 2e-5,
-        "--per_device_train_batch_size", pairs, "--num_train_epochs", 2, "--output_dir", folder / "run",
+        "--per_device_train_batch_size", pairs, "--num_train_epochs", epochs, "--output_dir", folder / "run",
         "--gradient_cache_tokens", gradient_cache_tokens, "--checkpointing_steps", 10**6,
         "--log_format", "none", "--log_steps", 10**6, "--resume_from_checkpoint", "none",
     ]  # fmt: skip
