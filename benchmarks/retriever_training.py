@@ -19,6 +19,7 @@ Results, as printed (one repeat of two steps by --clock cpu on a machine busy wi
     bf16                float32                     19.74  4.28   4.61 (4.61 to 4.61)
     float32, dropout    float32, dropout             7.17  3.25   2.20 (2.20 to 2.20)
     bf16, dropout       float32, dropout            20.71  3.25   6.37 (6.37 to 6.37)
+    cached, bf16        cached, bf16                19.09  8.24   2.32 (2.32 to 2.32)
     loss of one batch, float32: here 5.015556, peer 5.015556
     loss of one batch, bf16: here 5.015859, peer 5.000000
 """
