@@ -9,7 +9,8 @@ MultipleNegativesRankingLoss, or at batch 512 CachedMultipleNegativesRankingLoss
 batches and optimizer included, without the first epoch (here) or step (there). Both sides compute all pairs of
 `--steps` batches; here batches are of similar length. The two losses at the end are of one and the same batch.
 
-Results, as printed (one repeat of two steps by --clock cpu on a machine busy with other work: a first measurement):
+Results, as printed (one repeat of two steps by --clock cpu on a machine busy with other work: a first
+measurement; the cached row is one step of 512 pairs on each side, run singly with --run):
 
     2026-11-23, AMD EPYC (AVX512), 1 core(s), torch 2.13.0+cpu, sentence-transformers 6.2.0, 1 repeats, cpu clock
 
