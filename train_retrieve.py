@@ -61,7 +61,7 @@ from functools import partial
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
@@ -112,7 +112,11 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # set-up
 
-    accelerator = Accelerator(mixed_precision=precision(args), log_with=args.report_to, project_dir=args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=precision(args), log_with=args.report_to, project_dir=args.output_dir,
+        # every process holds the same buffers, and one that runs out of memory must not leave another in an exchange
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )  # fmt: skip
     run_folder = start(accelerator, args)
     if args.gradient_cache_tokens and is_sharded(accelerator):  # whose processes must run the model equally often
         raise UsageError("--gradient_cache_tokens is not supported with FSDP and DeepSpeed")

@@ -56,7 +56,7 @@ import time
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
@@ -109,7 +109,11 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # set-up
 
-    accelerator = Accelerator(mixed_precision=precision(args), log_with=args.report_to, project_dir=args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=precision(args), log_with=args.report_to, project_dir=args.output_dir,
+        # every process holds the same buffers, and one that runs out of memory must not leave another in an exchange
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )  # fmt: skip
     run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
     train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)

@@ -9,7 +9,20 @@ MultipleNegativesRankingLoss, or at batch 512 CachedMultipleNegativesRankingLoss
 batches and optimizer included, without the first epoch (here) or step (there). Both sides compute all pairs of
 `--steps` batches; here batches are of similar length. The two losses at the end are of one and the same batch.
 
-RESULTS
+Results, as printed (one repeat of two steps by --clock cpu on a machine busy with other work: a first
+measurement; the cached row is one step of 512 pairs on each side, run singly with --run):
+
+    2026-11-23, AMD EPYC (AVX512), 1 core(s), torch 2.13.0+cpu, sentence-transformers 6.2.0, 1 repeats, cpu clock
+
+    train_retrieve.py   peer                pairs/s: here  peer   ratio (range)
+    float32             float32                      7.54  4.28   1.76 (1.76 to 1.76)
+    bf16                bf16                        19.74  9.24   2.13 (2.13 to 2.13)
+    bf16                float32                     19.74  4.28   4.61 (4.61 to 4.61)
+    float32, dropout    float32, dropout             7.17  3.25   2.20 (2.20 to 2.20)
+    bf16, dropout       float32, dropout            20.71  3.25   6.37 (6.37 to 6.37)
+    cached, bf16        cached, bf16                19.09  8.24   2.32 (2.32 to 2.32)
+    loss of one batch, float32: here 5.015556, peer 5.015556
+    loss of one batch, bf16: here 5.015859, peer 5.000000
 """
 
 import argparse
@@ -90,8 +103,8 @@ def write_data(folder: Path, model: Path, pairs: int) -> None:
             (copy / "config.json").write_text(json.dumps(config))
 
 
-def run_here(folder: Path, pairs: int, done, *, dropout: bool, gradient_cache_tokens: int) -> None:
-    """train_retrieve.py for two epochs, the second timed from its start to the end of its last step."""
+def run_here(folder: Path, pairs: int, done, *, dropout: bool, gradient_cache_tokens: int, epochs: int = 2) -> None:
+    """train_retrieve.py for some epochs, the last timed from its start to the end of its last step."""
     from utils.training import RunLog
 
     steps = len((folder / "train.jsonl").read_text().splitlines()) // pairs
@@ -103,16 +116,16 @@ def run_here(folder: Path, pairs: int, done, *, dropout: bool, gradient_cache_to
 
     def note_step(self, **values):
         times.append(CLOCKS[os.environ.get("BENCHMARK_CLOCK", "wall")]())
-        epochs[0] += len(times) == steps + 1
-        if epochs[0] == 2:
+        ended[0] += len(times) == steps + 1
+        if ended[0] == epochs:
             done(steps * pairs / (times[-1] - times[0]))
 
-    epochs = [0]
+    ended = [0]
     RunLog.start_epoch, RunLog.advance = note_start, note_step
     flags = [
         "--model_name_or_path", folder / ("dropout" if dropout else "none"), "--train_file", folder / "train.jsonl",
         "--validation_file", folder / "validation.jsonl", "--num_hard_negatives", 0, "--learning_rate", 2e-5,
-        "--per_device_train_batch_size", pairs, "--num_train_epochs", 2, "--output_dir", folder / "run",
+        "--per_device_train_batch_size", pairs, "--num_train_epochs", epochs, "--output_dir", folder / "run",
         "--gradient_cache_tokens", gradient_cache_tokens, "--checkpointing_steps", 10**6,
         "--log_format", "none", "--log_steps", 10**6, "--resume_from_checkpoint", "none",
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import signal
 import psutil
 import pytest
 import torch
-from conftest import SCRIPTS, STEPS, assert_same_run, events, kill_all, run, start, wait_until, weights
+from conftest import SCRIPTS, STEPS, assert_same_run, events, history, kill_all, run, start, wait_until, weights
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -160,6 +160,16 @@ def test_a_plan_covers_each_token_once_in_groups_of_equal_length():
     assert starts[1:] == [start + texts * length for start, texts, length in plan.groups][:-1]
 
 
+def test_a_large_batch_is_rounded_up_by_a_text_that_changes_nothing():
+    lengths = [(7 * i) % 90 + 1 for i in range(50)]
+    plan = plan_packing(features(lengths)["attention_mask"])
+    assert (len(plan.index) % 64, plan.real) == (0, sum(lengths))
+    assert 2048 < plan.real < len(plan.index) == sum(plan.lengths)
+    model = retriever_of(ENCODERS["modernbert"])
+    assert remove_padding(model)
+    check(model, 1e-5, batch=features(lengths))
+
+
 def test_dropout_of_attention_and_of_outputs_works_packed():
     for option in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
         dropouts = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, option: 0.3}

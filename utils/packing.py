@@ -32,14 +32,17 @@ class Packing:
 
     Attributes:
         shape: (texts, tokens) of the padded batch.
-        index: (real tokens,) their places in the flattened padded batch, text by text, in order of length.
-        lengths: tokens of each text, ascending.
+        index: (real tokens,) their places in the flattened padded batch, text by text, in order of length; then, on
+            processors, copies of one that round a large batch's number of tokens up, and are a text to themselves.
+        real: how many are no such copies.
+        lengths: tokens of each text.
         groups: (start, texts, length) of consecutive texts of equal length, few enough for the processor's cache.
         features: the padded batch.
     """
 
     shape: tuple[int, int]
     index: torch.Tensor
+    real: int
     lengths: list[int]
     groups: list[tuple[int, int, int]]
     features: dict = field(default_factory=dict)
@@ -52,7 +55,7 @@ class Packing:
         """(1, real tokens, ...) -> (texts, tokens, ...), zeros as padding."""
         texts, tokens = self.shape
         rows = tensor.new_zeros(texts * tokens, *tensor.shape[2:])
-        return rows.index_copy(0, self.index, tensor[0]).unflatten(0, (texts, tokens))
+        return rows.index_copy(0, self.index[: self.real], tensor[0, : self.real]).unflatten(0, (texts, tokens))
 
 
 def plan_packing(attention_mask: torch.Tensor) -> Packing:
@@ -62,6 +65,11 @@ def plan_packing(attention_mask: torch.Tensor) -> Packing:
     lengths = lengths.tolist()
     real = attention_mask[order].flatten().nonzero()[:, 0]
     index = order[real // tokens] * tokens + real % tokens
+    count = len(index)
+    # a new number of rows has oneDNN compile new kernels, milliseconds and a megabyte for each layer
+    extra = -count % 64 if count >= 2048 and index.device.type == "cpu" else 0
+    index = torch.cat([index, index[-1:].expand(extra)])
+    lengths += [extra] * bool(extra)
     groups, start = [], 0
     for length, run in groupby(lengths):
         rest = len(list(run))
@@ -69,7 +77,7 @@ def plan_packing(attention_mask: torch.Tensor) -> Packing:
             here = 1 << (min(rest, max(1, 128 // max(length, 1))).bit_length() - 1)
             groups.append((start, here, length))
             start, rest = start + here * length, rest - here
-    return Packing((texts, tokens), index, lengths, groups)
+    return Packing((texts, tokens), index, count, lengths, groups)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,7 +166,7 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    longest = packing.lengths[-1]
+    longest = max(packing.lengths)
     if varlen_attn and query.is_cuda and query.dtype != torch.float32 and not dropout and not window:
         starts = torch.tensor([0, *accumulate(packing.lengths)], dtype=torch.int32, device=query.device)
         out = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale)
