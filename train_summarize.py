@@ -332,7 +332,12 @@ def main():
             with record_function("backward"):
                 # times the processes, because gradients are averaged over them
                 accelerator.backward(loss * accelerator.num_processes / target_tokens)
-        return {"loss": loss.detach(), "nll": nll, "count": (batch["labels"] != -100).sum(), **count_tokens(batch)}
+        return {
+            "loss": loss.detach(),
+            "nll": nll,
+            "count": (batch["labels"] != -100).sum(),
+            **count_tokens(batch, summarizer.is_packed),
+        }
 
     began = time.perf_counter()
     model.train()
@@ -464,14 +469,15 @@ def first_words(passages: list[str], count: float) -> str:
     return " ".join(lead)
 
 
-def count_tokens(batch: dict) -> dict:
-    """Examples and tokens of a micro-batch without padding, and tokens with it (`slots`)."""
+def count_tokens(batch: dict, is_packed: bool) -> dict:
+    """Examples and tokens of a micro-batch without padding, and tokens as they are computed (`slots`)."""
     real = [batch["attention_mask"] != 0, batch["labels"] != -100]
     examples = int(real[1].any(1).sum())  # 0 if it is a dummy, which is all padding
+    tokens = sum(int(mask.sum()) for mask in real) if examples else 0
     return {
         "examples": examples,
-        "tokens": sum(mask.sum() for mask in real) if examples else 0,
-        "slots": sum(mask.numel() for mask in real),
+        "tokens": tokens,
+        "slots": tokens if is_packed and examples else sum(mask.numel() for mask in real),
     }
 
 

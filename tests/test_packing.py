@@ -8,6 +8,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
     BertConfig,
     BertModel,
     DistilBertConfig,
@@ -25,6 +27,7 @@ from transformers import (
 from utils import packing
 from utils.packing import is_packed, plan_packing, remove_padding
 from utils.retriever import build_small_encoder, count_tokens, in_chunks, load_retriever, pad
+from utils.summarizer import Summarizer, collate
 
 SIZES = {
     "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -214,3 +217,99 @@ def test_chunks_hold_every_text_once_within_their_budget_longest_first():
         assert count_tokens(model, chunks) == (sum(LENGTHS), sum(computed))
     assert [chunk["rows"].tolist() for chunk in in_chunks(packed, token_ids[:3], token_ids[3:])] == [list(range(8))]
     assert [len(chunk["rows"]) for chunk in in_chunks(padded, token_ids[:3], token_ids[3:])] == [3, 5]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# encoder-decoders
+
+SMALL = {"d_model": 32, "vocab_size": 60, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+         "pad_token_id": 1, "eos_token_id": 2, "init_std": 0.3}  # fmt: skip
+
+
+def encoder_decoder(kind: str, **settings) -> Summarizer:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SMALL, **settings}, decoder_start_token_id=2)
+    if kind == "t5":
+        config = AutoConfig.for_model("t5", vocab_size=60, d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8,
+                                      pad_token_id=1, eos_token_id=2, decoder_start_token_id=1)  # fmt: skip
+    return Summarizer(AutoModelForSeq2SeqLM.from_config(config))
+
+
+def sources_and_targets(passages: tuple[int, ...]) -> dict:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(longest: int) -> list[int]:
+        length = int(torch.randint(3, longest, (), generator=generator))
+        return torch.randint(3, 60, (length,), generator=generator).tolist()
+
+    sources = [[ids(40) for _ in range(count)] for count in passages]
+    return collate(sources, [ids(20) for _ in passages], pad_token_id=1)
+
+
+def loss_and_gradients(summarizer, batch, is_packed: bool, dtype) -> dict[str, torch.Tensor]:
+    summarizer.is_packed = is_packed
+    summarizer.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss, nll = summarizer(**batch, label_smoothing_factor=0.1)
+    loss.backward()
+    gradients = {name: p.grad for name, p in summarizer.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "nll": nll, **gradients}
+
+
+KINDS = ["bart", "mbart", "pegasus", "marian", "blenderbot"]
+
+
+@pytest.mark.parametrize("passages", [(1, 1, 1, 1), (3, 1, 2)], ids=["concat", "fid"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_of_packed_examples_are_those_of_padded_ones(kind, passages):
+    summarizer = encoder_decoder(kind).eval()
+    assert summarizer.is_packed
+    batch = sources_and_targets(passages)
+    packed, padded = (loss_and_gradients(summarizer, batch, is_packed, torch.float32) for is_packed in (True, False))
+    assert packed.keys() == padded.keys()
+    largest = max(gradient.norm() for gradient in padded.values())
+    for name, expected in padded.items():
+        # biases of keys have no gradient but rounding
+        assert (packed[name] - expected).norm() <= 1e-5 * max(expected.norm(), 1e-2 * largest), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_examples_in_bf16_are_as_near_to_float32_as_padded_ones(kind):
+    summarizer, errors = encoder_decoder(kind).eval(), {True: 0.0, False: 0.0}
+    for passages in ((3, 1, 2), (1, 2, 1), (2, 2, 2), (4, 1, 1)):
+        batch = sources_and_targets(passages)
+        exact = loss_and_gradients(summarizer, batch, True, torch.float32)
+        for is_packed in errors:
+            rounded = loss_and_gradients(summarizer, batch, is_packed, torch.bfloat16)
+            assert rounded["loss"].item() == pytest.approx(exact["loss"].item(), rel=1e-2)
+            errors[is_packed] += sum((rounded[name] - exact[name]).square().sum().item() for name in exact) ** 0.5
+    assert errors[True] <= 1.3 * errors[False]
+
+
+def test_an_encoder_decoder_with_relative_positions_stays_padded_and_trains():
+    summarizer = encoder_decoder("t5")
+    assert not summarizer.is_packed
+    assert torch.isfinite(summarizer(**sources_and_targets((1, 2)), label_smoothing_factor=0.1)[0])
+
+
+@pytest.mark.parametrize("dropout", ["dropout", "attention_dropout"])
+def test_packed_examples_train_with_dropout(dropout):
+    summarizer, batch = encoder_decoder("bart", **{"dropout": 0.0, dropout: 0.5}), sources_and_targets((2, 1))
+    first, again = (summarizer(**batch, label_smoothing_factor=0.1)[0].item() for _ in range(2))
+    plain = summarizer.eval()(**batch, label_smoothing_factor=0.1)[0].item()
+    assert len({first, again, plain}) == 3
+
+
+def test_a_batch_without_targets_counts_for_nothing_and_leaves_no_gradient():
+    summarizer, batch = encoder_decoder("bart"), sources_and_targets((1, 1))
+    batch["labels"].fill_(-100)
+    loss, _ = summarizer(**batch, label_smoothing_factor=0.1)
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in summarizer.parameters())
+
+
+def test_a_saved_encoder_decoder_knows_nothing_of_packing(tmp_path):
+    encoder_decoder("bart").model.save_pretrained(tmp_path)
+    assert not any(packing.BOTH in file.read_text() for file in tmp_path.rglob("*.json"))

@@ -6,6 +6,7 @@ The idea is that of "Efficient Sequence Packing without Cross-contamination" (Kr
 """
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
@@ -97,31 +98,36 @@ def _join(out: torch.Tensor, rows: torch.Tensor, start: int, texts: int, length:
     part.copy_(rows.unflatten(0, (texts, -1))[:, :, :length])
 
 
-def _outside(window: int, length: int, device) -> torch.Tensor:
-    """(length, length), true where a token lies outside another's sliding window."""
-    places = torch.arange(length, device=device)
-    return (places[:, None] - places).abs() >= window
+def _hide(scores: torch.Tensor, queries: int, keys: int, causal: bool, window: int | None) -> None:
+    """Fills with minus infinity what a query must not see: padding, later tokens, what lies outside its window."""
+    scores[:, :, keys:] = float("-inf")
+    if causal or (window and keys > window):
+        scores[:, :queries, :keys].masked_fill_(_unseen(queries, causal, window, scores.device), float("-inf"))
+
+
+def _unseen(length: int, causal: bool, window: int | None, device) -> torch.Tensor:
+    """(length, length), true where a token must not see another."""
+    ahead = torch.arange(length, device=device) - torch.arange(length, device=device)[:, None]
+    return (ahead > 0 if causal else ahead.new_zeros((), dtype=torch.bool)) | (ahead.abs() >= (window or length))
 
 
 class _Attention(torch.autograd.Function):
     """Softmax attention by matrix products of each group, in which weights stay in the cache; softmax in float32.
 
-    On processors this is several times faster than PyTorch's fused kernel, above all in bf16 and backward.
+    On processors this is several times faster than PyTorch's fused kernel, above all in bf16 and backward. `groups`:
+    pairs of a group of queries and the group of keys that they attend to.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, groups, scale, window):
+    def forward(ctx, query, key, value, groups, scale, causal, window):
         out, weights = torch.empty_like(query), []
         keep = any(ctx.needs_input_grad)
-        for group in groups:
-            length = group[2]
-            q, k, v = (_split(tensor, *group) for tensor in (query, key, value))
+        for queries, keys in groups:
+            q, k, v = _split(query, *queries), _split(key, *keys), _split(value, *keys)
             scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
-            scores[:, :, length:] = float("-inf")
-            if window and length > window:
-                scores[:, :length, :length].masked_fill_(_outside(window, length, q.device), float("-inf"))
+            _hide(scores, queries[2], keys[2], causal, window)
             probabilities = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-            _join(out, torch.bmm(probabilities, v), *group)
+            _join(out, torch.bmm(probabilities, v), *queries)
             if keep:
                 weights.append(probabilities)
         ctx.save_for_backward(query, key, value, *weights)
@@ -131,29 +137,48 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         query, key, value, *weights = ctx.saved_tensors
-        gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        for group, p in zip(ctx.groups, weights, strict=True):
-            q, k, v, g = (_split(tensor, *group) for tensor in (query, key, value, gradient))
+        for_query, for_key, for_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+        for (queries, keys), p in zip(ctx.groups, weights, strict=True):
+            q, k, v, g = (
+                _split(query, *queries), _split(key, *keys), _split(value, *keys), _split(gradient, *queries)
+            )  # fmt: skip
             dp = torch.bmm(g, v.transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
-            for out, rows in zip(
-                gradients,
-                (torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), g)),
-                strict=True,
-            ):
-                _join(out, rows, *group)
-        return *gradients, None, None, None
+            _join(for_query, torch.bmm(ds, k), *queries)
+            _join(for_key, torch.bmm(ds.transpose(1, 2), q), *keys)
+            _join(for_value, torch.bmm(p.transpose(1, 2), g), *keys)
+        return for_query, for_key, for_value, None, None, None, None
 
 
-def _each_by_itself(query, key, value, lengths, scale, window, dropout) -> torch.Tensor:
+def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout) -> torch.Tensor:
     """PyTorch's own kernel, one sequence after the other: for dropout, long sequences, and float32 on a GPU."""
     parts = []
-    for q, k, v in zip(
-        *(tensor.transpose(0, 1)[None].split(lengths, 2) for tensor in (query, key, value)), strict=True
-    ):
-        mask = ~_outside(window, q.shape[2], q.device) if window and q.shape[2] > window else None
-        parts.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale))
+    each = (
+        tensor.transpose(0, 1)[None].split(of, 2)
+        for tensor, of in ((query, lengths), (key, key_lengths), (value, key_lengths))
+    )
+    for q, k, v in zip(*each, strict=True):
+        windowed = window and q.shape[2] > window
+        mask = ~_unseen(q.shape[2], causal, window, q.device) if windowed else None
+        parts.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale
+            )
+        )
     return torch.cat(parts, 2)[0].transpose(0, 1)
+
+
+def _attend(query, key, value, lengths, key_lengths, groups, *, scale, causal=False, window=None, dropout=0.0):
+    """(tokens, heads, d) -> (tokens, heads, d), each sequence of queries to its own sequence of keys."""
+    longest, longest_key = max(lengths), max(key_lengths)
+    if varlen_attn and query.is_cuda and query.dtype != torch.float32 and not dropout and not window:
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+        key_starts = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=query.device)
+        seen = (-1, 0) if causal else (-1, -1)
+        return varlen_attn(query, key, value, starts, key_starts, longest, longest_key, scale=scale, window_size=seen)
+    if query.device.type == "cpu" and not dropout and longest * longest_key <= LONGEST_KEPT**2:
+        return _Attention.apply(query, key, value, groups, scale, causal, window)
+    return _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout)
 
 
 def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, **options):
@@ -166,14 +191,9 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    longest = max(packing.lengths)
-    if varlen_attn and query.is_cuda and query.dtype != torch.float32 and not dropout and not window:
-        starts = torch.tensor([0, *accumulate(packing.lengths)], dtype=torch.int32, device=query.device)
-        out = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale)
-    elif query.device.type == "cpu" and not dropout and longest <= LONGEST_KEPT:
-        out = _Attention.apply(query, key, value, packing.groups, scale, window)
-    else:
-        out = _each_by_itself(query, key, value, packing.lengths, scale, window, dropout)
+    groups = [(group, group) for group in packing.groups]
+    lengths = packing.lengths
+    out = _attend(query, key, value, lengths, lengths, groups, scale=scale, window=window, dropout=dropout)
     return out[None], None
 
 
@@ -187,7 +207,7 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# around the encoder
+# around the encoder of a SentenceTransformer
 
 
 def _pack(transformer, arguments):
@@ -270,4 +290,105 @@ def remove_padding(retriever) -> bool:
     for handle in handles:
         handle.remove()
     encoder.set_attn_implementation(before)
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# encoder-decoders
+
+BOTH = "packed_encoder_decoder"
+_now: list[dict[str, list[int]]] = []  # lengths of what is being attended, innermost last
+
+
+@contextmanager
+def laid_end_to_end(lengths: list[int], key_lengths: list[int] | None = None):
+    """Within it, attention of an encoder-decoder given to `remove_padding_of_both` is within sequences of `lengths`.
+
+    Its inputs are then (1, sum of lengths). `key_lengths`: those of the encoder's tokens that each sequence of the
+    decoder reads.
+    """
+    _now.append({"self": lengths, "cross": key_lengths or lengths})
+    try:
+        yield
+    finally:
+        _now.pop()
+
+
+def _attention_of_both(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
+    if not _now:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    if options.get("position_bias") is not None:
+        raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
+    causal = bool(getattr(module, "is_causal", False))
+    lengths = _now[-1]["self"]
+    key_lengths = lengths if causal else _now[-1]["cross"]
+    groups = [((start, 1, length), (key_start, 1, key_length)) for start, length, key_start, key_length in zip(
+        accumulate([0, *lengths]), lengths, accumulate([0, *key_lengths]), key_lengths, strict=False)]  # fmt: skip
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = _attend(query, key, value, lengths, key_lengths, groups, scale=scale, causal=causal, dropout=dropout)
+    return out[None], None
+
+
+def _mask_of_both(*arguments, **options):
+    return None if _now else sdpa_mask(*arguments, **options)
+
+
+AttentionInterface.register(BOTH, _attention_of_both)
+AttentionMaskInterface.register(BOTH, _mask_of_both)
+
+
+def _ask_for_all_positions(module, arguments, options):
+    if not _now:
+        return None
+    longest = max(_now[-1]["self"])
+    first, *others = arguments
+    first = first.new_zeros(1, longest) if torch.is_tensor(first) else (1, longest)
+    return (first, *others), {name: value for name, value in options.items() if name != "position_ids"}
+
+
+def _take_each_position(module, arguments, output):
+    if not _now:
+        return None
+    places = torch.cat([torch.arange(length, device=output.device) for length in _now[-1]["self"]])
+    return output[..., places, :]
+
+
+@torch.no_grad()
+def remove_padding_of_both(model) -> bool:
+    """Makes an encoder-decoder take sequences that are `laid_end_to_end`; with others it does what it did.
+
+    False, and nothing is changed, for a model whose attention or positions cannot be replaced, and for one that answers
+    otherwise on three random examples.
+    """
+    encoder, decoder, config = model.get_encoder(), model.get_decoder(), model.config
+    positions = [getattr(stack, "embed_positions", None) for stack in (encoder, decoder)]
+    if None in positions:
+        return False
+    before, was_training, handles = config._attn_implementation, model.training, []
+    generator = torch.Generator().manual_seed(0)
+    lengths, targets = [9, 3, 6], [4, 7, 2]
+    ids, labels = (torch.randint(3, config.vocab_size, (3, 9), generator=generator).to(model.device) for _ in range(2))
+    mask = torch.arange(9, device=model.device) < torch.tensor(lengths, device=model.device)[:, None]
+    real = torch.arange(9, device=model.device) < torch.tensor(targets, device=model.device)[:, None]
+    model.eval()
+    try:
+        expected = model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=labels).logits[real]
+        for module in positions:
+            handles.append(module.register_forward_pre_hook(_ask_for_all_positions, with_kwargs=True))
+            handles.append(module.register_forward_hook(_take_each_position))
+        model.set_attn_implementation(BOTH)
+        with laid_end_to_end(lengths):
+            hidden = encoder(input_ids=ids[mask][None])
+        with laid_end_to_end(targets, lengths):
+            packed = model(encoder_outputs=hidden, decoder_input_ids=labels[real][None], use_cache=False).logits[0]
+        if (packed - expected).abs().max() <= 1e-4 * expected.abs().max():
+            return True
+    except Exception as error:  # whatever a foreign model says to it, its batches stay padded
+        logger.info("batches stay padded: %s", error)
+    finally:
+        model.train(was_training)
+    for handle in handles:
+        handle.remove()
+    model.set_attn_implementation(before)
     return False

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from utils.arguments import UsageError
 from utils.generation import beam_search, onednn_linears
+from utils.packing import laid_end_to_end, remove_padding_of_both
 
 ENCODED_AT_ONCE = 8192  # tokens, with their padding, in generation
 
@@ -177,6 +178,7 @@ class Summarizer(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self.is_packed = remove_padding_of_both(model)
         head = model.get_output_embeddings()
         # whether logits are more than a matrix product and BART's bias, as where they are capped
         self.has_own_logits = (
@@ -208,23 +210,33 @@ class Summarizer(nn.Module):
         With `label_smoothing_factor`, their `label_smoothed_loss` instead, in less memory and time. The vocabulary is
         by far the widest layer: padded positions never reach it, and for the loss its output is not kept.
         """
-        hidden, mask = self.encode(input_ids, attention_mask, sequences_per_example)
         real = labels != -100
         vocabulary, states = self.model.get_output_embeddings(), []
         wants_logits = label_smoothing_factor is None or self.has_own_logits
+        packs = self.is_packed and bool(real.any())  # not a dummy, which has no target
 
         def keep_real(module, inputs):
-            states.append(inputs[0][real])
+            states.append(inputs[0][0] if packs else inputs[0][real])
             return (states[0][None] if wants_logits else states[0][None, :1],)
 
+        decoder_ids, targets = self.shift_right(labels), real.sum(1).tolist()
         handle = vocabulary.register_forward_pre_hook(keep_real)
         try:
-            output = self.model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-                attention_mask=mask,
-                decoder_input_ids=self.shift_right(labels),
-                use_cache=False,
-            )
+            if packs:  # all sequences end to end, so that no layer sees padding
+                lengths = attention_mask.sum(1).tolist()
+                sources = _tokens_per_example(attention_mask, sequences_per_example)
+                with laid_end_to_end(lengths):
+                    hidden = self.model.get_encoder()(input_ids=input_ids[attention_mask.bool()][None])
+                with laid_end_to_end(targets, sources):
+                    output = self.model(
+                        encoder_outputs=hidden, decoder_input_ids=decoder_ids[real][None], use_cache=False
+                    )
+            else:
+                hidden, mask = self.encode(input_ids, attention_mask, sequences_per_example)
+                output = self.model(
+                    encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask,
+                    decoder_input_ids=decoder_ids, use_cache=False,
+                )  # fmt: skip
         finally:
             handle.remove()
         if label_smoothing_factor is None:
