@@ -153,6 +153,7 @@ def main():
     def read(examples: list) -> list[dict]:
         """Each example with its source and the numbers of the passages in it."""
         rows = []
+        sources.read(example.document for example in examples)
         for example, ranking in zip(examples, rank(examples), strict=True):
             chosen = [passage for passage, _ in ranking[: args.top_k]]
             source, passages = sources.build(example.query, example.document, chosen)

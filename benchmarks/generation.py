@@ -28,8 +28,6 @@ the same, 422 and 244 MiB. In bfloat16 the two ways round at different places an
 import argparse
 import contextlib
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import time
@@ -43,6 +41,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import utils.summarizer
 from utils.summarizer import Summarizer, collate
+from utils.training import hardware
 
 EOS, PAD = 2, 1
 NEW_TOKENS = {"concat": 128, "fid": 64}
@@ -199,19 +198,9 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def hardware(device: str) -> str:
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].split(":")[1].strip() if lines else name
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-
-
 def main():
     args = parse()
-    print(f"{hardware(args.device)}; BART {args.size}, {args.examples} examples, 4 beams", flush=True)
+    print(f"{hardware()}; BART {args.size}, {args.examples} examples, 4 beams", flush=True)
     print("| source | computed in | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |")
     print("| --- | --- | --- | --- | --- | --- | ---: | ---: |", flush=True)
     for fusion in ("concat", "fid") if args.fusion == "both" else (args.fusion,):

@@ -1,6 +1,7 @@
 """What grows and what does not: time and memory against size, each as a plot beside this file.
 
     python benchmarks/growth.py retriever        # gradient caching against the batch; benchmarks/growth_retriever.png
+    python benchmarks/growth.py summarizer       # fid and concat against passages; benchmarks/growth_summarizer.png
 
 Each point is a process of its own, whose peak of resident memory is measured with all that it has loaded.
 """
@@ -9,16 +10,24 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from retriever_training import find_minilm, hardware, run_here, write_data
+import torch
+from retriever_training import find_minilm, run_here, write_data
+from transformers import BartConfig, BartForConditionalGeneration
+
+from utils import training
+from utils.summarizer import Summarizer, collate
+from utils.training import hardware
 
 FOLDER = Path(__file__).parent
 CHUNK_TOKENS = 4096
@@ -64,12 +73,61 @@ def retriever_point(folder: str, pairs: int, tokens: int) -> None:
     run_here(Path(folder), pairs, done, dropout=False, gradient_cache_tokens=tokens, epochs=1)
 
 
+def summarizer(passages=(2, 4, 8, 16, 32)) -> None:
+    """Training steps of 4 examples by both ways of reading, against the number of passages of 128 tokens.
+
+    RESULTS_SUMMARIZER
+    """
+    points = {fusion: {} for fusion in ("fid", "concat")}
+    for fusion, found in points.items():
+        for count in passages:
+            command = [sys.executable, __file__, "summarizer", "--point", fusion, str(count), "0"]
+            result = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[count] = json.loads(result.stdout.splitlines()[-1])
+            print(f"{fusion:6} {count:3} passages: {found[count][0]:6.3f} s, {found[count][1]:5.2f} GB", flush=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for axis, column, title in ((axes[0], 0, "seconds in a step"), (axes[1], 1, "peak memory, GB")):
+        for fusion, found in points.items():
+            axis.plot(list(found), [values[column] for values in found.values()], "o-", label=fusion)
+        axis.set(xlabel="passages", title=title, xticks=passages, ylim=0)
+    axes[0].legend()
+    figure.suptitle(f"BART of d_model 256, 4 examples, passages of 128 tokens; {hardware()}", fontsize=6)
+    figure.savefig(FOLDER / "growth_summarizer.png", dpi=90)
+
+
+def summarizer_point(fusion: str, passages: int) -> None:
+    """In a child: the median of five steps after two."""
+    training.keep_memory()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=8192, d_model=256, encoder_layers=4, decoder_layers=4, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=1024, decoder_ffn_dim=1024, max_position_embeddings=8192,
+    )  # fmt: skip
+    model = Summarizer(BartForConditionalGeneration(config)).train()
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, 0.01), fused=True)
+    texts = torch.randint(5, 8000, (4, passages, 128)).tolist()
+    sources = texts if fusion == "fid" else [[[token for passage in text for token in passage]] for text in texts]
+    batch = collate(sources, torch.randint(5, 8000, (4, 64)).tolist(), pad_token_id=1)
+    seconds = []
+    for _ in range(7):
+        began = time.perf_counter()
+        loss, _ = model(**batch, label_smoothing_factor=0.1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+    print(json.dumps([statistics.median(seconds[2:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["retriever"])
+    parser.add_argument("what", choices=["retriever", "summarizer"])
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.point:
+    if args.point and args.what == "summarizer":
+        summarizer_point(args.point[0], int(args.point[1]))
+    elif args.point:
         retriever_point(args.point[0], int(args.point[1]), int(args.point[2]))
     else:
-        {"retriever": retriever}[args.what]()
+        {"retriever": retriever, "summarizer": summarizer}[args.what]()

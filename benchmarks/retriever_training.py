@@ -26,11 +26,9 @@ measurement; the cached row is one step of 512 pairs on each side, run singly wi
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import runpy
 import subprocess
 import sys
@@ -197,20 +195,6 @@ def losses(folder: Path, precision: str) -> tuple[float, float]:
     return loss.item() / 64, other.item()
 
 
-def hardware() -> str:
-    import sentence_transformers
-    import torch
-
-    models = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return (
-        f"{datetime.date.today()}, {(models or [platform.machine()])[0]} ({torch.backends.cpu.get_cpu_capability()}), "
-        f"{len(os.sched_getaffinity(0))} core(s), torch {torch.__version__}, "
-        f"sentence-transformers {sentence_transformers.__version__}"
-    )
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a MiniLM or other sentence-transformers folder with tokenizer.json")
@@ -255,6 +239,8 @@ def main():
                 rates[side, setting].append(float((folder / "rate").read_text()))
                 print(f"repeat {repeat + 1}: {side:5} {setting:18} {rates[side, setting][-1]:7.2f}", flush=True)
         compared = {precision: losses(folder, precision) for precision in ("no", "bf16")}
+
+    from utils.training import hardware  # here, because children measure imports of their own
 
     print(f"\n{hardware()}, {args.repeats} repeats, {args.clock} clock\n")
     print(f"{'train_retrieve.py':18}  {'peer':18}  pairs/s: here  peer   ratio (range)")

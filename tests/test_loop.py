@@ -195,7 +195,7 @@ def test_intervals_patience_pruning_and_the_log_in_one_run(script, tmp_path):
 
 @pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
 def test_overfitting_one_batch_sees_the_same_examples_at_each_step_and_learns_them(script, tmp_path):
-    flags = ["--dropout", 0] if script == "train_summarize.py" else ["--num_hard_negatives", 0]
+    flags = ["--dropout", 0] if script == "train_summarize.py" else ["--num_hard_negatives", 0, "--learning_rate", 3e-3]
     run(script, tmp_path, "--overfit_one_batch", "--num_train_epochs", 3, *flags)
     lines = events(tmp_path, "train")
     if script == "train_summarize.py":  # a retriever draws one of the positives in each epoch

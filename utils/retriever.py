@@ -14,9 +14,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import BertConfig, BertModel
 
+from utils import tokenizer
 from utils.arguments import UsageError
 from utils.packing import is_packed, remove_padding
-from utils.tokenizer import train_tokenizer
 
 PROMPTS = {"query": "query", "passage": "document"}  # the names that sentence-transformers looks up
 
@@ -25,9 +25,9 @@ def build_small_encoder(
     texts, *, vocab_size: int = 8192, hidden_size: int = 128, layers: int = 2, attention_dropout: float = 0.0
 ) -> SentenceTransformer:
     """A small BERT with random weights, mean pooling and unit length, and a lowercase tokenizer trained on `texts`."""
-    tokenizer = train_tokenizer(texts, vocab_size=vocab_size, lowercase=True, max_length=512)
+    own_tokenizer = tokenizer.train_tokenizer(texts, vocab_size=vocab_size, lowercase=True, max_length=512)
     config = BertConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(own_tokenizer),
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=hidden_size // 32,
@@ -35,12 +35,12 @@ def build_small_encoder(
         max_position_embeddings=512,
         attention_probs_dropout_prob=attention_dropout,
         initializer_range=0.06,  # the width's own scale; BERT's 0.02 is made for hidden_size 768
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=own_tokenizer.pad_token_id,
     )
     with tempfile.TemporaryDirectory() as folder:  # sentence-transformers takes its first module from a folder only
         config.save_pretrained(folder)  # the model's own save_pretrained writes on the first of several processes only
         save_file(BertModel(config).state_dict(), f"{folder}/model.safetensors", {"format": "pt"})
-        tokenizer.save_pretrained(folder)
+        own_tokenizer.save_pretrained(folder)
         transformer = Transformer(folder)
     retriever = SentenceTransformer(modules=[transformer, Pooling(hidden_size), Normalize()], device="cpu")
     remove_padding(retriever)
@@ -66,11 +66,9 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
 
 def tokenize(model: SentenceTransformer, texts: list[str], kind: str) -> list[list[int]]:
     """Token ids of each text after the prompt of its `kind` ("query" or "passage"), cut at the model's length."""
-    if not texts:
-        return []
     prompt = model.prompts.get(PROMPTS[kind], "")
     texts = [prompt + text for text in texts]
-    return model.tokenizer(texts, truncation=True, max_length=model.max_seq_length)["input_ids"]
+    return tokenizer.tokenize(model.tokenizer, texts, truncation=True, max_length=model.max_seq_length)
 
 
 def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

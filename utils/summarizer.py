@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from utils.arguments import UsageError
 from utils.generation import beam_search, onednn_linears
 from utils.packing import laid_end_to_end, remove_padding_of_both
+from utils.tokenizer import tokenize
 
 ENCODED_AT_ONCE = 8192  # tokens, with their padding, in generation
 
@@ -104,14 +105,18 @@ class Sources:
         self.prefix, self.suffix = whole[:start], whole[start + len(bare) :]
         self.room = self.max_source_length - len(self.prefix) - len(self.suffix)
 
-    def tokens(self, document) -> list[list[int]]:
-        if document not in self.passage_tokens:
-            self.passage_tokens[document] = _tokenize(self.tokenizer, document.passages)
-        return self.passage_tokens[document]
+    def read(self, documents) -> None:
+        """Tokenizes documents, each once, together: what is kept on disk is then read at once."""
+        documents = [document for document in dict.fromkeys(documents) if document not in self.passage_tokens]
+        tokens = iter(_tokenize(self.tokenizer, [text for document in documents for text in document.passages]))
+        for document in documents:
+            self.passage_tokens[document] = [next(tokens) for _ in document.passages]
 
     def build(self, query: str, document, passage_numbers: list[int]) -> tuple[list[list[int]], list[int]]:
         """The sequences, and the numbers of the passages that they hold, in their order."""
-        passages = self.tokens(document)
+        if document not in self.passage_tokens:
+            self.read([document])
+        passages = self.passage_tokens[document]
         query_tokens = _tokenize(self.tokenizer, [query])[0][: self.room // 2] if query else []
         kept, free = [], self.room - len(query_tokens)
         for number in passage_numbers:
@@ -137,7 +142,7 @@ class Sources:
 
 
 def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenize(tokenizer, texts, add_special_tokens=False, verbose=False)
 
 
 def collate(sources: list[list[list[int]]], targets: list[list[int]], pad_token_id: int) -> BatchEncoding:

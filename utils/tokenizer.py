@@ -1,7 +1,16 @@
-"""A tokenizer for models built from scratch, trained on their own text."""
+"""A tokenizer for models built from scratch, trained on their own text; token ids that are kept between runs."""
 
+import contextlib
+import hashlib
+import json
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -22,3 +31,59 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, model_max_length=max_length, cls_token="<s>", sep_token="</s>", **special
     )
+
+
+KEPT_FROM = 2**20  # characters in all: fewer are tokenized sooner than looked up
+
+
+def tokenize(tokenizer, texts: list[str], **options) -> list[list[int]]:
+    """Token ids of each text, `options` being those of the tokenizer's call.
+
+    Large collections are tokenized once: what comes out is kept in `$HF_HOME/multistep-retrieve-summarize` for later
+    runs and the other processes of this one, under a checksum of texts, tokenizer and options. A file there that is
+    damaged is made anew, and a folder that cannot be written to costs no more than the time.
+    """
+    if not texts:
+        return []
+    if sum(map(len, texts)) < KEPT_FROM or not hasattr(tokenizer, "backend_tokenizer"):
+        return tokenizer(texts, **options)["input_ids"]
+    key = hashlib.sha256(json.dumps([tokenizer.backend_tokenizer.to_str(), options, texts]).encode()).hexdigest()
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    path = Path(home) / "multistep-retrieve-summarize" / f"tokens_{key[:32]}.safetensors"
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path.with_suffix(".lock")))  # the first of several processes does the work
+        if (kept := _read_tokens(path, len(texts))) is not None:
+            return kept
+        token_ids = tokenizer(texts, **options)["input_ids"]
+        with contextlib.suppress(OSError, SafetensorError):
+            _write_tokens(path, token_ids)
+    return token_ids
+
+
+def _write_tokens(path: Path, token_ids: list[list[int]]) -> None:
+    tensors = {
+        "ids": torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int32),
+        "lengths": torch.tensor([len(ids) for ids in token_ids], dtype=torch.int32),
+    }
+    tensors["sha256"] = _checksum(tensors)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+
+
+def _read_tokens(path: Path, count: int) -> list[list[int]] | None:
+    """None if there is no such file, or a damaged one."""
+    try:
+        tensors = load_file(path)
+        if not torch.equal(tensors["sha256"], _checksum(tensors)) or len(tensors["lengths"]) != count:
+            return None
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    return [part.tolist() for part in tensors["ids"].split(tensors["lengths"].tolist())]
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    total = hashlib.sha256(tensors["ids"].numpy().tobytes() + tensors["lengths"].numpy().tobytes())
+    return torch.tensor(list(total.digest()), dtype=torch.uint8)

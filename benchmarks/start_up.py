@@ -1,0 +1,62 @@
+"""How long until something happens: `--help`, a mistyped flag, and the first training step with the defaults.
+
+    python benchmarks/start_up.py
+
+RESULTS
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def seconds_of(script: str, *flags) -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True)
+    return time.perf_counter() - began
+
+
+def first_step(script: str) -> float:
+    """Seconds until the first step with the embedded data is in the log; the run is then ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+        command = [sys.executable, str(ROOT / script), "--output_dir", folder, "--log_steps", "1"]
+        began = time.perf_counter()
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = Path(folder, "metrics.jsonl")
+        while not (log.exists() and "\n" in log.read_text()):
+            time.sleep(0.02)
+        seconds = time.perf_counter() - began
+        process.kill()
+        process.wait()
+        assert json.loads(log.read_text().splitlines()[0])["step"] == 1
+    return seconds
+
+
+def main():
+    rows = {}
+    for script in ("train_retrieve.py", "train_summarize.py"):
+        rows[f"{script} --help"] = lambda script=script: seconds_of(script, "--help")
+        rows[f"{script} with a mistyped flag"] = lambda script=script: seconds_of(script, "--learnin_rate", "1")
+        rows[f"{script}, first step"] = lambda script=script: first_step(script)
+    measured = {name: [] for name in rows}
+    for _ in range(3):
+        for name, measure in rows.items():
+            measured[name].append(measure())
+    from utils.training import hardware
+
+    print(hardware())
+    for name, seconds in measured.items():
+        print(f"{name:42} {statistics.median(seconds):6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
+
+
+if __name__ == "__main__":
+    main()
