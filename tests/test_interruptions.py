@@ -6,10 +6,10 @@ import signal
 import psutil
 import pytest
 import torch
-from conftest import SCRIPTS, STEPS, assert_same_run, events, history, kill_all, run, start, wait_until, weights
+from conftest import STEPS, assert_same_run, events, history, kill_all, run, start, wait_until, weights
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
 def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(script, undisturbed, tmp_path):
     for step in (3, 8):  # in the middle of the first epoch, and of the second
         process = start(script, tmp_path, "--checkpointing_steps", 1, "--dataloader_num_workers", 2)
@@ -28,7 +28,7 @@ slow = pytest.mark.slow
     ("script", "number", "processes"),
     [
         ("train_summarize.py", signal.SIGTERM, 1),
-        ("train_summarize.py", signal.SIGUSR1, 2),  # to one worker of two
+        pytest.param("train_summarize.py", signal.SIGUSR1, 2, marks=slow),  # to one worker of two
         pytest.param("train_summarize.py", signal.SIGINT, 1, marks=slow),
         pytest.param("train_summarize.py", signal.SIGUSR1, 1, marks=slow),
         pytest.param("train_retrieve.py", signal.SIGTERM, 1, marks=slow),

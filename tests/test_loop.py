@@ -14,7 +14,7 @@ from conftest import FORWARD, LOSS, SCRIPTS, assert_close, events, inject, read_
 from utils.state import LoopState, stop_reason
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
 def test_weights_do_not_depend_on_how_the_batch_is_split(script, tmp_path):
     splits = [(1, 1, 16), (1, 2, 8), (1, 4, 4), (2, 1, 8), (2, 2, 4)]  # processes, accumulation, micro-batch
     if script == "train_retrieve.py":  # negatives are those of a micro-batch, over all processes

@@ -19,6 +19,7 @@ from transformers import (
     BartForConditionalGeneration,
     BatchEncoding,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.arguments import UsageError
@@ -184,16 +185,10 @@ class Summarizer(nn.Module):
         super().__init__()
         self.model = model
         self.is_packed = remove_padding_of_both(model)
-        head = model.get_output_embeddings()
-        # whether logits are more than a matrix product and BART's bias, as where they are capped
-        self.has_own_logits = (
-            type(head) is not nn.Linear
-            or head.bias is not None
-            or any(
-                getattr(model.config, name, None)
-                for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
-            )
-        )
+        head, capped = model.get_output_embeddings(), ("final_logit_softcapping", "logits_scaling", "logit_scale")
+        # whether logits are more than a product of matrices and BART's bias, or the weights out of reach between layers
+        self.has_own_logits = type(head) is not nn.Linear or head.bias is not None or is_deepspeed_zero3_enabled()
+        self.has_own_logits |= any(getattr(model.config, name, None) for name in capped)
 
     def encode(self, input_ids, attention_mask, sequences_per_example):
         """(sequences, tokens) -> (examples, tokens of an example, hidden) and its mask.
