@@ -292,7 +292,10 @@ def main():
 
     def fingerprint(epoch: int) -> dict:
         """What a checkpoint must have in common with a run that goes on from it."""
-        return {"data": data, "parameters": parameters, "seed": args.seed, "shape": shape(epoch)}
+        return {
+            "data": data, "parameters": parameters, "seed": args.seed, "precision": accelerator.mixed_precision,
+            "shape": shape(epoch),
+        }  # fmt: skip
 
     checkpoints = Checkpoints(accelerator, args, run_folder, log, signals, model=model, optimizer=optimizer,
                               scheduler=scheduler, fingerprint=fingerprint)  # fmt: skip

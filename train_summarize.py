@@ -130,6 +130,8 @@ def main():
         tokenizer = train_tokenizer(texts)
         pretrained = build_small_bart(tokenizer, dropout=args.dropout or 0.0)
     summarizer = Summarizer(pretrained)
+    if getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False):
+        summarizer.is_packed = False  # layers that run again in the backward pass would not know the sequences
     parameters = sum(parameter.numel() for parameter in summarizer.parameters())
     log.say(
         f"{parameters:,} parameters on {accelerator.num_processes} process(es), "
@@ -240,8 +242,10 @@ def main():
         for first in range(0, len(batches), accelerator.num_processes):
             signals.poll(accelerator)
             number = first + accelerator.process_index
-            if number >= len(batches):
+            is_extra = number >= len(batches)
+            if is_extra and not is_sharded(accelerator):
                 continue
+            number = min(number, len(batches) - 1)  # every process must run a sharded model equally often
             rows = [validation_rows[i] for i in batches[number]]
             batch = collate([row["source"] for row in rows], [row["targets"][0] for row in rows],
                             tokenizer.pad_token_id).to(accelerator.device)  # fmt: skip
@@ -250,6 +254,8 @@ def main():
                 loss, nll = summarizer(**batch, label_smoothing_factor=args.label_smoothing_factor)
                 del batch["labels"]
                 ids = summarizer.generate(**batch, **generation)
+            if is_extra:
+                continue
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             generated += [(i, text.strip()) for i, text in zip(batches[number], texts, strict=True)]
             sums.append((number, loss.item(), nll.item(), (labels != -100).sum().item()))
@@ -288,7 +294,10 @@ def main():
 
     def fingerprint(epoch: int) -> dict:
         """What a checkpoint must have in common with a run that goes on from it."""
-        return {"data": data, "parameters": parameters, "seed": args.seed, "shape": shape(epoch)}
+        return {
+            "data": data, "parameters": parameters, "seed": args.seed, "precision": accelerator.mixed_precision,
+            "shape": shape(epoch),
+        }  # fmt: skip
 
     checkpoints = Checkpoints(accelerator, args, run_folder, log, signals, model=model, optimizer=optimizer,
                               scheduler=scheduler, fingerprint=fingerprint)  # fmt: skip

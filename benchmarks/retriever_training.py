@@ -126,6 +126,7 @@ def run_here(folder: Path, pairs: int, done, *, dropout: bool, gradient_cache_to
         "--per_device_train_batch_size", pairs, "--num_train_epochs", epochs, "--output_dir", folder / "run",
         "--gradient_cache_tokens", gradient_cache_tokens, "--checkpointing_steps", 10**6,
         "--log_format", "none", "--log_steps", 10**6, "--resume_from_checkpoint", "none",
+        "--mixed_precision", os.environ["ACCELERATE_MIXED_PRECISION"],
     ]  # fmt: skip
     sys.argv = ["train_retrieve.py", *map(str, flags)]
     runpy.run_path(str(ROOT / "train_retrieve.py"), run_name="__main__")

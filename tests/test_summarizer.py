@@ -135,7 +135,7 @@ def test_the_models_output_layer_is_left_as_it_was(summarizer):
 
 
 @pytest.mark.parametrize("chunk", [1, 1000, 10**6], ids=["a token at a time", "in chunks", "at once"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
 def test_the_loss_without_kept_logits_and_its_gradients_are_those_with_them(monkeypatch, chunk, dtype, tolerance):
     monkeypatch.setattr(summarizer_module._VocabularyLoss, "LOGITS", chunk)
     torch.manual_seed(0)
@@ -151,6 +151,20 @@ def test_the_loss_without_kept_logits_and_its_gradients_are_those_with_them(monk
         results.append([loss.detach(), nll, *torch.autograd.grad(loss / 37, (hidden, weight))])
     for ours, plain in zip(*results, strict=True):
         assert torch.linalg.norm(ours - plain) <= tolerance * torch.linalg.norm(plain)
+    with torch.no_grad():  # as in validation
+        assert vocabulary_loss(hidden, targets, 0.1, weight, bias)[0] == pytest.approx(
+            results[0][0].item(), rel=tolerance
+        )
+
+
+def test_in_fp16_the_gradient_of_well_predicted_tokens_does_not_vanish():
+    hidden, weight, targets = (8 * torch.eye(4)).requires_grad_(), (2 * torch.eye(4)).requires_grad_(), torch.arange(4)
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            loss, _ = vocabulary_loss(hidden, targets, 0.0, weight)
+        gradients.append(torch.autograd.grad(loss, weight)[0])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=0)
 
 
 def test_the_loss_of_a_batch_is_that_of_its_logits(summarizer):

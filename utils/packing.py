@@ -1,7 +1,9 @@
 """Padding removed inside an encoder: the sequences of a batch laid end to end, with attention within each.
 
 `remove_padding(retriever)` hooks the packing around the encoder of a SentenceTransformer: its token-wise layers see
-(1, real tokens, hidden), and what goes in and out stays padded (texts, tokens). Nothing of it is saved with the model.
+(1, real tokens, hidden), and what goes in and out stays padded (texts, tokens). `remove_padding_of_both(model)` lets an
+encoder-decoder take sequences that are `laid_end_to_end`, which must also span whatever computes the forward pass anew,
+such as activation checkpointing. Nothing of either is saved with the model.
 The idea is that of "Efficient Sequence Packing without Cross-contamination" (Krell et al., 2021, arXiv:2107.02027).
 """
 
@@ -12,15 +14,11 @@ from itertools import accumulate, groupby
 
 import torch
 from sentence_transformers.sentence_transformer.modules import Transformer
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # PyTorch before 2.10
-    varlen_attn = None
 
 logger = logging.getLogger(__name__)
 LONGEST_KEPT = 512  # tokens; attention weights of longer sequences are computed anew in the backward pass
@@ -171,7 +169,8 @@ def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, wind
 def _attend(query, key, value, lengths, key_lengths, groups, *, scale, causal=False, window=None, dropout=0.0):
     """(tokens, heads, d) -> (tokens, heads, d), each sequence of queries to its own sequence of keys."""
     longest, longest_key = max(lengths), max(key_lengths)
-    if varlen_attn and query.is_cuda and query.dtype != torch.float32 and not dropout and not window:
+    has_kernel = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if has_kernel and query.dtype != torch.float32 and not dropout and not window:
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
         key_starts = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=query.device)
         seen = (-1, 0) if causal else (-1, -1)
@@ -262,7 +261,7 @@ def remove_padding(retriever) -> bool:
     if not isinstance(transformer, Transformer) or transformer.modality_config.keys() != {"text"}:
         return False
     encoder, config = transformer.auto_model, transformer.auto_model.config
-    if not encoder.is_backend_compatible():
+    if not encoder.is_backend_compatible() or not hasattr(config, "vocab_size"):
         return False
     before, was_training = config._attn_implementation, transformer.training
     longest = 2 * (getattr(config, "sliding_window", None) or 0) + 40
@@ -363,7 +362,7 @@ def remove_padding_of_both(model) -> bool:
     """
     encoder, decoder, config = model.get_encoder(), model.get_decoder(), model.config
     positions = [getattr(stack, "embed_positions", None) for stack in (encoder, decoder)]
-    if None in positions:
+    if None in positions or not hasattr(config, "vocab_size"):
         return False
     before, was_training, handles = config._attn_implementation, model.training, []
     generator = torch.Generator().manual_seed(0)

@@ -135,9 +135,8 @@ def encode(
         for first in range(0, len(batches), accelerator.num_processes):
             if poll:
                 poll()
-            if first + accelerator.process_index >= len(batches):
-                continue
-            batch = batches[first + accelerator.process_index]
+            # every process takes part, with a batch that is done already if need be: the model may be sharded
+            batch = batches[min(first + accelerator.process_index, len(batches) - 1)]
             features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
             with accelerator.autocast():
                 output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})

@@ -173,7 +173,7 @@ class Checkpoints:
         failure = [self.error and (str(self.error) or repr(self.error))]
         broadcast_object_list(failure)  # so that all processes end with the same code
         if failure[0]:
-            raise self.error or checkpoint.CheckpointError(failure[0])
+            raise checkpoint.CheckpointError(failure[0]) from self.error
         self.is_writing, self.thread = False, None
 
     def resume(self) -> tuple[LoopState, Path | None, dict | None]:

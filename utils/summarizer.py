@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -263,7 +264,11 @@ class Summarizer(nn.Module):
             lengths = attention_mask.sum(1).tolist()
             longest_first = torch.tensor(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
             states = [None] * len(lengths)
-            for part in longest_first.split(max(1, ENCODED_AT_ONCE // input_ids.shape[1])):
+            # at once where layers are sharded over processes, which must then run them equally often
+            is_sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+            for part in longest_first.split(
+                len(lengths) if is_sharded else max(1, ENCODED_AT_ONCE // input_ids.shape[1])
+            ):
                 longest = lengths[part[0]]
                 hidden = self.model.get_encoder()(
                     input_ids=input_ids[part, :longest], attention_mask=attention_mask[part, :longest]
@@ -302,19 +307,22 @@ def vocabulary_loss(hidden, targets, smoothing: float, weight, bias=None) -> tup
     The gradient is made along with the loss, in chunks of tokens, so that logits are computed once and never kept
     (Hsu et al., 2024, arXiv:2410.10989). hidden (tokens, width), weight (vocabulary, width), bias (1, vocabulary).
     """
-    return _VocabularyLoss.apply(hidden, targets, smoothing, weight, bias)
+    # autograd says what needs a gradient even where none is made, and nothing of that within the function
+    return _VocabularyLoss.apply(hidden, targets, smoothing, weight, bias, torch.is_grad_enabled())
 
 
 class _VocabularyLoss(torch.autograd.Function):
     LOGITS = 2**25  # in a chunk at most
 
     @staticmethod
-    def forward(ctx, hidden, targets, smoothing, weight, bias):
+    def forward(ctx, hidden, targets, smoothing, weight, bias, with_gradient):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
         nll, uniform = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden, grad_weight = torch.empty_like(low_hidden), None
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        scale = 2**10 if dtype == torch.float16 else 1  # in which the gradient of what is well predicted would vanish
         size = max(1, _VocabularyLoss.LOGITS // len(weight))
         for start in range(0, len(hidden), size):
             rows, labels = low_hidden[start : start + size], targets[start : start + size]
@@ -324,23 +332,24 @@ class _VocabularyLoss(torch.autograd.Function):
             log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
             nll -= log_probabilities.gather(1, labels[:, None]).sum()
             uniform -= log_probabilities.mean(-1).sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            gradient = log_probabilities.exp_().sub_(smoothing / len(weight))
-            gradient[torch.arange(len(labels), device=labels.device), labels] -= 1 - smoothing
-            gradient = gradient.to(dtype)
-            grad_hidden[start : start + size] = gradient @ low_weight
-            if ctx.needs_input_grad[3]:
-                part = gradient.T @ rows
-                grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
-        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
+            if with_gradient:
+                gradient = log_probabilities.exp_().sub_(smoothing / len(weight))
+                gradient[torch.arange(len(labels), device=labels.device), labels] -= 1 - smoothing
+                gradient = gradient.mul_(scale).to(dtype) if scale > 1 else gradient.to(dtype)
+                grad_hidden[start : start + size] = gradient @ low_weight
+                grad_weight += gradient.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.dtype)
         ctx.mark_non_differentiable(nll)
         return (1 - smoothing) * nll + smoothing * uniform, nll
 
     @staticmethod
-    def backward(ctx, scale, _):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * scale, None, None, None if grad_weight is None else grad_weight.mul_(scale), None
+    def backward(ctx, outer, _):
+        for_hidden, for_weight = (
+            gradient.mul_(outer / ctx.scale).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return for_hidden, None, None, for_weight, None, None
 
 
 def save_pretrained(summarizer: Summarizer, tokenizer, folder: str | Path, weights: dict) -> None:

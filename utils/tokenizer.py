@@ -47,7 +47,9 @@ def tokenize(tokenizer, texts: list[str], **options) -> list[list[int]]:
         return []
     if sum(map(len, texts)) < KEPT_FROM or not hasattr(tokenizer, "backend_tokenizer"):
         return tokenizer(texts, **options)["input_ids"]
-    key = hashlib.sha256(json.dumps([tokenizer.backend_tokenizer.to_str(), options, texts]).encode()).hexdigest()
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules |= {"truncation": tokenizer.truncation_side, "padding": tokenizer.model_max_length}  # not of the last call
+    key = hashlib.sha256(json.dumps([rules, options, texts]).encode()).hexdigest()
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     path = Path(home) / "multistep-retrieve-summarize" / f"tokens_{key[:32]}.safetensors"
     with contextlib.ExitStack() as stack:
@@ -69,8 +71,11 @@ def _write_tokens(path: Path, token_ids: list[list[int]]) -> None:
     }
     tensors["sha256"] = _checksum(tensors)
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    try:
+        save_file(tensors, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_tokens(path: Path, count: int) -> list[list[int]] | None:

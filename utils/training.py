@@ -161,7 +161,7 @@ def environment(accelerator) -> dict:
 
 
 def precision(args) -> str | None:
-    """`--mixed_precision`; without it what `accelerate` was told, or bf16 if that is nothing and it pays.
+    """`--mixed_precision`; without it what `accelerate` was told, or bf16 if that is "no" or nothing, and it pays.
 
     It does for pretrained models, several times over, where GPU or processor have instructions for it; the small
     models built from scratch lose more in the casting. FSDP and DeepSpeed go by their own configuration.
@@ -171,7 +171,9 @@ def precision(args) -> str | None:
     if args.mixed_precision or told != "no" or own or not args.model_name_or_path:
         return args.mixed_precision
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    has_bf16 = (
+        torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    )
     return "bf16" if has_bf16 else None
 
 
@@ -418,9 +420,9 @@ class RunLog:
             self.accelerator.log(numbers, step=values.get("step"))
 
     def say(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text)
-        elif self.log_format in ("simple", "tqdm"):
+        if self.log_format == "tqdm":
+            tqdm.write(text)  # above the bar, if there is one; also from the thread that writes checkpoints
+        elif self.log_format == "simple":
             print(text, flush=True)
 
     def warn(self, text: str) -> None:
