@@ -6,6 +6,14 @@ A BART of bart-base's size trains on random batches with AdamW, in pairs of wind
 window of each pair, in turn the first and the second, begins with a checkpoint, saved as the scripts do it: copied
 while training waits, then written, synced and verified by its checksum while training goes on. What that window takes
 longer, over 60 seconds, is the overhead.
+
+    2026-11-23, AMD EPYC, 2 cores, torch 2.13.0+cpu
+    139M parameters, 1.67 GB in a checkpoint, 10 steps a window
+    a save by itself            1.84 s
+    training waits              0.09 s
+    training loses altogether   1.27 s (standard error 0.07, 5 pairs of windows)
+    at one checkpoint a minute   2.1% of the wall time
+    (--pairs 5 --seconds 12; on a processor the checksum takes its time from one of the two cores that train)
 """
 
 import argparse
