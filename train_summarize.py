@@ -130,8 +130,10 @@ def main():
         tokenizer = train_tokenizer(texts)
         pretrained = build_small_bart(tokenizer, dropout=args.dropout or 0.0)
     summarizer = Summarizer(pretrained)
-    if getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False):
-        summarizer.is_packed = False  # layers that run again in the backward pass would not know the sequences
+    runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
+    if runs_twice or pretrained.config.hidden_size < 256:
+        # layers that run again in the backward pass would not know the sequences; narrow ones are faster padded
+        summarizer.is_packed = False
     parameters = sum(parameter.numel() for parameter in summarizer.parameters())
     log.say(
         f"{parameters:,} parameters on {accelerator.num_processes} process(es), "
