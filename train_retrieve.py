@@ -26,8 +26,15 @@ class RetrieveArguments(TrainingArguments, DataArguments):
         0, "tokens whose graph is held at a time, by gradient caching: memory for large batches; 0: all of them"
     )
     temperature: float = flag(0.05, "divides the similarities in the contrastive loss")
-    num_hard_negatives: int = flag(3, "passages of the same document, ranked high by BM25, as negatives of each query")
-    negatives_pool: int = flag(20, "the best BM25 passages without evidence, from which hard negatives are drawn")
+    num_positives: int = flag(1, "passages of the evidence that are drawn for each query, by their gold words")
+    num_hard_negatives: int = flag(3, "passages that rank high and are no evidence, as negatives of each query")
+    negatives_pool: int = flag(20, "the best passages without evidence, from which hard negatives are drawn")
+    mine_negatives_every: int = flag(
+        0, "epochs between searches for hard negatives with the model as it is then; 0: those of BM25 throughout"
+    )
+    negatives_margin: float = flag(
+        0.05, "mined passages that score within this share of the query's best evidence are no negatives"
+    )
     group_by_document: bool = flag(
         False, "fill batches with queries of the same document, whose passages are then each other's negatives"
     )
@@ -42,8 +49,9 @@ class RetrieveArguments(TrainingArguments, DataArguments):
         check_choice("--metric_for_best", self.metric_for_best, (
             "recall@1", "recall@5", "recall@10", "recall@20", "mrr@10", "ndcg@10", "gold_words@1024"))  # fmt: skip
         check_choice("--ranking", self.ranking, ("dense", "hybrid"))
-        check_at_least(1, self, "top_k", "negatives_pool", "oracle_passages", "max_seq_length")
-        check_at_least(0, self, "num_hard_negatives", "smooth_window", "bm25_weight")
+        check_at_least(1, self, "top_k", "num_positives", "negatives_pool", "oracle_passages", "max_seq_length")
+        check_at_least(0, self, "num_hard_negatives", "smooth_window", "bm25_weight", "mine_negatives_every")
+        check_at_least(0, self, "negatives_margin")
         check_at_least(0, self, "attention_dropout", "gradient_cache_tokens")
         if not self.temperature > 0:
             raise UsageError(f"--temperature {self.temperature}: more than 0 is wanted")
@@ -76,6 +84,7 @@ from utils.search import (
     dense_rankings,
     fuse_scores,
     greedy_rouge_oracle,
+    hard_negatives,
     passage_scores,
     rank,
     smooth,
@@ -162,9 +171,10 @@ def main():
         evidence, weights = positives(example)
         if not sum(weights):
             continue
-        negatives = [passage for passage, _ in ranking if passage not in set(evidence)][: args.negatives_pool]
+        negatives = hard_negatives(ranking, evidence, args.negatives_pool)
         offset = first_key[id(example.document)]
         pairs.append({
+            "example": example,
             "number": len(pairs),
             "query": tokens,
             "evidence": [offset + passage for passage in evidence],
@@ -180,15 +190,17 @@ def main():
         raise UsageError("no training example has evidence or shares a word with its summary: nothing to train on")
 
     def collate(examples: list[dict], dummy: bool, epoch: int) -> dict:
-        """Draws a positive and hard negatives for each example, anew in each epoch; positives come first."""
-        keys, negatives = [], []
+        """Draws positives and hard negatives for each example, anew in each epoch; a passage is there once."""
+        drawn = []
         for example in examples:  # by its own number: the draw does not depend on how a step is split into batches
             rng = np.random.default_rng([args.seed, epoch, example["number"]])
-            keys.append(rng.choice(example["evidence"], p=example["weights"]))
+            count = min(args.num_positives, len(example["evidence"]))
+            drawn += rng.choice(example["evidence"], count, replace=False, p=example["weights"]).tolist()
             count = min(args.num_hard_negatives, len(example["negatives"]))
-            negatives += rng.choice(example["negatives"], count, replace=False).tolist() if count else []
-        keys += negatives
+            drawn += rng.choice(example["negatives"], count, replace=False).tolist() if count else []
+        keys = list(dict.fromkeys(drawn))
         evidence = [torch.tensor(example["evidence"]) for example in examples]
+        weights = [torch.from_numpy(example["weights"]) for example in examples]
         return {
             "texts": in_chunks(
                 retriever,
@@ -200,6 +212,9 @@ def main():
             "evidence_keys": torch.full((len(examples), 1), -1)
             if dummy
             else torch.nn.utils.rnn.pad_sequence(evidence, batch_first=True, padding_value=-1),
+            "evidence_weights": torch.zeros(len(examples), 1)
+            if dummy
+            else torch.nn.utils.rnn.pad_sequence(weights, batch_first=True),
         }
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -208,7 +223,8 @@ def main():
     lengths = []  # of the query, and of its positive and negatives at most, for they are drawn anew in each epoch
     for pair in pairs:
         longest = max(len(passage_tokens[key]) for key in pair["evidence"] + pair["negatives"])
-        lengths.append([len(pair["query"]), longest * (1 + min(args.num_hard_negatives, len(pair["negatives"])))])
+        count = min(args.num_positives, len(pair["evidence"])) + min(args.num_hard_negatives, len(pair["negatives"]))
+        lengths.append([len(pair["query"]), longest * count])
     groups = [pair["document"] for pair in pairs]
 
     def shape(epoch: int) -> dict:
@@ -271,6 +287,16 @@ def main():
             passage_words=[[len(text.split()) for text in example.document.passages] for example in validation],
             evidence_words=[example.evidence_words for example in validation],
         )
+
+    def mine_negatives() -> list[list[int]]:
+        """For each pair what the model as it is ranks high without reason; called on all processes."""
+        ranked = dense_rankings([pair["example"] for pair in pairs], encode_texts)
+        found = []
+        for pair, ranking in zip(pairs, ranked, strict=True):
+            evidence = [key - pair["document"] for key in pair["evidence"]]
+            passages = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
+            found.append([pair["document"] + passage for passage in passages])
+        return found
 
     gold = [example.evidence for example in validation]
     if not any(gold):  # nobody marked any: what the ROUGE oracle chooses stands in
@@ -344,7 +370,7 @@ def main():
                         embeddings = embed(model, batch["texts"])
                 loss, right = contrastive_loss(
                     *embeddings.split(sides), passage_keys=batch["passage_keys"], evidence_keys=batch["evidence_keys"],
-                    temperature=args.temperature,
+                    evidence_weights=batch["evidence_weights"], temperature=args.temperature,
                 )  # fmt: skip
             with record_function("backward"), together(accelerator):
                 # times the processes, because gradients are averaged over them
@@ -373,6 +399,16 @@ def main():
         for epoch in itertools.count(state.epoch):
             if state.stop or received:
                 break
+            every = args.mine_negatives_every
+            if every and epoch and epoch % every == 0 and state.mined_in != epoch:
+                try:
+                    state.negatives, state.mined_in = mine_negatives(), epoch
+                except Interrupted as signalled:
+                    received = signalled.number
+                    checkpoints.save(state, meters, is_best=False)
+                    break
+            for pair, negatives in zip(pairs, state.negatives or [], strict=False):
+                pair["negatives"] = negatives
             steps = plan(epoch, state.done_before)
             collate_epoch = partial(collate, epoch=epoch)
             batches = StepBatches(pairs, steps[state.step_in_epoch :], collate_epoch, accelerator.process_index)

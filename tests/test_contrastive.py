@@ -16,19 +16,25 @@ from utils.contrastive import contrastive_loss
 ROOT = Path(__file__).parent.parent
 
 
-def reference_loss(queries, passages, passage_keys, evidence_keys, temperature):
+def reference_loss(queries, passages, passage_keys, evidence_keys, temperature, evidence_weights=None):
     """InfoNCE over the queries that count, one number at a time."""
     total, right = 0.0, 0
+    keys = passage_keys.tolist()
     for i, (query, evidence) in enumerate(zip(queries.tolist(), evidence_keys.tolist(), strict=True)):
         if evidence[0] < 0:
             continue
-        scores = {}
-        for j, (passage, key) in enumerate(zip(passages.tolist(), passage_keys.tolist(), strict=True)):
-            if j == i or (key not in evidence and key != -2):
-                scores[j] = sum(a * b for a, b in zip(query, passage, strict=True)) / temperature
-        highest = max(scores.values())
-        total += highest + math.log(sum(math.exp(score - highest) for score in scores.values())) - scores[i]
-        right += scores[i] == highest
+        scores = {}  # by key: a passage that is there twice counts once
+        for key, passage in zip(keys, passages.tolist(), strict=True):
+            if key != -2 and key not in scores:
+                scores[key] = sum(a * b for a, b in zip(query, passage, strict=True)) / temperature
+        given = [1.0] * len(evidence) if evidence_weights is None else evidence_weights[i].tolist()
+        weights = {key: weight for key, weight in zip(evidence, given, strict=True) if key in scores}
+        for positive, weight in weights.items():
+            rivals = [score for key, score in scores.items() if key not in evidence or key == positive]
+            highest = max(rivals)
+            loss = highest + math.log(sum(math.exp(score - highest) for score in rivals)) - scores[positive]
+            total += loss * weight / sum(weights.values())
+        right += max(scores, key=scores.get) in weights
     return total, right
 
 
@@ -59,24 +65,47 @@ def test_the_loss_equals_a_plain_loop(temperature):
     check({**random_batch(), "temperature": temperature})
 
 
-def test_other_positives_of_the_same_example_are_no_negatives():
+def test_all_evidence_in_the_batch_is_positive_and_none_of_it_negative():
     batch = random_batch()
     plain = check(batch)
     batch["passage_keys"][7] = 100  # now the second positive of query 0
     batch["passage_keys"][3] = 101  # the positive drawn by query 3 is one of query 1 too
     batch["evidence_keys"][3] = torch.tensor([101, -1, -1])
-    assert check(batch) < plain
+    assert check(batch) != plain
+    weights = torch.tensor([[1.0, 3.0, 9.0]] * 5)
+    assert check({**batch, "evidence_weights": weights}) != check(batch)
+    check({**batch, "evidence_weights": torch.tensor([[1.0, 0.0, 0.0]] * 5)})
 
 
-def test_the_own_positive_drawn_by_another_example_is_no_negative():
+def test_weights_matter_between_positives_only():
+    batch = random_batch()
+    assert check({**batch, "evidence_weights": torch.full((5, 3), 0.1)}) == pytest.approx(check(batch), rel=1e-6)
+
+
+def test_a_passage_that_is_there_twice_counts_once():
     batch = random_batch()
     plain = check(batch)
-    batch["passage_keys"][4] = 2
-    batch["evidence_keys"][4, 0] = 2  # queries 2 and 4 share their positive
-    assert check(batch) < plain
-    batch["passages"] = batch["passages"].detach().clone()
-    batch["passages"][4] = batch["passages"][2]
+    twice = {**batch, "passages": torch.cat([batch["passages"], batch["passages"][[2, 8]]]).detach(),
+             "passage_keys": torch.tensor([*range(12), 2, 8])}  # fmt: skip
+    assert check(twice) == pytest.approx(plain, rel=1e-6)
+
+
+def test_two_queries_may_share_their_positive():
+    batch = random_batch()
+    batch["evidence_keys"][4, 0] = 2
     check(batch)
+    batch["passages"].retain_grad()
+    contrastive_loss(**batch)[0].backward()
+    assert batch["passages"].grad[2].abs().max() > 0
+
+
+def test_evidence_without_any_negative_gives_no_loss_and_no_nan():
+    batch = random_batch(queries=2, passages=2)
+    batch["evidence_keys"] = torch.tensor([[0, 1, -1], [1, 0, -1]])
+    loss, right = contrastive_loss(**batch)
+    loss.backward()
+    assert (loss.item(), right.item()) == (pytest.approx(0, abs=1e-6), 2)
+    assert batch["queries"].grad.isfinite().all()
 
 
 def test_padded_evidence_excludes_no_passage():

@@ -41,28 +41,46 @@ def contrastive_loss(
     passage_keys: torch.Tensor,
     evidence_keys: torch.Tensor,
     temperature: float,
+    evidence_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed InfoNCE over this process's queries (van den Oord et al., 2018, arXiv:1807.03748), and how many are right.
 
+    A query's positives are its evidence among the passages of all processes. Each is compared with all passages that
+    are none of its evidence, and a query's loss is the mean over its positives by their weights. A passage that several
+    processes hold counts once.
+
     Args:
-        queries: (queries, hidden). Passage number i is the positive of query i; further passages are negatives.
-        passages: (passages, hidden), passages >= queries; those of all other processes are negatives too.
-        passage_keys: (passages,) int64, a number for each different passage of the data set.
-        evidence_keys: (queries, most evidence) int64, the keys of each query's positives, padded with -1. Positives
-            other than the one drawn are left out of a query's negatives. A query whose row holds only -1 counts for
-            nothing.
+        queries: (queries, hidden).
+        passages: (passages, hidden), at least one of each query's evidence among those of all processes.
+        passage_keys: (passages,) int64, a number for each different passage of the data set; -2 for padding.
+        evidence_keys: (queries, most evidence) int64, the keys of each query's evidence, padded with -1. A query whose
+            row holds only -1 counts for nothing.
         temperature: divides the similarities.
+        evidence_weights: (queries, most evidence), 0 or more, of each positive; None: all equal.
     """
-    all_passages, start = gather_with_gradient(passages)
+    all_passages, _ = gather_with_gradient(passages)
     all_keys, _ = gather_with_gradient(passage_keys, fill=-2)
     similarities = queries.float() @ all_passages.float().T / temperature
-    positives = start + torch.arange(len(queries), device=queries.device)
-    excluded = (all_keys[None, :, None] == evidence_keys[:, None, :]).any(-1) | (all_keys == -2)[None]
-    excluded[torch.arange(len(queries)), positives] = False
-    similarities = similarities.masked_fill(excluded, float("-inf"))
-    counts = evidence_keys[:, 0] >= 0
-    losses = torch.nn.functional.cross_entropy(similarities, positives, reduction="none")
-    return (losses * counts).sum(), ((similarities.argmax(1) == positives) & counts).sum()
+    is_evidence = all_keys[None, :, None] == evidence_keys[:, None, :]
+    weights = (is_evidence * (1.0 if evidence_weights is None else evidence_weights[:, None, :].float())).sum(-1)
+    counted = _first_of_each(all_keys) & (all_keys != -2)
+    weights = weights * counted
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    is_negative = counted & ~is_evidence.any(-1)
+    # of finite size: a row without any negative must not give nan
+    negatives = similarities.masked_fill(~is_negative, -1e9).logsumexp(1, keepdim=True)
+    losses = (weights * (torch.logaddexp(negatives, similarities) - similarities)).sum(1)
+    best = similarities.masked_fill(~(is_negative | (weights > 0)), float("-inf")).argmax(1, keepdim=True)
+    right = (weights.gather(1, best)[:, 0] > 0) & (evidence_keys[:, 0] >= 0)
+    return (losses * (evidence_keys[:, 0] >= 0)).sum(), right.sum()
+
+
+def _first_of_each(keys: torch.Tensor) -> torch.Tensor:
+    """(passages,) true where a key has not come before."""
+    _, inverse = keys.unique(return_inverse=True)
+    places = torch.arange(len(keys), device=keys.device)
+    first = torch.full_like(places, len(keys)).scatter_reduce(0, inverse, places, "amin")
+    return first[inverse] == places
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ do the rest; in float32 the tokens are those of `generate`.
 """
 
 import copy
+import inspect
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -189,13 +190,15 @@ def search(model, start, *, logits_processor, generation_config, beams, encoded,
     )
     result, lengths = running[:, 0].clone(), torch.ones(examples, dtype=torch.long)
 
+    # its name in Transformers from 5.24 on, for the models that were moved over to it
+    cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
     for length in range(1, max_length):
         tokens = state.running[:, : 1 if length == 1 else None, length - 1]  # the first token is the same in all beams
         logits = model(
             encoder_outputs=encoded["encoder_outputs"],
             decoder_input_ids=tokens.reshape(-1, 1),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument: cache},
         ).logits[:, -1].float()  # fmt: skip
         layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
         if length == 1:

@@ -59,6 +59,20 @@ def smooth(scores: np.ndarray, window: int = 1, decay: float = 0.5) -> np.ndarra
     return total / weight
 
 
+def hard_negatives(ranking: Ranking, evidence: Iterable[int], pool: int, margin: float | None = None) -> list[int]:
+    """The `pool` best passages of a ranking that are no evidence, best first.
+
+    With `margin`, a passage must score at least that share below the best evidence: what comes closer is likely
+    evidence that nobody marked (NV-Retriever, Moreira et al., 2024, arXiv:2407.15831).
+    """
+    evidence = set(evidence)
+    limit = math.inf
+    if margin is not None:
+        best = max((score for passage, score in ranking if passage in evidence), default=math.inf)
+        limit = best - margin * abs(best)
+    return [passage for passage, score in ranking if passage not in evidence and score <= limit][:pool]
+
+
 def passage_scores(ranking: Ranking) -> np.ndarray:
     """(passages,) the scores of a ranking that holds every passage of the document, in document order."""
     scores = np.zeros(len(ranking))

@@ -31,6 +31,8 @@ class LoopState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     train_seconds: float = 0.0  # over all resumed runs
+    negatives: list[list[int]] | None = None  # of each training pair, as last mined with the model
+    mined_in: int = 0  # the epoch before which they were
     stop: str | None = None  # why the run ended
     meters: dict = field(default_factory=dict)
 
@@ -217,6 +219,7 @@ class Checkpoints:
                 state.epoch, state.step, state.last_validation = 0, 0, 0
             if args.reset_dataloader or saved["data"] != self.fingerprint(state.epoch)["data"]:
                 state.step_in_epoch, state.done_before = 0, []  # a place in other data's epoch means nothing
+                state.negatives, state.mined_in = None, 0
             if args.reset_meters:
                 state.best, state.best_step, state.validations_without_improvement = None, 0, 0
                 state.skipped, state.train_seconds, state.meters = 0, 0.0, {}
