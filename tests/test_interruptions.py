@@ -59,6 +59,21 @@ def test_a_signal_saves_and_leaves_with_its_code_and_the_run_goes_on(script, num
         assert_same_run(folder, tmp_path / "undisturbed", steps=last)
 
 
+@pytest.mark.slow
+def test_mined_negatives_are_those_of_the_interrupted_run(undisturbed, tmp_path):
+    """Killed in the second epoch, whose negatives a model found that no longer exists."""
+    script, flags = "train_retrieve.py", ("--mine_negatives_every", 1, "--checkpointing_steps", 1)
+    run(script, tmp_path / "whole", *flags)
+    process = start(script, tmp_path / "killed", *flags)
+    wait_until(lambda: len(events(tmp_path / "killed", "train")) >= 8, process, tmp_path / "killed")
+    kill_all(process)
+    run(script, tmp_path / "killed", *flags)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    mined, plain = (history(folder)["train"] for folder in (tmp_path / "whole", undisturbed[script]))
+    assert mined[: STEPS // 2] == plain[: STEPS // 2]  # the first epoch's are BM25's
+    assert mined[STEPS // 2] != plain[STEPS // 2]
+
+
 def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(undisturbed, tmp_path):
     script = "train_summarize.py"
     run(script, tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1)

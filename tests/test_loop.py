@@ -29,7 +29,8 @@ def test_weights_do_not_depend_on_how_the_batch_is_split(script, tmp_path):
     (first, history), *others = runs
     assert sorted(line["examples"] for line in history) == [10, 16, 16]  # a step smaller than the others
     for other, other_history in others:
-        for name in ("tokens", "lr", "examples"):
+        # a passage that two processes hold is encoded on both
+        for name in ("lr", "examples", "tokens")[: None if script == "train_summarize.py" else 2]:
             assert [line[name] for line in other_history] == [line[name] for line in history]
         if script == "train_summarize.py":  # the small encoder's dropout cannot be set
             assert_close(first, other)
