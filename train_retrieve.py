@@ -315,16 +315,8 @@ def main():
     # checkpoints
 
     data = digest([passage_tokens, [[pair["query"], pair["evidence"], pair["negatives"]] for pair in pairs]])
-
-    def fingerprint(epoch: int) -> dict:
-        """What a checkpoint must have in common with a run that goes on from it."""
-        return {
-            "data": data, "parameters": parameters, "seed": args.seed, "precision": accelerator.mixed_precision,
-            "shape": shape(epoch),
-        }  # fmt: skip
-
     checkpoints = Checkpoints(accelerator, args, run_folder, log, signals, model=model, optimizer=optimizer,
-                              scheduler=scheduler, fingerprint=fingerprint)  # fmt: skip
+                              scheduler=scheduler, data=data, shape=shape)  # fmt: skip
     state, resumed_from, old_shape = checkpoints.resume()
     if old_shape:  # the epoch goes on with the examples that the other shape had not come to
         state.leave_out(plan(state.epoch, state.done_before, **old_shape))

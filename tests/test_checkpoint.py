@@ -367,9 +367,9 @@ def test_safetensors_reads_what_was_written_byte_for_byte(tmp_path, monkeypatch,
 def checkpoints_of(folder: Path, model, optimizer) -> Checkpoints:
     accelerator = Accelerator(cpu=True)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    return Checkpoints(accelerator, SimpleNamespace(checkpoints_total_limit=0), folder, lambda *event, **values: None,
-                       SimpleNamespace(received=None), model=model, optimizer=optimizer, scheduler=scheduler,
-                       fingerprint=lambda epoch: {})  # fmt: skip
+    args, signals = SimpleNamespace(checkpoints_total_limit=0, seed=0), SimpleNamespace(received=None)
+    return Checkpoints(accelerator, args, folder, lambda *event, **values: None, signals, model=model,
+                       optimizer=optimizer, scheduler=scheduler, data="", shape=lambda epoch: {})  # fmt: skip
 
 
 def test_training_goes_on_while_a_checkpoint_of_the_step_before_is_written(tmp_path, monkeypatch):

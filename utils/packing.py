@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -35,7 +36,7 @@ class Packing:
             processors, copies of one that round a large batch's number of tokens up, and are a text to themselves.
         real: how many are no such copies.
         lengths: tokens of each text.
-        groups: (start, texts, length) of consecutive texts of equal length, few enough for the processor's cache.
+        layouts: how they lie for attention, once computed.
         features: the padded batch.
     """
 
@@ -43,7 +44,7 @@ class Packing:
     index: torch.Tensor
     real: int
     lengths: list[int]
-    groups: list[tuple[int, int, int]]
+    layouts: dict = field(default_factory=dict)
     features: dict = field(default_factory=dict)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -69,38 +70,74 @@ def plan_packing(attention_mask: torch.Tensor) -> Packing:
     extra = -count % 64 if count >= 2048 and index.device.type == "cpu" else 0
     index = torch.cat([index, index[-1:].expand(extra)])
     lengths += [extra] * bool(extra)
-    groups, start = [], 0
-    for length, run in groupby(lengths):
-        rest = len(list(run))
-        while rest:  # powers of two: oneDNN compiles a kernel for each shape that it meets
-            here = 1 << (min(rest, max(1, 128 // max(length, 1))).bit_length() - 1)
-            groups.append((start, here, length))
-            start, rest = start + here * length, rest - here
-    return Packing((texts, tokens), index, count, lengths, groups)
+    return Packing((texts, tokens), index, count, lengths)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # attention within each sequence; queries, keys and values are (tokens, heads, d)
 
 
-def _split(tensor: torch.Tensor, start: int, texts: int, length: int) -> torch.Tensor:
-    """A group's part of (tokens, heads, d) -> (texts * heads, length rounded up, d), zeros as padding."""
-    rows = tensor[start : start + texts * length].unflatten(0, (texts, length)).transpose(1, 2)
-    # bf16 lengths in steps of 16, so that oneDNN has few kernels to compile
-    return pad(rows, (0, 0, 0, -length % 16 if tensor.dtype == torch.bfloat16 else 0)).flatten(0, 1)
+@dataclass
+class Layout:
+    """How sequences lie for attention on a processor: heads apart, lengths rounded up, those of equal length together.
+
+    Attributes:
+        groups: sequences that attend side by side, few enough for the processor's cache. Each is (first row of the
+            queries, first row of the keys, sequences times heads, queries, keys, what hides the keys' padding or None).
+        rows, key_rows: (rows,) where each row is in (tokens * heads, d).
+        places, key_places: (tokens * heads,) where each row came to lie.
+        padding: (padded rows,) of the queries.
+    """
+
+    groups: list[tuple[int, int, int, int, int, torch.Tensor | None]]
+    rows: torch.Tensor
+    key_rows: torch.Tensor
+    places: torch.Tensor
+    key_places: torch.Tensor
+    padding: torch.Tensor
 
 
-def _join(out: torch.Tensor, rows: torch.Tensor, start: int, texts: int, length: int) -> None:
-    """The reverse of `_split`, written into `out`."""
-    part = out[start : start + texts * length].unflatten(0, (texts, length)).transpose(1, 2)
-    part.copy_(rows.unflatten(0, (texts, -1))[:, :, :length])
+STEP = 16  # to which lengths are rounded up: oneDNN compiles a kernel for each shape that it meets
 
 
-def _hide(scores: torch.Tensor, queries: int, keys: int, causal: bool, window: int | None) -> None:
-    """Fills with minus infinity what a query must not see: padding, later tokens, what lies outside its window."""
-    scores[:, :, keys:] = float("-inf")
-    if causal or (window and keys > window):
-        scores[:, :queries, :keys].masked_fill_(_unseen(queries, causal, window, scores.device), float("-inf"))
+def lay_out(lengths: list[int], key_lengths: list[int], heads: int) -> Layout:
+    """The layout of sequences of queries, end to end, each with its own sequence of keys."""
+    shapes = [(-(-length // STEP) * STEP, -(-keys // STEP) * STEP) for length, keys in zip(lengths, key_lengths,
+                                                                                          strict=True)]  # fmt: skip
+    if any(keys and not length for length, keys in zip(lengths, key_lengths, strict=True)):
+        raise ValueError("a sequence without a query has keys")
+    starts, key_starts = np.cumsum([0, *lengths]), np.cumsum([0, *key_lengths])
+    groups, rows, key_rows, real, key_real = [], [], [], [], []
+    at = key_at = 0
+    by_shape = sorted((i for i, length in enumerate(lengths) if length), key=shapes.__getitem__)
+    for (longest, longest_key), run in groupby(by_shape, key=shapes.__getitem__):
+        run = list(run)
+        while run:
+            count = 1 << (min(len(run), max(1, 128 // max(longest, longest_key))).bit_length() - 1)
+            part, run = run[:count], run[count:]
+            here = _rows(starts[part], np.take(lengths, part), longest, heads)
+            there = _rows(key_starts[part], np.take(key_lengths, part), longest_key, heads)
+            hidden = None
+            if not there[1].all():
+                hidden = torch.zeros(count * heads, 1, longest_key)
+                hidden[torch.from_numpy(~there[1]).view(-1, 1, longest_key)] = float("-inf")
+            groups.append((at, key_at, count * heads, longest, longest_key, hidden))
+            for every, one in zip((rows, real, key_rows, key_real), (*here, *there), strict=True):
+                every.append(one)
+            at, key_at = at + len(here[0]), key_at + len(there[0])
+    rows, real, key_rows, key_real = map(np.concatenate, (rows, real, key_rows, key_real))
+    places, key_places = np.empty(starts[-1] * heads, dtype=np.int64), np.empty(key_starts[-1] * heads, dtype=np.int64)
+    places[rows[real]], key_places[key_rows[key_real]] = real.nonzero()[0], key_real.nonzero()[0]
+    tensors = (rows, key_rows, places, key_places, (~real).nonzero()[0])
+    return Layout(groups, *map(torch.from_numpy, tensors))
+
+
+def _rows(starts, lengths, longest: int, heads: int):
+    """(sequences * heads * longest,) rows of some sequences, the last one in place of padding; and which are real."""
+    places = np.arange(longest)
+    tokens = starts[:, None] + np.minimum(places, lengths[:, None] - 1)
+    rows = tokens[:, None, :] * heads + np.arange(heads)[:, None]
+    return rows.ravel(), np.broadcast_to((places < lengths[:, None])[:, None], rows.shape).ravel()
 
 
 def _unseen(length: int, causal: bool, window: int | None, device) -> torch.Tensor:
@@ -112,40 +149,60 @@ def _unseen(length: int, causal: bool, window: int | None, device) -> torch.Tens
 class _Attention(torch.autograd.Function):
     """Softmax attention by matrix products of each group, in which weights stay in the cache; softmax in float32.
 
-    On processors this is several times faster than PyTorch's fused kernel, above all in bf16 and backward. `groups`:
-    pairs of a group of queries and the group of keys that they attend to.
+    On processors this is several times faster than PyTorch's fused kernel, above all in bf16 and backward.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, groups, scale, causal, window):
-        out, weights = torch.empty_like(query), []
-        keep = any(ctx.needs_input_grad)
-        for queries, keys in groups:
-            q, k, v = _split(query, *queries), _split(key, *keys), _split(value, *keys)
-            scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
-            _hide(scores, queries[2], keys[2], causal, window)
-            probabilities = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-            _join(out, torch.bmm(probabilities, v), *queries)
-            if keep:
-                weights.append(probabilities)
-        ctx.save_for_backward(query, key, value, *weights)
-        ctx.groups, ctx.scale = groups, scale
-        return out
+    def forward(ctx, query, key, value, layout, scale, causal, window):
+        dtype, heads, d = query.dtype, *query.shape[1:]
+        q = query.reshape(-1, d).index_select(0, layout.rows)
+        k, v = (tensor.to(dtype).reshape(-1, d).index_select(0, layout.key_rows) for tensor in (key, value))
+        out, weights, keep = torch.empty_like(q), [], any(ctx.needs_input_grad)
+        with torch.autocast("cpu", enabled=False):
+            for (q_g, out_g), (k_g, v_g), hidden in _groups(layout, (q, out), (k, v)):
+                bias = q.new_empty(1, 1, 1) if hidden is None else hidden.to(dtype)
+                scores = torch.baddbmm(bias, q_g, k_g.transpose(1, 2), beta=float(hidden is not None), alpha=scale)
+                if causal or (window and scores.shape[1] > window):
+                    unseen = _unseen(scores.shape[1], causal, window, scores.device)
+                    scores.masked_fill_(unseen, torch.finfo(dtype).min)  # finite: padding may see nothing at all
+                probabilities = scores.softmax(-1, dtype=torch.float32).to(dtype)
+                torch.bmm(probabilities, v_g, out=out_g)
+                if keep:
+                    weights.append(probabilities)
+        if keep:
+            ctx.save_for_backward(q, k, v, *weights)
+        ctx.layout, ctx.scale, ctx.dtypes = layout, scale, (query.dtype, key.dtype, value.dtype)
+        return out.index_select(0, layout.places).view(-1, heads, d)
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value, *weights = ctx.saved_tensors
-        for_query, for_key, for_value = (torch.empty_like(tensor) for tensor in (query, key, value))
-        for (queries, keys), p in zip(ctx.groups, weights, strict=True):
-            q, k, v, g = (
-                _split(query, *queries), _split(key, *keys), _split(value, *keys), _split(gradient, *queries)
-            )  # fmt: skip
-            dp = torch.bmm(g, v.transpose(1, 2))
+        q, k, v, *weights = ctx.saved_tensors
+        layout, (heads, d) = ctx.layout, gradient.shape[1:]
+        g = gradient.reshape(-1, d).index_select(0, layout.rows).index_fill_(0, layout.padding, 0)
+        for_query, for_key, for_value = (torch.empty_like(rows) for rows in (q, k, v))
+        groups = _groups(layout, (q, g, for_query), (k, v, for_key, for_value))
+        for p, ((q_g, g_g, query_out), (k_g, v_g, key_out, value_out), _) in zip(weights, groups, strict=True):
+            dp = torch.bmm(g_g, v_g.transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
-            _join(for_query, torch.bmm(ds, k), *queries)
-            _join(for_key, torch.bmm(ds.transpose(1, 2), q), *keys)
-            _join(for_value, torch.bmm(p.transpose(1, 2), g), *keys)
-        return for_query, for_key, for_value, None, None, None, None
+            torch.bmm(ds, k_g, out=query_out)
+            torch.bmm(ds.transpose(1, 2), q_g, out=key_out)
+            torch.bmm(p.transpose(1, 2), g_g, out=value_out)
+        places = (layout.places, layout.key_places, layout.key_places)
+        gradients = (
+            rows.index_select(0, place).view(-1, heads, d).to(dtype)
+            for rows, place, dtype in zip((for_query, for_key, for_value), places, ctx.dtypes, strict=True)
+        )
+        return *gradients, None, None, None, None
+
+
+def _groups(layout: Layout, rows: tuple, key_rows: tuple):
+    """For each group its parts of tensors of query and of key rows, (sequences * heads, tokens, d), and what hides."""
+    for at, key_at, count, length, key_length, hidden in layout.groups:
+        yield (
+            [tensor[at : at + count * length].view(count, length, -1) for tensor in rows],
+            [tensor[key_at : key_at + count * key_length].view(count, key_length, -1) for tensor in key_rows],
+            hidden,
+        )
 
 
 def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout) -> torch.Tensor:
@@ -166,8 +223,11 @@ def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, wind
     return torch.cat(parts, 2)[0].transpose(0, 1)
 
 
-def _attend(query, key, value, lengths, key_lengths, groups, *, scale, causal=False, window=None, dropout=0.0):
-    """(tokens, heads, d) -> (tokens, heads, d), each sequence of queries to its own sequence of keys."""
+def _attend(query, key, value, lengths, key_lengths, layouts, *, scale, causal=False, window=None, dropout=0.0):
+    """(tokens, heads, d) -> (tokens, heads, d), each sequence of queries to its own sequence of keys.
+
+    `layouts` keeps what all layers of a forward pass have in common.
+    """
     longest, longest_key = max(lengths), max(key_lengths)
     has_kernel = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     if has_kernel and query.dtype != torch.float32 and not dropout and not window:
@@ -176,7 +236,10 @@ def _attend(query, key, value, lengths, key_lengths, groups, *, scale, causal=Fa
         seen = (-1, 0) if causal else (-1, -1)
         return varlen_attn(query, key, value, starts, key_starts, longest, longest_key, scale=scale, window_size=seen)
     if query.device.type == "cpu" and not dropout and longest * longest_key <= LONGEST_KEPT**2:
-        return _Attention.apply(query, key, value, groups, scale, causal, window)
+        kind = (query.shape[1], key_lengths is lengths)
+        if kind not in layouts:
+            layouts[kind] = lay_out(lengths, key_lengths, query.shape[1])
+        return _Attention.apply(query, key, value, layouts[kind], scale, causal, window)
     return _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout)
 
 
@@ -190,9 +253,8 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    groups = [(group, group) for group in packing.groups]
     lengths = packing.lengths
-    out = _attend(query, key, value, lengths, lengths, groups, scale=scale, window=window, dropout=dropout)
+    out = _attend(query, key, value, lengths, lengths, packing.layouts, scale=scale, window=window, dropout=dropout)
     return out[None], None
 
 
@@ -296,7 +358,7 @@ def remove_padding(retriever) -> bool:
 # encoder-decoders
 
 BOTH = "packed_encoder_decoder"
-_now: list[dict[str, list[int]]] = []  # lengths of what is being attended, innermost last
+_now: list[dict] = []  # lengths of what is being attended, and their layouts; innermost last
 
 
 @contextmanager
@@ -306,7 +368,7 @@ def laid_end_to_end(lengths: list[int], key_lengths: list[int] | None = None):
     Its inputs are then (1, sum of lengths). `key_lengths`: those of the encoder's tokens that each sequence of the
     decoder reads.
     """
-    _now.append({"self": lengths, "cross": key_lengths or lengths})
+    _now.append({"self": lengths, "cross": key_lengths or lengths, "layouts": {}})
     try:
         yield
     finally:
@@ -321,11 +383,10 @@ def _attention_of_both(module, query, key, value, attention_mask, dropout=0.0, s
     causal = bool(getattr(module, "is_causal", False))
     lengths = _now[-1]["self"]
     key_lengths = lengths if causal else _now[-1]["cross"]
-    groups = [((start, 1, length), (key_start, 1, key_length)) for start, length, key_start, key_length in zip(
-        accumulate([0, *lengths]), lengths, accumulate([0, *key_lengths]), key_lengths, strict=False)]  # fmt: skip
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _attend(query, key, value, lengths, key_lengths, groups, scale=scale, causal=causal, dropout=dropout)
+    layouts = _now[-1]["layouts"]
+    out = _attend(query, key, value, lengths, key_lengths, layouts, scale=scale, causal=causal, dropout=dropout)
     return out[None], None
 
 

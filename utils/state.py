@@ -121,18 +121,28 @@ class Checkpoints:
     """A run's checkpoints: saves everything that it needs to go on bit for bit, and goes on from there.
 
     Training goes on while a checkpoint is written: only the copying of its tensors is waited for. DeepSpeed keeps its
-    state in a form of its own, which is not saved: the log says so. `fingerprint(epoch)` is what a checkpoint must have
-    in common with a run that goes on from it.
+    state in a form of its own, which is not saved: the log says so. A checkpoint and the run that goes on from it must
+    have in common `data`, a digest of what is trained on, and `shape(epoch)`, what decides which examples a step holds.
     """
 
-    def __init__(self, accelerator, args, run_folder: Path, log, signals, *, model, optimizer, scheduler, fingerprint):
+    def __init__(self, accelerator, args, run_folder: Path, log, signals, *, model, optimizer, scheduler, data, shape):
         self.accelerator, self.args, self.log, self.signals = accelerator, args, log, signals
-        self.model, self.optimizer, self.scheduler, self.fingerprint = model, optimizer, scheduler, fingerprint
+        self.model, self.optimizer, self.scheduler, self.data, self.shape = model, optimizer, scheduler, data, shape
         self.run_folder, self.folder = run_folder, run_folder / "checkpoints"
         self.copies: dict | None = None  # of the tensors that are being written
         self.is_writing = False
         self.thread: Thread | None = None  # on the main process
         self.error: BaseException | None = None
+
+    def fingerprint(self, epoch: int) -> dict:
+        """What a checkpoint must have in common with a run that goes on from it."""
+        return {
+            "data": self.data,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "seed": self.args.seed,
+            "precision": self.accelerator.mixed_precision,
+            "shape": self.shape(epoch),
+        }
 
     def save(self, state: LoopState, meters: dict, *, is_best: bool) -> None:
         """Copies the state and starts to write it; called on all processes. Raises what `wait` raises."""
