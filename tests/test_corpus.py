@@ -1,11 +1,13 @@
 """Searching a corpus: the same as plain computations, made once, and going on after a kill."""
 
+import json
 import random
 
 import faiss
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from conftest import ROOT, launch
 
 from utils import corpus as corpus_module
 from utils.corpus import bm25_index, bm25_search, dense_search, encode_corpus, recall_lost
@@ -97,7 +99,8 @@ class Encoder:
 
 
 def encode_all(passages, encoder, folder, key="k", **options):
-    return encode_corpus(passages, encoder, folder, key=key, accelerator=Accelerator(), shard_size=16, **options)
+    options = {"shard_size": 16} | options
+    return encode_corpus(passages, encoder, folder, key=key, accelerator=Accelerator(), **options)
 
 
 def all_vectors(vectors):
@@ -196,12 +199,14 @@ def test_flat_search_equals_brute_force_over_several_shards(tmp_path, top_k):
     assert dense_search(queries[:0], vectors, top_k) == []
 
 
-@pytest.mark.parametrize("top_k", [3, 10, 25, 60])
+@pytest.mark.parametrize("top_k", [3, 70, 100, 130, 400])
 def test_equal_scores_stay_in_order_of_the_corpus_within_and_across_shards(tmp_path, top_k):
-    def encode(texts):  # whole numbers, so that scores are exact, and few, so that most are equal
-        return np.array([[int(text.split()[1]) % 3, 1] for text in texts], dtype=np.float32)
+    grades = np.random.default_rng(2).integers(0, 5, size=400)
 
-    vectors = encode_all(PASSAGES, encode, tmp_path / "v")
+    def encode(texts):  # whole numbers, so that scores are exact, and few, so that most are equal
+        return np.array([[grades[int(text)], 1] for text in texts], dtype=np.float32)
+
+    vectors = encode_all([str(number) for number in range(400)], encode, tmp_path / "v", shard_size=300)
     queries = np.array([[1, 0], [0, 1], [-1, 2]], dtype=np.float32)
     assert dense_search(queries, vectors, top_k) == brute_force(queries, vectors, top_k)
 
@@ -292,3 +297,50 @@ def test_lexical_and_dense_rankings_are_fused_by_rank(tmp_path):
     dense = dense_search(Encoder()(["bread"]), encode_all(corpus.passages, Encoder(), tmp_path / "v"), 5)
     (fused,) = [reciprocal_rank_fusion(both)[:5] for both in zip(lexical, dense, strict=True)]
     assert fused[0][0] in (lexical[0][0][0], dense[0][0][0]) and len(fused) == 5
+
+
+# ---- several processes
+
+TWO_PROCESSES = """
+import json, sys
+sys.path.insert(0, {root!r})
+import numpy as np
+from accelerate import Accelerator
+from utils import corpus as module
+from utils.data import load_corpus
+
+accelerator, folder = Accelerator(), {folder!r}
+rank, calls, builds, build = accelerator.process_index, [], [], module._build_bm25
+module._build_bm25 = lambda *args: builds.append(1) or build(*args)
+
+def encode(texts):
+    calls.append(len(texts))
+    return np.array([[len(text), text.count("e")] for text in texts], dtype=np.float32)
+
+corpus = load_corpus(folder + "/corpus.jsonl")
+lexical = module.bm25_search(module.bm25_index(corpus), ["bread"], 5)
+settings = {{"key": "k", "accelerator": accelerator, "shard_size": 16}}
+module.encode_corpus(corpus.passages, encode, folder + "/v", **settings)
+accelerator.wait_for_everyone()
+if rank == 0:
+    open(folder + "/v/00000001.npy", "wb").close()
+accelerator.wait_for_everyone()
+vectors = module.encode_corpus(corpus.passages, encode, folder + "/v", **settings)
+dense = module.dense_search(np.ones((1, 2)), vectors, 5)
+found = {{"calls": calls, "builds": len(builds), "lexical": lexical, "dense": dense, "dimension": vectors.dimension}}
+with open(f"{{folder}}/{{rank}}.json", "w") as file:
+    json.dump(found, file)
+accelerator.end_training()
+"""
+
+
+def test_two_processes_build_once_encode_together_and_find_the_same(tmp_path):
+    make_corpus(tmp_path, random_texts(40))
+    (tmp_path / "run.py").write_text(TWO_PROCESSES.format(root=str(ROOT), folder=str(tmp_path)))
+    result = launch(tmp_path / "run.py", processes=2)
+    assert result.returncode == 0, result.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["calls"] == second["calls"] == [16, 16, 8, 16]  # the second time the damaged shard only
+    assert first.pop("builds") + second.pop("builds") == 1
+    assert first == second and first["dimension"] == 2
+    assert [len(ranking) for ranking in first["dense"] + first["lexical"]] == [5, 5]

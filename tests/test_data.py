@@ -388,8 +388,12 @@ def test_corpus_is_built_once_and_again_when_the_file_changes_or_what_is_kept_is
         file.write_bytes(file.read_bytes()[:-9])
         assert list(load_corpus(path).passages) == PASSAGES
     assert len(builds) == 3
+    kept = (folder / "passages.arrow").read_bytes()
     write(path, *ROWS[:2])
     assert load_corpus(path).id != first.id and len(builds) == 4
+    (other,) = (each for each in data.cache_folder().glob("corpus_*") if each.is_dir() and each != folder)
+    (other / "passages.arrow").write_bytes(kept)  # whole in itself
+    assert list(load_corpus(path).passages) == PASSAGES[:2] and len(builds) == 5
     assert not list(data.cache_folder().glob(".*"))
 
 
