@@ -9,7 +9,21 @@ import sys
 
 import pytest
 
-from utils.data import DataError, load_examples, merge_passages, split_document, write_jsonl, write_retrieved
+from utils.arguments import DataArguments
+from utils.data import (
+    Corpus,
+    DataError,
+    Document,
+    blocks,
+    load_corpus,
+    load_examples,
+    load_splits,
+    merge_passages,
+    read_qrels,
+    split_document,
+    write_jsonl,
+    write_retrieved,
+)
 
 GOOD = {"id": "a", "query": "why?", "passages": ["One two.", "Three."], "summary": "short", "evidence": [1]}
 REMEDY = "fix the lines, or pass --skip_bad_examples to go on without them"
@@ -286,6 +300,294 @@ def test_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
     (example,) = load_examples(write(tmp_path / "d.jsonl", GOOD))
     with pytest.raises(ValueError, match="score of passage 0 is nan"):
         write_retrieved(tmp_path / "f.jsonl", [example], [[(0, float("nan"))]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A corpus that all examples search
+
+ROWS = [
+    {"_id": "d1", "title": "Mills", "text": "Mills grind wheat."},
+    {"_id": 2, "title": "", "text": "Rivers drive mills."},
+    {"_id": "d 3", "text": "Bakers want flour.", "metadata": {"url": "x"}},
+]
+PASSAGES = ["Mills Mills grind wheat.", "Rivers drive mills.", "Bakers want flour."]
+BEIR = {"id_column": "_id", "query_column": "text"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Where corpora are kept, apart for each test."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return load_corpus(write(tmp_path / "corpus.jsonl", *ROWS))
+
+
+def corpus_error(path, **options):
+    with pytest.raises(DataError) as caught:
+        load_corpus(path, **options)
+    return str(caught.value)
+
+
+def test_corpus_is_read_in_beirs_layout(corpus):
+    assert list(corpus.passages) == PASSAGES and list(corpus.ids) == ["d1", "2", "d 3"]
+    assert [corpus.passage_id(number) for number in range(3)] == ["d1", "2", "d 3"]
+    assert isinstance(corpus, Document) and hash(corpus)  # stands where a document stands
+    assert Document("doc", ["a", "b"]).passage_id(1) == "doc#1"
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".csv", ".parquet", "folder"])
+def test_every_kind_of_file_gives_the_same_corpus(tmp_path, corpus, ending):
+    path = tmp_path / f"c{ending}"
+    text = "\n".join(map(json.dumps, ROWS))
+    if ending == "folder":
+        path.mkdir()
+        write(path / "part-0.jsonl", ROWS[0])
+        write(path / "part-1.jsonl", {**ROWS[1], "_id": "2"}, {"_id": "d 3", "title": None, "text": PASSAGES[2]})
+    elif ending == ".csv":
+        path.write_text(
+            "_id,title,text\nd1,Mills,Mills grind wheat.\n2,,Rivers drive mills.\nd 3,,Bakers want flour.\n"
+        )
+    elif ending == ".parquet":
+        import datasets
+
+        columns = [{"_id": str(row["_id"]), "title": row.get("title"), "text": row["text"]} for row in ROWS]
+        datasets.Dataset.from_list(columns).to_parquet(path)
+    else:
+        opener = {"gz": gzip.open, "xz": lzma.open}.get(ending.rsplit(".", 1)[-1], open)
+        with opener(path, "wt", encoding="utf-8") as file:
+            file.write(f"[{','.join(map(json.dumps, ROWS))}]" if ending == ".json" else text)
+    again = load_corpus(path)
+    assert (list(again.passages), list(again.ids), again.id) == (PASSAGES, list(corpus.ids), corpus.id)
+
+
+def test_corpus_stays_on_the_disk_and_is_read_in_parts(tmp_path):
+    texts = [f"{number} " + "word " * 200 for number in range(9000)]
+    corpus = load_corpus(write(tmp_path / "c.jsonl", *({"_id": n, "text": text} for n, text in enumerate(texts))))
+    import pyarrow
+
+    allocated = pyarrow.total_allocated_bytes()
+    again = load_corpus(tmp_path / "c.jsonl")
+    assert again.passages[8999] == texts[8999].strip() and again.passages[4:6] == [text.strip() for text in texts[4:6]]
+    assert pyarrow.total_allocated_bytes() - allocated < 2**20  # of 9 MB
+    assert [len(block) for block in blocks(corpus.passages, 4000)] == [4000, 4000, 1000]
+
+
+def test_corpus_is_built_once_and_again_when_the_file_changes_or_what_is_kept_is_damaged(tmp_path, monkeypatch):
+    from utils import data
+
+    builds, build = [], data._build_corpus
+    monkeypatch.setattr(data, "_build_corpus", lambda *args: builds.append(1) or build(*args))
+    path = write(tmp_path / "c.jsonl", *ROWS)
+    first = load_corpus(path)
+    assert load_corpus(path).id == first.id and len(builds) == 1
+    folder = next(path for path in data.cache_folder().glob("corpus_*") if path.is_dir())
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+        assert list(load_corpus(path).passages) == PASSAGES
+    assert len(builds) == 3
+    kept = (folder / "passages.arrow").read_bytes()
+    write(path, *ROWS[:2])
+    assert load_corpus(path).id != first.id and len(builds) == 4
+    (other,) = (each for each in data.cache_folder().glob("corpus_*") if each.is_dir() and each != folder)
+    (other / "passages.arrow").write_bytes(kept)  # whole in itself
+    assert list(load_corpus(path).passages) == PASSAGES[:2] and len(builds) == 5
+    assert not list(data.cache_folder().glob(".*"))
+
+
+CORPUS_LINES = {
+    "id missing": ({"text": "x"}, "no '_id'; the record has text"),
+    "id type": ({"_id": 1.5, "text": "x"}, "'_id' must be a string or a whole number, not 1.5"),
+    "id twice": ({"_id": "d1", "text": "x"}, "'_id' is 'd1', as at {path}:1; it must be unique"),
+    "text missing": ({"_id": "x", "body": "x"}, "no 'text'; the record has _id, body"),
+    "text empty": ({"_id": "x", "title": "", "text": " "}, "'text' is empty, and no 'title' stands in"),
+    "text type": ({"_id": "x", "text": ["x"]}, "'text' must be a string, not [\"x\"]"),
+    "title type": ({"_id": "x", "title": 3, "text": "x"}, "'title' must be a string, not 3"),
+    "invalid JSON": ("{", "invalid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", CORPUS_LINES)
+def test_bad_passage_is_named_with_line_field_and_remedy_and_can_be_set_aside_in_every_run(tmp_path, caplog, case):
+    line, reason = CORPUS_LINES[case]
+    path = write(tmp_path / "c.jsonl", ROWS[0], line, {"_id": "z", "title": "Only a title"})
+    message = corpus_error(path)
+    assert message.startswith(f"{path}:2: {reason.format(path=path)}") and message.splitlines()[1] == REMEDY
+    for run in range(2):  # the second finds what the first has kept
+        rejected = tmp_path / f"rejected{run}.jsonl"
+        corpus = load_corpus(path, skip_bad_examples=True, rejected_file=rejected)
+        assert list(corpus.ids) == ["d1", "z"] and corpus.passages[1] == "Only a title"
+        (entry,) = map(json.loads, rejected.read_text(encoding="utf-8").splitlines())
+        assert (entry["file"], entry["line"]) == (str(path), 2) and entry["reason"] in message
+        assert "1 bad records left out" in caplog.text
+        caplog.clear()
+    assert corpus_error(path) == message
+
+
+def test_corpus_of_nothing_or_of_other_columns_is_one_error(tmp_path):
+    path = write(tmp_path / "c.jsonl", *[{"id": 1, "contents": "x"}] * 30)
+    message = corpus_error(path)
+    assert message.startswith(f"{path}: no record has '_id'; the columns found are contents, id: a corpus has records")
+    assert "\n" not in message
+    assert corpus_error(write(path)).startswith(f"{path}: is empty")
+    assert "--skip_bad_examples has none left" in corpus_error(write(path, "broken"), skip_bad_examples=True)
+    assert "no such file or folder; give a .jsonl" in corpus_error(tmp_path / "none.jsonl")
+
+
+def test_corpus_folder_that_cannot_be_written_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    message = corpus_error(write(tmp_path / "c.jsonl", *ROWS))
+    assert "a corpus cannot be kept there: Not a directory; set HF_HOME" in message and "\n" not in message
+
+
+def test_examples_share_the_corpus_and_name_their_evidence_by_its_ids(tmp_path, corpus):
+    path = write(
+        tmp_path / "queries.jsonl",
+        {"_id": "q1", "text": "who?", "evidence": ["d 3", 2, "2"]},
+        {"_id": "q2", "text": "what?", "summary": "flour"},
+    )
+    first, second = load_examples(path, corpus=corpus, **BEIR)
+    assert first.document is second.document is corpus
+    assert (first.evidence, first.evidence_words, first.summaries) == ([1, 2], [3, 3], [])
+    assert (second.evidence, second.query, second.summaries) == (None, "what?", ["flour"])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["query-id\tcorpus-id\tscore", "q1\td 3\t1", "q1\td1\t0", "q2\t2\t2", "q9\td1\t1"],
+        ["q1 0 2 1", "q1  Q0\td1 -1", "", "q2 0 2 3", "q9 0 d1 1", "q9 0 unknown 0"],
+    ],
+)
+def test_evidence_comes_from_qrels_where_the_record_has_none(tmp_path, corpus, lines):
+    queries = write(
+        tmp_path / "queries.jsonl",
+        {"_id": "q1", "text": "who?"},
+        {"_id": "q2", "text": "what?", "evidence": ["d1"]},
+        {"_id": "q3", "text": "why?"},
+    )
+    (tmp_path / "qrels.tsv").write_text("\n".join(lines) + "\n")
+    examples = load_examples(queries, corpus=corpus, qrels_file=tmp_path / "qrels.tsv", **BEIR)
+    gold = 2 if "corpus-id" in lines[0] else 1
+    assert [e.evidence for e in examples] == [[gold], [0], None]
+    assert [e.evidence_words for e in examples] == [[3], [4], None]
+    assert read_qrels(tmp_path / "qrels.tsv")["q2"] == {"2": 2 if gold == 2 else 3}
+
+
+QRELS_LINES = {
+    "unknown passage": ("q1\td9\t1", "query 'q1' names passage 'd9', but the corpus holds no such '_id'"),
+    "score": ("q1\td1\t1.5", 'the relevance must be a whole number, not "1.5"'),
+    "columns": ("q1\td1", "has 2 columns; BEIR's three columns, with tabs between are wanted"),
+    "twice": ("q1\t2\t0", "query 'q1' and passage '2' have relevance 1 further up; give it once"),
+    "UTF-8": (b"q\xe9\td1\t1", "invalid UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", QRELS_LINES)
+def test_bad_line_of_qrels_is_named_and_can_be_set_aside(tmp_path, corpus, case):
+    line, reason = QRELS_LINES[case]
+    queries = write(tmp_path / "q.jsonl", {"_id": "q1", "text": "who?"})
+    qrels = write(tmp_path / "r.tsv", "query-id\tcorpus-id\tscore", "q1\t2\t1", line)
+    options = {"corpus": corpus, "qrels_file": qrels, **BEIR}
+    message = error_of(queries, **options)
+    assert message.startswith(f"{qrels}:3: ") and reason in message and message.splitlines()[1] == REMEDY
+    (example,) = load_examples(queries, skip_bad_examples=True, rejected_file=tmp_path / "x.jsonl", **options)
+    assert example.evidence == [1]
+    (entry,) = map(json.loads, (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (entry["file"], entry["line"]) == (str(qrels), 3)
+
+
+def test_qrels_of_other_files_are_one_error(tmp_path, corpus):
+    queries = write(tmp_path / "q.jsonl", {"_id": "q1", "text": "who?"}, {"_id": "q2", "text": "who?"})
+    options = {"corpus": corpus, "query_column": "text"}
+    qrels = write(tmp_path / "r.tsv", "query-id\tcorpus-id\tscore", "1\t2\t1")
+    message = error_of(queries, qrels_file=qrels, **options)
+    assert "no record has 'id'" in message and "--id_column" in message
+    message = error_of(queries, qrels_file=qrels, id_column="_id", **options)
+    assert f"{qrels}: none of its queries, such as '1', is among the examples of {queries}, such as 'q1'" in message
+    assert "or BEIR's three under the header" in error_of(queries, qrels_file=write(qrels, "1\t2\t1"), **options)
+    assert "at least one query with a passage" in error_of(queries, qrels_file=write(qrels), **options)
+    assert "no such file" in error_of(queries, qrels_file=tmp_path / "none.tsv", **options).lower()
+
+
+BAD_QUERIES = {
+    "unknown id": ({"_id": "q", "text": "x", "evidence": ["d9"]}, "'evidence' holds \"d9\", but the corpus holds no"),
+    "number unknown": ({"_id": "q", "text": "x", "evidence": [7]}, "'evidence' holds 7, but the corpus holds no"),
+    "evidence type": ({"_id": "q", "text": "x", "evidence": "d1"}, "'evidence' must be a list of the corpus's ids"),
+    "evidence entry": ({"_id": "q", "text": "x", "evidence": [1.0]}, "strings or whole numbers, but holds 1.0"),
+    "query empty": ({"_id": "q", "text": " "}, "no 'text' or an empty one; without a query"),
+    "query missing": ({"_id": "q"}, "no 'text' or an empty one"),
+    "hand-over": ({"_id": "q", "text": "x", "passages": ["x"], "retrieved": []}, "leave out --corpus_file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_QUERIES)
+def test_bad_query_of_a_corpus_is_named(tmp_path, corpus, case):
+    line, reason = BAD_QUERIES[case]
+    path = write(tmp_path / "q.jsonl", {"_id": "q1", "text": "who?", "evidence": ["d1"]}, line)
+    message = error_of(path, corpus=corpus, **BEIR)
+    assert message.startswith(f"{path}:2: ") and reason in message and message.splitlines()[1] == REMEDY
+
+
+def test_hand_over_of_a_corpus_is_read_without_it(tmp_path, corpus):
+    path = write(
+        tmp_path / "queries.jsonl",
+        {"_id": "q1", "text": "who?", "summary": "s", "evidence": ["d1", "d 3"]},
+        {"_id": "q2", "text": "what?", "summary": ["s", "t"]},
+        {"_id": "q3", "text": "why?", "summary": "s", "evidence": ["2"]},
+    )
+    examples = load_examples(path, corpus=corpus, **BEIR)
+    write_retrieved(tmp_path / "r.jsonl", examples, [[(2, 0.5), (1, 0.25)], [(0, 1.0)], []])
+    first, second, third = load_examples(tmp_path / "r.jsonl")
+    assert first.document.passages == [PASSAGES[2], PASSAGES[1], PASSAGES[0]]
+    assert (first.evidence, first.evidence_words, first.retrieved) == ([0, 2], [3, 4], [(0, 0.5), (1, 0.25)])
+    assert (second.document.passages, second.evidence, second.summaries) == ([PASSAGES[0]], None, ["s", "t"])
+    assert (third.document.passages, third.evidence, third.retrieved) == ([PASSAGES[1]], [0], [])
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["passage_ids"] for record in records] == [["d 3", "2", "d1"], ["d1"], ["2"]]
+
+
+def test_hand_over_leaves_out_examples_for_which_nothing_was_found(tmp_path, corpus, caplog):
+    path = write(tmp_path / "q.jsonl", *({"_id": n, "text": "x", "summary": "s"} for n in "ab"))
+    write_retrieved(tmp_path / "r.jsonl", load_examples(path, corpus=corpus, **BEIR), [[], [(0, 1.0)]])
+    assert [e.id for e in load_examples(tmp_path / "r.jsonl")] == ["b"]
+    assert "r.jsonl is without 1 examples, for which nothing was found: a" in caplog.text
+
+
+def test_splits_share_one_corpus(tmp_path):
+    write(tmp_path / "c.jsonl", *ROWS)
+    for split, gold in (("train", "d1"), ("validation", "2")):
+        write(tmp_path / f"{split}.jsonl", {"_id": split, "text": "who?"})
+        write(tmp_path / f"{split}.tsv", "query-id\tcorpus-id\tscore", f"{split}\t{gold}\t1")
+    files = {f"{split}_file": str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
+    qrels = {f"{split}_qrels_file": str(tmp_path / f"{split}.tsv") for split in ("train", "validation")}
+    args = DataArguments(corpus_file=str(tmp_path / "c.jsonl"), **files, **qrels, **BEIR)
+    (train,), (validation,) = load_splits(args)
+    assert train.document is validation.document and isinstance(train.document, Corpus)
+    assert (train.evidence, validation.evidence) == ([0], [1])
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ({"train_qrels_file": "q.tsv"}, "--train_qrels_file needs --corpus_file"),
+        ({"validation_qrels_file": "q.tsv"}, "--validation_qrels_file needs --corpus_file"),
+        ({"corpus_file": "c.jsonl", "documents_file": "d.jsonl"}, "--documents_file is not for examples that search"),
+        ({"corpus_file": "c.jsonl", "validation_documents_file": "d"}, "--validation_documents_file is not for"),
+        ({"corpus_file": "c.jsonl", "train_file": None}, "--corpus_file needs --train_file"),
+        ({"corpus_file": "c.jsonl", "merge_passages": True}, "--merge_passages is not for a corpus"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(tmp_path, monkeypatch, flags, reason):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "c.jsonl", *ROWS)
+    write(tmp_path / "t.jsonl", {"id": 1, "query": "x"})
+    args = DataArguments(**{"train_file": "t.jsonl", "validation_file": "t.jsonl", **flags})
+    with pytest.raises(DataError, match=reason):
+        load_splits(args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -39,13 +39,20 @@ class DataArguments:
     validation_file: str | None = flag(None, "validation examples, in any of the same forms")
     documents_file: str | None = flag(None, "documents by `doc_id`, where the examples do not carry their own")
     validation_documents_file: str | None = flag(None, "likewise for the validation file [--documents_file]")
+    corpus_file: str | None = flag(
+        None, "passages that all examples search, as BEIR keeps them: records of `_id`, `title` and `text`"
+    )
+    train_qrels_file: str | None = flag(
+        None, "with a corpus: the training queries' evidence, in BEIR's three columns or TREC's four"
+    )
+    validation_qrels_file: str | None = flag(None, "likewise for the validation queries")
     dataset_config_name: str | None = flag(None, "configuration of a Hub data set")
     id_column: str = flag("id", "field of an example's id [the row number]")
     query_column: str = flag("query", "field of the question [no question]")
     document_column: str = flag("document", "field of the document as one text")
     passages_column: str = flag("passages", "field of the document as a list of passages")
     summary_column: str = flag("summary", "field of the reference summary, or of a list of them")
-    evidence_column: str = flag("evidence", "field of the gold passages' numbers, from 0")
+    evidence_column: str = flag("evidence", "field of the gold passages' numbers, from 0; of their ids in a corpus")
     passage_words: int = flag(100, "words in a passage at most, where documents are split or passages merged")
     merge_passages: bool = flag(False, "merge consecutive passages into chunks of --passage_words words")
     skip_bad_examples: bool = flag(False, "go on without unusable examples and list them in rejected.jsonl")

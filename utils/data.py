@@ -2,26 +2,31 @@
 
 `load_examples` reads one example a record, `{"id", "query", "passages" or "document", "summary", "evidence"}`, from
 JSON Lines, JSON, CSV, Parquet, a folder or the Hub. Examples about the same document share one `Document`, so that
-whatever is computed for a document is computed once. *Words* are runs of characters between white space, everywhere.
+whatever is computed for a document is computed once. A corpus that is searched as a whole, from `load_corpus`, is a
+document that all examples share. *Words* are runs of characters between white space, everywhere.
 """
 
 import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import logging
 import lzma
 import math
 import os
 import re
+import shutil
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +38,26 @@ class Document:
     """A document as its passages; compared by identity, because examples about the same document share one object."""
 
     id: str  # doc_id if given, else a hash of the passages
-    passages: list[str]  # in document order
+    passages: Sequence[str]  # in document order
+
+    def passage_id(self, number: int) -> str:
+        """The name of a passage outside this program, as in TREC files."""
+        return f"{self.id}#{number}"
+
+
+@dataclass(eq=False, slots=True)
+class Corpus(Document):
+    """The one document of examples that search a corpus; its text stays on the disk, in a file mapped into memory.
+
+    `id` is a checksum of ids and passages. `passages` and `ids` are read where they are indexed: by a number, a slice
+    or a list of numbers, of which a slice is much the fastest for many.
+    """
+
+    ids: Sequence[str]  # the corpus's own, one for each passage
+
+    def passage_id(self, number: int) -> str:
+        """The corpus's own id of a passage."""
+        return self.ids[number]
 
 
 @dataclass(slots=True)
@@ -60,8 +84,17 @@ class _BadRecord(Exception):
 def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[list[Example], list[Example]]:
     """Training and validation examples as the flags of `DataArguments` say; without files, the embedded data set.
 
-    A folder or Hub name as `train_file` brings its own validation split. `rejected_file` as in `load_examples`.
+    A folder or Hub name as `train_file` brings its own validation split. `rejected_file` as in `load_examples`. With
+    `corpus_file` all examples of both splits share one `Corpus`.
     """
+    for name in ("train_qrels_file", "validation_qrels_file"):
+        if getattr(args, name) and not args.corpus_file:
+            raise DataError(f"--{name} needs --corpus_file, whose passages it names")
+    for name in ("documents_file", "validation_documents_file"):
+        if getattr(args, name) and args.corpus_file:
+            raise DataError(f"--{name} is not for examples that search a corpus; leave it out, or --corpus_file")
+    if args.corpus_file and not args.train_file:
+        raise DataError("--corpus_file needs --train_file, whose queries search it")
     if not args.train_file:
         if args.validation_file:
             raise DataError("--validation_file needs --train_file")
@@ -76,10 +109,15 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[l
     options = {name: getattr(args, name) for name in (
         "dataset_config_name", "id_column", "query_column", "document_column", "passages_column", "summary_column",
         "evidence_column", "passage_words", "merge_passages", "skip_bad_examples")}  # fmt: skip
+    if args.corpus_file:
+        options["corpus"] = load_corpus(
+            args.corpus_file, skip_bad_examples=args.skip_bad_examples, rejected_file=rejected_file
+        )
     train = load_examples(
         args.train_file,
         split="train",
         documents_file=args.documents_file,
+        qrels_file=args.train_qrels_file,
         max_examples=args.max_train_examples,
         rejected_file=rejected_file,
         **options,
@@ -88,6 +126,7 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[l
         args.validation_file or args.train_file,
         split="validation",
         documents_file=args.validation_documents_file or args.documents_file,
+        qrels_file=args.validation_qrels_file,
         max_examples=args.max_eval_examples,
         rejected_file=rejected_file,
         **options,
@@ -100,6 +139,8 @@ def load_examples(
     *,
     split: str = "train",
     documents_file: str | os.PathLike | None = None,
+    corpus: Corpus | None = None,
+    qrels_file: str | os.PathLike | None = None,
     dataset_config_name: str | None = None,
     id_column: str = "id",
     query_column: str = "query",
@@ -119,11 +160,19 @@ def load_examples(
 
     `split` and `dataset_config_name` matter for folders and Hub names only: a file is one split. With `documents_file`
     the text comes from there, by doc_id; without it each record holds its own `passages` or, failing them, `document`.
+    With a `corpus` the records hold none: a query is wanted, a summary is not, and evidence is a list of the corpus's
+    ids; for records without, that of `qrels_file` (see `read_qrels`), by the records' ids.
     `skip_bad_examples` goes on without bad records and writes them with reasons to `rejected_file`, which keeps what
     other loaded files have there. `max_examples` (None or 0: all) stops reading after that many good examples.
     """
     if passage_words < 1:
         raise DataError(f"--passage_words is {passage_words}, but a passage needs at least 1 word")
+    if corpus is not None and documents_file is not None:
+        raise DataError("--documents_file is not for examples that search a corpus; leave it out, or --corpus_file")
+    if corpus is not None and merge_passages:
+        raise DataError("--merge_passages is not for a corpus, whose passages are found by their ids; leave it out")
+    if corpus is None and qrels_file is not None:
+        raise DataError(f"{qrels_file}: evidence by the ids of a corpus needs --corpus_file")
     columns = {
         "id": id_column,
         "query": query_column,
@@ -136,9 +185,17 @@ def load_examples(
     list_columns = (passages_column, evidence_column, "evidence_words", "retrieved")
     rejection = {"skip": skip_bad_examples, "rejected_file": rejected_file}
     shelf = _Shelf(columns, passage_words, merge_passages)
-    own_text = documents_file is None
+    own_text = documents_file is None and corpus is None
+    require_summary = require_summary and corpus is None
+    numbers: dict[str, int] = {}  # of the corpus's passages
+    qrels: dict[str, dict[str, int]] = {}
 
-    if not own_text:
+    if corpus is not None:
+        numbers = {key: number for number, key in enumerate(itertools.chain.from_iterable(blocks(corpus.ids)))}
+        whole_corpus = _Source(corpus, len(numbers), None)
+        if qrels_file is not None:
+            qrels = read_qrels(qrels_file, known_passages=numbers, **rejection)
+    elif not own_text:
         rows = _read_rows(documents_file, split, dataset_config_name, list_columns)
         used = {field: columns[field] for field in ("doc_id", "document", "passages")}
         _build_all(rows, str(documents_file), shelf.add, used, [("doc_id",), ("document", "passages")], **rejection)
@@ -147,14 +204,21 @@ def load_examples(
 
     def build_example(row: "_Row") -> Example:
         record = row.record
-        example_id = _identifier(record, id_column, default=str(row.number))
+        # the ids of a qrels file are never row numbers, which would match by chance
+        example_id = _identifier(record, id_column, **({} if qrels else {"default": str(row.number)}))
         if example_id in first_places:
             raise _BadRecord(f"'{id_column}' is '{example_id}', as at {first_places[example_id]}; it must be unique")
         query = record.get(query_column, "")
         if not isinstance(query, str):
             raise _BadRecord(f"'{query_column}' must be a string, not {_shown(query)}")
         summaries = _summaries(record, summary_column, require_summary)
-        source = shelf.take(row) if own_text else shelf.find(record, str(documents_file))
+        if corpus is not None:
+            if not query.strip():
+                raise _BadRecord(f"no '{query_column}' or an empty one; without a query a corpus cannot be searched")
+            source = whole_corpus
+            record = _numbered(record, evidence_column, numbers, qrels.get(example_id, {}))
+        else:
+            source = shelf.take(row) if own_text else shelf.find(record, str(documents_file))
         evidence, evidence_words = _evidence(record, evidence_column, passages_column, source)
         retrieved = _retrieved(record, passages_column, source)
         first_places[example_id] = row.place
@@ -164,11 +228,251 @@ def load_examples(
     text_fields = ("document", "passages") if own_text else ()
     used = {field: columns[field] for field in ("id", "query", "summary", "evidence", "doc_id", *text_fields)}
     required = [text_fields if own_text else ("doc_id",)]
+    if corpus is not None:
+        del used["doc_id"]
+        required = [("query",), ("id",)] if qrels else [("query",)]
     if require_summary:
         required.append(("summary",))
     else:
         del used["summary"]  # a file to be summarized need not have the column that the training file has
-    return _build_all(rows, str(path), build_example, used, required, max_built=max_examples, **rejection)
+    examples = _build_all(rows, str(path), build_example, used, required, max_built=max_examples, **rejection)
+    if qrels and not max_examples and not any(example.id in qrels for example in examples):
+        raise DataError(
+            f"{qrels_file}: none of its queries, such as '{next(iter(qrels))}', is among the examples of {path}, such "
+            f"as '{examples[0].id}'; name the field of their ids with --id_column"
+        )
+    return examples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A corpus, and the evidence that names its passages
+
+BLOCK = 2**16  # passages or ids read at once
+
+
+def blocks(texts: Sequence[str], size: int = BLOCK) -> Iterator[list[str]]:
+    """Consecutive parts of a long sequence, such as a corpus's, each read at once."""
+    for start in range(0, len(texts), size):
+        yield list(texts[start : start + size])
+
+
+def cache_folder() -> Path:
+    """Where what is made of a user's data is kept for later runs; may be deleted at any time."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    return Path(home) / "multistep-retrieve-summarize"
+
+
+def load_corpus(
+    path: str | os.PathLike,
+    *,
+    skip_bad_examples: bool = False,
+    rejected_file: str | os.PathLike | None = None,
+) -> Corpus:
+    """A corpus in BEIR's layout (Thakur et al., 2021, arXiv:2104.08663): records of `_id`, `text` and maybe `title`.
+
+    `path` is any file, folder or Hub name that examples are read from; of a folder it is the split `train`, of a Hub
+    name the split `corpus` of the configuration `corpus`, as BEIR's are there. A passage is title and text with a space
+    between. The records are read and checked once and kept in an Arrow file in `cache_folder()`, which all processes
+    and later runs map into memory, until the file's path, size or time of change is another. Raises DataError for
+    anything unusable; `skip_bad_examples` and `rejected_file` as in `load_examples`.
+    """
+    key = hashlib.blake2b(json.dumps(_source_state(path)).encode(), digest_size=16).hexdigest()
+    folder = cache_folder() / f"corpus_{key}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock")).acquire()  # the first of several processes does the work
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent}: a corpus cannot be kept there: {error.strerror}; set HF_HOME to a folder that can be "
+            "written to"
+        ) from None
+    with lock:
+        if _read_corpus(folder) is None:
+            _build_corpus(path, folder, skip_bad_examples, rejected_file)
+        corpus, problems = _read_corpus(folder)
+    _report(problems, str(path), found_good=True, skip=skip_bad_examples, rejected_file=rejected_file)
+    return corpus
+
+
+def _source_state(path: str | os.PathLike) -> list:
+    """What is another if a file, folder or Hub data set has changed."""
+    file = Path(path).absolute()
+    files = sorted(file.rglob("*")) if file.is_dir() else [file]
+    state = [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in files if each.is_file()]
+    if state or file.exists():
+        return state
+    try:
+        import datasets  # takes seconds
+
+        return [datasets.load_dataset_builder(str(path), "corpus").cache_dir]  # whose name holds the revision
+    except Exception:  # of any class; reading it, which comes next, says what is wrong
+        return [str(path)]
+
+
+def _read_corpus(folder: Path) -> tuple[Corpus, list[tuple[str, dict]]] | None:
+    """A corpus that is kept, with the bad records that were left out; None if there is none, or a damaged one."""
+    import datasets  # takes seconds
+
+    try:
+        info = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        if (folder / "passages.arrow").stat().st_size != info["bytes"]:
+            return None
+        rows = datasets.Dataset.from_file(str(folder / "passages.arrow"))
+        problems = [(place, entry) for place, entry in info["problems"]]
+        return Corpus(info["id"], rows["passage"], rows["id"]), problems
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _build_corpus(path: str | os.PathLike, folder: Path, skip: bool, rejected_file: str | os.PathLike | None) -> None:
+    """Reads and checks a corpus and publishes it as `folder`, complete or not at all; a block in memory at a time."""
+    import pyarrow  # with `datasets`
+
+    schema = pyarrow.schema({"id": pyarrow.string(), "passage": pyarrow.string()})
+    first_rows: dict[str, int] = {}
+    digest = hashlib.blake2b(digest_size=16)
+    ids: list[str] = []
+    passages: list[str] = []
+
+    def take(row: "_Row") -> None:
+        key, passage = _passage(row, first_rows)
+        first_rows[key] = row.number
+        digest.update(json.dumps([key, passage]).encode())
+        ids.append(key)
+        passages.append(passage)
+        if len(ids) == 1024:
+            write_block()
+
+    def write_block() -> None:
+        arrays = [pyarrow.array(column, pyarrow.string()) for column in (ids, passages)]
+        writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
+        ids.clear()
+        passages.clear()
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir()
+    try:
+        with open(temporary / "passages.arrow", "wb") as file:
+            with pyarrow.ipc.new_stream(file, schema) as writer:
+                is_hub_name = not Path(path).exists()
+                split, config_name = ("corpus", "corpus") if is_hub_name else ("train", None)
+                rows = _read_rows(path, split, config_name, ())
+                columns = {"_id": "_id", "title": "title", "text": "text"}
+                built, problems = _build_each(rows, str(path), take, columns, [("_id",), ("text", "title")], skip=skip)
+                if not (skip and built):
+                    _report(problems, str(path), found_good=bool(built), skip=skip, rejected_file=rejected_file)
+                if ids:
+                    write_block()
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        info = {"id": digest.hexdigest(), "bytes": size, "problems": problems}
+        write_jsonl(temporary / "corpus.json", [info])
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _passage(row: "_Row", first_rows: dict[str, int]) -> tuple[str, str]:
+    """Id and text of a record of a corpus, checked; `first_rows` has the row of each id so far."""
+    record = row.record
+    key = _identifier(record, "_id")
+    if key in first_rows:
+        place = row.place.removesuffix(str(row.number)) + str(first_rows[key])
+        raise _BadRecord(f"'_id' is '{key}', as at {place}; it must be unique")
+    if "text" not in record and "title" not in record:
+        raise _BadRecord(f"no 'text'; {_fields(record)}")
+    for column in ("title", "text"):
+        if not isinstance(record.get(column, ""), str):
+            raise _BadRecord(f"'{column}' must be a string, not {_shown(record[column])}")
+    passage = f"{record.get('title', '')} {record.get('text', '')}".strip()
+    if not passage:
+        raise _BadRecord("'text' is empty, and no 'title' stands in; a passage needs words")
+    return key, passage
+
+
+def read_qrels(
+    path: str | os.PathLike,
+    *,
+    known_passages: Container[str] | None = None,
+    skip: bool = False,
+    rejected_file: str | os.PathLike | None = None,
+) -> dict[str, dict[str, int]]:
+    """Relevance judgements: {query id: {passage id: relevance}}, of which more than 0 means relevant.
+
+    Reads BEIR's files (a header `query-id corpus-id score`, then three columns with tabs between) and TREC's (query, a
+    column that nobody uses, passage, relevance, with white space between), also with .gz or .xz. Raises DataError for
+    anything unusable, such as a relevant passage that is not among the `known_passages`; `skip` and `rejected_file` as
+    `skip_bad_examples` and `rejected_file` of `load_examples`.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+
+    def take(row: "_Row") -> None:
+        query, passage, text = row.record["query-id"], row.record["corpus-id"], row.record["score"]
+        try:
+            relevance = int(text)
+        except ValueError:
+            raise _BadRecord(f"the relevance must be a whole number, not {_shown(text)}") from None
+        if known_passages is not None and relevance > 0 and passage not in known_passages:
+            raise _BadRecord(f"query '{query}' names passage '{passage}', but the corpus holds no such '_id'")
+        if qrels.get(query, {}).get(passage, relevance) != relevance:
+            earlier = qrels[query][passage]
+            raise _BadRecord(
+                f"query '{query}' and passage '{passage}' have relevance {earlier} further up; give it once"
+            )
+        qrels.setdefault(query, {})[passage] = relevance
+
+    rows = _guarded(path, lambda: _qrels_rows(str(path), _open(path)))
+    holds = "query with a passage and its relevance"
+    _build_all(rows, str(path), take, {}, [], skip=skip, rejected_file=rejected_file, holds=holds)
+    return qrels
+
+
+def _qrels_rows(name: str, stream: BinaryIO) -> Iterator["_Row"]:
+    fields, separator, wanted = ("query-id", "0", "corpus-id", "score"), None, "TREC's four columns"
+    is_first = True
+    for number, line in enumerate(_lines(stream), 1):
+        try:
+            text, problem = line.decode("utf-8").strip("\r\n"), ""
+        except UnicodeDecodeError:
+            text, problem = line.decode("utf-8", "replace").strip("\r\n"), "invalid UTF-8; save the file as UTF-8"
+        if not text.strip():
+            continue
+        cells = text.split(separator)
+        if is_first and cells == ["query-id", "corpus-id", "score"]:
+            fields, separator, wanted = tuple(cells), "\t", "BEIR's three columns, with tabs between"
+            is_first = False
+            continue
+        is_first = False
+        if len(cells) != len(fields) and not problem:
+            problem = f"has {len(cells)} columns; {wanted} are wanted"
+            if separator is None:
+                problem += ", or BEIR's three under the header 'query-id corpus-id score'"
+        record = None if problem else dict(zip(fields, cells, strict=True))
+        yield _Row(number, f"{name}:{number}", record, problem, text if problem else "")
+
+
+def _numbered(record: dict, column: str, numbers: dict[str, int], qrels: dict[str, int]) -> dict:
+    """A record whose evidence, its own or that of `qrels`, is turned from the corpus's ids into passage numbers."""
+    if "retrieved" in record:
+        hint = "leave out --corpus_file, which a hand-over file does not need"
+        raise _BadRecord(f"'retrieved' and '{column}' number the passages that are in the record itself; {hint}")
+    keys = record.get(column)
+    if keys is None or keys == []:
+        found = [numbers[key] for key, relevance in qrels.items() if relevance > 0]
+        return record | {column: found}
+    if not isinstance(keys, list):
+        raise _BadRecord(f'\'{column}\' must be a list of the corpus\'s ids such as ["d3", "d7"], not {_shown(keys)}')
+    for key in keys:
+        if not isinstance(key, str) and not _is_whole(key):
+            raise _BadRecord(
+                f"'{column}' must hold the corpus's ids, strings or whole numbers, but holds {_shown(key)}"
+            )
+        if str(key) not in numbers:
+            raise _BadRecord(f"'{column}' holds {_shown(key)}, but the corpus holds no such '_id'")
+    return record | {column: [numbers[str(key)] for key in keys]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -505,11 +809,30 @@ def _build_all(
     skip: bool,
     rejected_file: str | os.PathLike | None,
     max_built: int | None = None,
+    holds: str = "record, such as one JSON object a line",
 ) -> list:
     """`build(row)` of all rows; problems are gathered and raised together, or set aside.
 
     `columns` are the columns that may be read, by field; of each group in `required` one must be in some record.
+    `holds` says, after "at least one", what an empty file must hold.
     """
+    built, problems = _build_each(rows, file, build, columns, required, skip=skip, max_built=max_built, holds=holds)
+    _report(problems, file, found_good=bool(built), skip=skip, rejected_file=rejected_file)
+    return built
+
+
+def _build_each(
+    rows: Iterable[_Row],
+    file: str,
+    build: Callable[[_Row], Any],
+    columns: dict[str, str],
+    required: list[tuple[str, ...]],
+    *,
+    skip: bool,
+    max_built: int | None = None,
+    holds: str = "record, such as one JSON object a line",
+) -> tuple[list, list[tuple[str, dict]]]:
+    """What was built, and (place, entry of the rejected file) of each problem, with its content if `skip`."""
     built, problems, found, stopped = [], [], set(), False  # found: columns
     for row in rows:
         reason = row.problem
@@ -528,19 +851,30 @@ def _build_all(
             stopped = True
             break
     if not built and not problems:
-        raise DataError(f"{file}: is empty; it must hold at least one record, such as one JSON object a line")
+        raise DataError(f"{file}: is empty; it must hold at least one {holds}")
     if found:
         # the error of a single record lists its columns anyway, and says where it is
         _check_columns(file, found, columns, required if len(built) + len(problems) > 1 else [], not stopped)
+    return built, problems
 
+
+def _report(
+    problems: list[tuple[str, dict]],
+    file: str,
+    *,
+    found_good: bool,
+    skip: bool,
+    rejected_file: str | os.PathLike | None,
+) -> None:
+    """One DataError for all problems, or a warning and the rejected file where they are to be skipped."""
     if skip and rejected_file is not None:
         _write_rejected(rejected_file, file, [entry for _, entry in problems])
     if not problems:
-        return built
-    if skip and built:
+        return
+    if skip and found_good:
         where = f"; they are in {rejected_file}" if rejected_file is not None else ""
         logger.warning("%d bad records left out, the first at %s%s", len(problems), problems[0][0], where)
-        return built
+        return
     report = [f"{place}: {entry['reason']}" for place, entry in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
         report.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
@@ -565,6 +899,9 @@ def _check_columns(
     if not wanted:
         return
     names = " or ".join(f"'{columns[field]}'" for field in wanted[0])
+    if "_id" in columns:  # of a corpus, which has no flags for its columns
+        remedy = 'a corpus has records such as {"_id": "d7", "title": "A title", "text": "The passage."}'
+        raise DataError(f"{file}: no record has {names}; the columns found are {', '.join(sorted(found))}: {remedy}")
     flags = " or ".join(f"--{field}_column" for field in wanted[0])
     hint = "; for documents in a file of their own give --documents_file" if "doc_id" in found else ""
     raise DataError(
@@ -595,10 +932,15 @@ _HALF_CHARACTER = "invalid UTF-8, or half of a character pair (such as \\ud83d a
 def _read_rows(
     path: str | os.PathLike, split: str, config_name: str | None, list_columns: Sequence[str]
 ) -> Iterator[_Row]:
-    """Rows of a file, a folder or a Hub data set; DataError if it cannot be read on, whatever the reason."""
+    """Rows of a file, a folder or a Hub data set."""
+    return _guarded(path, lambda: _choose_reader(path, split, config_name, list_columns))
+
+
+def _guarded(path: str | os.PathLike, read: Callable[[], Iterator[_Row]]) -> Iterator[_Row]:
+    """The rows that `read()` gives; DataError if they cannot be read on, whatever the reason."""
     number = 0
     try:
-        for row in _choose_reader(path, split, config_name, list_columns):
+        for row in read():
             yield row
             number = row.number
     except (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error) as error:
@@ -607,6 +949,10 @@ def _read_rows(
         raise DataError(
             f"{path}: damaged after record {number}: {error}; nothing was loaded: copy or make the file again"
         ) from None
+
+
+def _open(path: str | os.PathLike) -> BinaryIO:
+    return _OPENERS_BY_ENDING.get(Path(path).suffix.lower(), open)(path, "rb")
 
 
 def _choose_reader(
@@ -767,24 +1113,53 @@ def write_retrieved(
 ) -> None:
     """Writes the hand-over file: each example with `rankings[i]`, its (passage number, score) pairs, best first.
 
-    The file is a self-contained example file: `load_examples` gives the examples back, with the rankings.
+    The file is a self-contained example file: `load_examples` gives the examples back, with the rankings. Examples of a
+    corpus become examples with passages of their own: those in the ranking, in its order, then the evidence that is not
+    in it; `passage_ids` has their ids in the corpus. Where there is neither, the example is left out, with a warning.
     """
     if len(examples) != len(rankings):
         raise ValueError(f"{len(examples)} examples, but {len(rankings)} rankings")
-    write_jsonl(path, map(_retrieved_record, examples, rankings))
+    left_out = []
+
+    def records() -> Iterator[dict]:
+        for example, ranking in zip(examples, rankings, strict=True):
+            record = _retrieved_record(example, ranking)
+            if record["passages"]:
+                yield record
+            else:
+                left_out.append(example.id)
+
+    write_jsonl(path, records())
+    if left_out:
+        shown = ", ".join(left_out[:SHOWN_PROBLEMS])
+        logger.warning("%s is without %d examples, for which nothing was found: %s", path, len(left_out), shown)
 
 
 def _retrieved_record(example: Example, ranking: Sequence[tuple[int, float]]) -> dict:
-    record: dict[str, Any] = {"id": example.id, "query": example.query, "doc_id": example.document.id}
-    if example.summaries:
-        record["summary"] = example.summaries if len(example.summaries) > 1 else example.summaries[0]
-    if example.evidence:
-        record["evidence"] = example.evidence
-        record["evidence_words"] = example.evidence_words
-    record["retrieved"] = []
+    document, evidence, evidence_words = example.document, example.evidence, example.evidence_words
+    entries = []
     for passage, score in ranking:
         if not math.isfinite(score):
             raise ValueError(f"example '{example.id}': the score of passage {passage} is {score}")
-        record["retrieved"].append({"passage": int(passage), "score": float(f"{score:.6g}")})
-    record["passages"] = example.document.passages
-    return record
+        entries.append({"passage": int(passage), "score": float(f"{score:.6g}")})
+    if isinstance(document, Corpus):  # of which the record keeps what it names, under numbers of its own
+        kept = list(dict.fromkeys([entry["passage"] for entry in entries] + (evidence or [])))
+        positions = {number: position for position, number in enumerate(kept)}
+        entries = [entry | {"passage": positions[entry["passage"]]} for entry in entries]
+        if evidence:
+            words = dict(zip([positions[number] for number in evidence], evidence_words, strict=True))
+            evidence, evidence_words = sorted(words), [words[position] for position in sorted(words)]
+        text = {"passages": document.passages[kept], "passage_ids": document.ids[kept]}
+    else:
+        text = {"passages": document.passages}
+
+    record: dict[str, Any] = {"id": example.id, "query": example.query}
+    if not isinstance(document, Corpus):
+        record["doc_id"] = document.id
+    if example.summaries:
+        record["summary"] = example.summaries if len(example.summaries) > 1 else example.summaries[0]
+    if evidence:
+        record["evidence"] = evidence
+        record["evidence_words"] = evidence_words
+    record["retrieved"] = entries
+    return record | text

@@ -20,6 +20,8 @@ from utils.data import Document, Example
 
 Ranking = list[tuple[int, float]]
 
+BM25_SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75}
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # rankings
@@ -107,12 +109,12 @@ def bm25_scores(passages: Sequence[str], queries: Sequence[str], stopwords: str 
     Returns: (queries, passages), float32.
     """
     scores = np.zeros((len(queries), len(passages)), dtype=np.float32)
-    passage_words = _search_words(passages, stopwords)
+    passage_words = search_words(passages, stopwords)
     if not any(passage_words):
         return scores
-    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    index = bm25s.BM25(**BM25_SETTINGS)
     index.index(passage_words, show_progress=False)
-    for row, words in enumerate(_search_words(queries, stopwords)):
+    for row, words in enumerate(search_words(queries, stopwords)):
         scores[row] = index.get_scores_from_ids(index.get_tokens_ids(words))  # words that no passage has are left out
     return scores
 
@@ -161,10 +163,14 @@ def dense_rankings(
     return rankings
 
 
-def _search_words(texts: Sequence[str], stopwords: str) -> list[list[str]]:
+def search_words(texts: Sequence[str], stopwords: str = "en", return_ids: bool = False):
+    """The words that BM25 counts, in each text: of two characters and more, lower-cased, stemmed, no stopwords.
+
+    With `return_ids`, their numbers in a vocabulary of these texts, and that: bm25s' `Tokenized(ids, vocab)`.
+    """
     # a stemmer of PyStemmer must not be shared between threads, and costs nothing to make
     stemmer = Stemmer.Stemmer("english")
-    return bm25s.tokenize(list(texts), stopwords=stopwords, stemmer=stemmer, return_ids=False, show_progress=False)
+    return bm25s.tokenize(list(texts), stopwords=stopwords, stemmer=stemmer, return_ids=return_ids, show_progress=False)
 
 
 def _search_texts(examples: Sequence[Example], queries: Sequence[str] | None) -> Sequence[str]:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+
+from utils.data import cache_folder
 
 
 def train_tokenizer(
@@ -50,8 +51,7 @@ def tokenize(tokenizer, texts: list[str], **options) -> list[list[int]]:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules |= {"truncation": tokenizer.truncation_side, "padding": tokenizer.model_max_length}  # not of the last call
     key = hashlib.sha256(json.dumps([rules, options, texts]).encode()).hexdigest()
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    path = Path(home) / "multistep-retrieve-summarize" / f"tokens_{key[:32]}.safetensors"
+    path = cache_folder() / f"tokens_{key[:32]}.safetensors"
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
