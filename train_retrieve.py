@@ -39,19 +39,29 @@ class RetrieveArguments(TrainingArguments, DataArguments):
         False, "fill batches with queries of the same document, whose passages are then each other's negatives"
     )
     oracle_passages: int = flag(5, "positives that the ROUGE oracle chooses at most, for examples without evidence")
-    ranking: str = flag("dense", "how passages are ranked: dense, or hybrid (standardized scores, with BM25's added)")
+    ranking: str = flag(
+        "dense",
+        "how passages are ranked: dense, or hybrid, with BM25 (by standardized scores; in a corpus by reciprocal rank)",
+    )
     bm25_weight: float = flag(0.5, "share of BM25's score in a hybrid ranking, beside 1 for the retriever's")
     smooth_window: int = flag(0, "neighbours on either side with which a passage's score is averaged; 0: none")
+    smooth_decay: float = flag(0.5, "weight of a neighbour, by which that of the next one is smaller again")
+    index: str = flag("flat", "search of a corpus: flat is exact; ivf and hnsw are faster and miss some")
     top_k: int = flag(100, "passages ranked for each example in the hand-over files")
+    trec_run: bool = flag(False, "write the rankings and the evidence as TREC run and qrels files, too")
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("--metric_for_best", self.metric_for_best, (
-            "recall@1", "recall@5", "recall@10", "recall@20", "mrr@10", "ndcg@10", "gold_words@1024"))  # fmt: skip
+            "recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@10", "ndcg@10",
+            "gold_words@1024"))  # fmt: skip
         check_choice("--ranking", self.ranking, ("dense", "hybrid"))
+        check_choice("--index", self.index, ("flat", "ivf", "hnsw"))
         check_at_least(1, self, "top_k", "num_positives", "negatives_pool", "oracle_passages", "max_seq_length")
         check_at_least(0, self, "num_hard_negatives", "smooth_window", "bm25_weight", "mine_negatives_every")
-        check_at_least(0, self, "negatives_margin")
+        check_at_least(0, self, "negatives_margin", "smooth_decay")
+        if self.corpus_file and self.smooth_window:
+            raise UsageError("--smooth_window averages neighbours in a document; leave it out with --corpus_file")
         check_at_least(0, self, "attention_dropout", "gradient_cache_tokens")
         if not self.temperature > 0:
             raise UsageError(f"--temperature {self.temperature}: more than 0 is wanted")
@@ -77,8 +87,17 @@ from transformers import get_scheduler
 from utils.batching import StepBatches, plan_epoch
 from utils.checkpoint import publish
 from utils.contrastive import backward_by_chunk, contrastive_loss, embed, embed_without_graph
+from utils.corpus import bm25_index, bm25_search, dense_search, encode_corpus, recall_lost
 from utils.data import load_splits, write_retrieved
-from utils.retriever import build_small_encoder, count_tokens, encode, in_chunks, load_retriever, tokenize
+from utils.retriever import (
+    build_small_encoder,
+    count_tokens,
+    encode,
+    in_chunks,
+    load_retriever,
+    tokenize,
+    weights_key,
+)
 from utils.search import (
     bm25_rankings,
     dense_rankings,
@@ -87,6 +106,7 @@ from utils.search import (
     hard_negatives,
     passage_scores,
     rank,
+    reciprocal_rank_fusion,
     smooth,
 )
 from utils.state import Checkpoints, digest, schedule_steps, stop_reason
@@ -113,6 +133,7 @@ from utils.training import (
     start,
     together,
 )
+from utils.trec import write_qrels, write_run
 
 
 def main():
@@ -131,6 +152,8 @@ def main():
         raise UsageError("--gradient_cache_tokens is not supported with FSDP and DeepSpeed")
     log = RunLog(accelerator, run_folder, args.log_format)
     train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
+    documents = list({id(example.document): example.document for example in train}.values())
+    corpus = documents[0] if args.corpus_file else None  # the one document of all examples
 
     # ------------------------------------------------------------------------------------------------------------------
     # model
@@ -138,9 +161,7 @@ def main():
     if args.model_name_or_path:
         retriever = load_retriever(args.model_name_or_path, args.attention_dropout)
     else:
-        documents = {id(example.document): example.document for example in train}.values()
-        texts = [text for document in documents for text in document.passages]
-        texts += [example.query for example in train]
+        texts = itertools.chain(*(document.passages for document in documents), (example.query for example in train))
         retriever = build_small_encoder(texts, attention_dropout=args.attention_dropout)
     if args.max_seq_length:
         retriever.max_seq_length = args.max_seq_length
@@ -155,19 +176,26 @@ def main():
 
     def positives(example) -> tuple[list[int], list[int]]:
         """Passage numbers, and how often each is drawn: as its gold words, which are few in some chunks of turns."""
-        if example.evidence is not None:
-            return example.evidence, example.evidence_words
+        if example.evidence is not None or corpus:
+            return example.evidence or [], example.evidence_words or []
         chosen = greedy_rouge_oracle(example.document.passages, example.summaries, args.oracle_passages)
         return sorted(chosen), [1] * len(chosen)
 
-    documents = list({id(example.document): example.document for example in train}.values())
+    lexical_index = bm25_index(corpus) if corpus else None
+
+    def lexical_rankings(examples: list, top_k: int) -> list:
+        if corpus:
+            return bm25_search(lexical_index, [example.query for example in examples], top_k)
+        return bm25_rankings(examples)
+
+    # passages are numbered through all documents: these are the numbers of each document's first one
     first_key = dict(
         zip(map(id, documents), np.cumsum([0, *(len(d.passages) for d in documents)]).tolist(), strict=False)
-    )  # passages are numbered through all documents, and each is tokenized once
-    passage_tokens = tokenize(retriever, [text for document in documents for text in document.passages], "passage")
+    )
     query_tokens = tokenize(retriever, [example.query for example in train], "query")
-    pairs = []
-    for example, tokens, ranking in zip(train, query_tokens, bm25_rankings(train), strict=True):
+    ranked = lexical_rankings(train, args.negatives_pool + 100)
+    pairs, passage_tokens = [], {}
+    for example, tokens, ranking in zip(train, query_tokens, ranked, strict=True):
         evidence, weights = positives(example)
         if not sum(weights):
             continue
@@ -182,6 +210,16 @@ def main():
             "negatives": [offset + passage for passage in negatives],
             "document": offset,
         })  # fmt: skip
+
+    passages = corpus.passages if corpus else [text for document in documents for text in document.passages]
+
+    def read_passages() -> None:
+        """Tokenizes the passages that are a positive or a hard negative and were none before, each once."""
+        keys = sorted({key for pair in pairs for key in pair["evidence"] + pair["negatives"]} - passage_tokens.keys())
+        texts = passages[keys] if corpus and keys else [passages[key] for key in keys]
+        passage_tokens.update(zip(keys, tokenize(retriever, texts, "passage"), strict=True))
+
+    read_passages()
     log.say(
         f"{len(train)} training examples, {len(validation)} for validation; {len(pairs)} with positives "
         f"({sum(example.evidence is not None for example in train)} from evidence, the others from the ROUGE oracle)"
@@ -269,40 +307,64 @@ def main():
     def encode_texts(texts: list[str], kind: str) -> np.ndarray:
         return encode(retriever, texts, kind, accelerator=accelerator, poll=lambda: signals.poll(accelerator))
 
+    def dense(examples: list, top_k: int) -> list:
+        if not corpus:
+            return dense_rankings(examples, encode_texts)
+        vectors = encode_corpus(
+            corpus.passages, partial(encode_texts, kind="passage"), run_folder / "embeddings",
+            key=f"{corpus.id} {weights_key(retriever)} {accelerator.mixed_precision}", accelerator=accelerator,
+        )  # fmt: skip
+        queries = encode_texts([example.query for example in examples], "query")
+        found = [None]
+        if accelerator.is_main_process:
+            found = [dense_search(queries, vectors, top_k, index=args.index)]
+            if args.index != "flat":
+                lost = recall_lost(queries, vectors, top_k, index=args.index)
+                log.say(f"--index {args.index} misses {lost:.1f}% of the {top_k} passages that exact search finds")
+        return broadcast_object_list(found)[0]
+
     def rankings(examples: list) -> list:
-        ranked = dense_rankings(examples, encode_texts)
+        ranked = dense(examples, args.top_k)
         if args.ranking == "hybrid":
-            lexical = bm25_rankings(examples)
-            ranked = [fuse_scores(*both, args.bm25_weight) for both in zip(ranked, lexical, strict=True)]
+            both = zip(ranked, lexical_rankings(examples, args.top_k), strict=True)
+            if corpus:
+                ranked = [reciprocal_rank_fusion(pair)[: args.top_k] for pair in both]
+            else:
+                ranked = [fuse_scores(*pair, args.bm25_weight) for pair in both]
         if args.smooth_window:
-            ranked = [rank(smooth(passage_scores(ranking), args.smooth_window)) for ranking in ranked]
+            ranked = [
+                rank(smooth(passage_scores(ranking), args.smooth_window, args.smooth_decay)) for ranking in ranked
+            ]
         return ranked
 
     def scores_of(ranked: list) -> dict:
         from utils.metrics import Retrieval  # imports `evaluate`, which takes seconds
 
-        return Retrieval().compute(
-            predictions=[[passage for passage, _ in ranking] for ranking in ranked],
-            references=gold,
-            passage_words=[[len(text.split()) for text in example.document.passages] for example in validation],
-            evidence_words=[example.evidence_words for example in validation],
-        )
+        columns = {"predictions": [], "references": [], "passage_words": []}
+        for example, ranking, evidence in zip(validation, ranked, gold, strict=True):
+            # numbered anew, for of a corpus only these passages are read
+            numbers = list(dict.fromkeys([passage for passage, _ in ranking] + (evidence or [])))
+            places = {passage: place for place, passage in enumerate(numbers)}
+            texts = example.document.passages
+            texts = texts[numbers] if corpus and numbers else [texts[number] for number in numbers]
+            columns["predictions"].append(list(range(len(ranking))))
+            columns["references"].append([places[passage] for passage in evidence or []])
+            columns["passage_words"].append([len(text.split()) for text in texts])
+        return Retrieval().compute(**columns, evidence_words=[example.evidence_words for example in validation])
 
-    def mine_negatives() -> list[list[int]]:
-        """For each pair what the model as it is ranks high without reason; called on all processes."""
-        ranked = dense_rankings([pair["example"] for pair in pairs], encode_texts)
-        found = []
+    def mine_negatives() -> None:
+        """Gives each pair the hard negatives that the model as it is ranks highest; called on all processes."""
+        ranked = dense([pair["example"] for pair in pairs], 5 * args.negatives_pool + 100)
         for pair, ranking in zip(pairs, ranked, strict=True):
             evidence = [key - pair["document"] for key in pair["evidence"]]
-            passages = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
-            found.append([pair["document"] + passage for passage in passages])
-        return found
+            found = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
+            pair["negatives"] = [pair["document"] + passage for passage in found]
 
     gold = [example.evidence for example in validation]
-    if not any(gold):  # nobody marked any: what the ROUGE oracle chooses stands in
+    if not any(gold) and not corpus:  # nobody marked any: what the ROUGE oracle chooses stands in
         gold = [positives(example)[0] for example in validation]
 
-    bm25_scores = scores_of(bm25_rankings(validation)) if accelerator.is_main_process else {}
+    bm25_scores = scores_of(lexical_rankings(validation, args.top_k)) if accelerator.is_main_process else {}
 
     def validate() -> dict:
         """Scores beside those of BM25, on all processes; Interrupted if a signal came meanwhile."""
@@ -314,12 +376,18 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # checkpoints
 
-    data = digest([passage_tokens, [[pair["query"], pair["evidence"], pair["negatives"]] for pair in pairs]])
+    data = digest(
+        [sorted(passage_tokens.items()), [[pair["query"], pair["evidence"], pair["negatives"]] for pair in pairs]]
+    )
     checkpoints = Checkpoints(accelerator, args, run_folder, log, signals, model=model, optimizer=optimizer,
                               scheduler=scheduler, data=data, shape=shape)  # fmt: skip
     state, resumed_from, old_shape = checkpoints.resume()
     if old_shape:  # the epoch goes on with the examples that the other shape had not come to
         state.leave_out(plan(state.epoch, state.done_before, **old_shape))
+    if state.negatives:  # mined by a run that this one goes on from
+        for pair, negatives in zip(pairs, state.negatives, strict=True):
+            pair["negatives"] = negatives
+        read_passages()
     meters = {name: Meters(accelerator, state.meters.get(name)) for name in ("train", "epoch")}
     log.begin(state.step)
     if resumed_from:
@@ -394,13 +462,13 @@ def main():
             every = args.mine_negatives_every
             if every and epoch and epoch % every == 0 and state.mined_in != epoch:
                 try:
-                    state.negatives, state.mined_in = mine_negatives(), epoch
+                    mine_negatives()
                 except Interrupted as signalled:
                     received = signalled.number
                     checkpoints.save(state, meters, is_best=False)
                     break
-            for pair, negatives in zip(pairs, state.negatives or [], strict=False):
-                pair["negatives"] = negatives
+                state.negatives, state.mined_in = [pair["negatives"] for pair in pairs], epoch
+                read_passages()
             steps = plan(epoch, state.done_before)
             collate_epoch = partial(collate, epoch=epoch)
             batches = StepBatches(pairs, steps[state.step_in_epoch :], collate_epoch, accelerator.process_index)
@@ -485,6 +553,9 @@ def main():
         ranked = [ranking[: args.top_k] for ranking in rankings(examples)]
         if accelerator.is_main_process:
             write_retrieved(run_folder / f"retrieved.{split}.jsonl", examples, ranked)
+            if args.trec_run:
+                write_run(run_folder / f"run.{split}.trec", examples, ranked, tag="train_retrieve")
+                write_qrels(run_folder / f"qrels.{split}.trec", examples)
             log.say(f"wrote {run_folder / f'retrieved.{split}.jsonl'}")
     end_run(accelerator)
 

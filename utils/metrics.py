@@ -23,7 +23,7 @@ from rouge_score.tokenizers import Tokenizer
 from utils.search import rouge_words
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-RECALL_CUTOFFS = (1, 5, 10, 20)
+RECALL_CUTOFFS = (1, 5, 10, 20, 100)
 RANK_CUTOFF = 10  # of MRR and nDCG
 WORD_BUDGET = 1024
 

@@ -4,6 +4,8 @@ Queries and passages go through one encoder, each with its own prompt where the 
 and encoded in batches of similar length, without padding where the encoder can do without.
 """
 
+import hashlib
+import json
 import tempfile
 
 import numpy as np
@@ -12,6 +14,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertModel
 
 from utils import tokenizer
@@ -62,6 +65,15 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
         ) from error
     remove_padding(retriever)
     return retriever
+
+
+def weights_key(model: SentenceTransformer) -> str:
+    """A checksum of all that decides a text's embedding: weights, prompts and length."""
+    total = hashlib.sha256(json.dumps([model.prompts, model.max_seq_length]).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        total.update(name.encode() + local.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:32]
 
 
 def tokenize(model: SentenceTransformer, texts: list[str], kind: str) -> list[list[int]]:
