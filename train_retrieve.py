@@ -358,7 +358,7 @@ def main():
         for pair, ranking in zip(pairs, ranked, strict=True):
             evidence = [key - pair["document"] for key in pair["evidence"]]
             found = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
-            pair["negatives"] = [pair["document"] + passage for passage in found]
+            pair["negatives"] = [pair["document"] + passage for passage in found] or pair["negatives"]
 
     gold = [example.evidence for example in validation]
     if not any(gold) and not corpus:  # nobody marked any: what the ROUGE oracle chooses stands in

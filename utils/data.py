@@ -59,10 +59,6 @@ class Corpus(Document):
         """The corpus's own id of a passage."""
         return self.ids[number]
 
-    def passage_id(self, number: int) -> str:
-        """The id of a passage outside this document, as in TREC files."""
-        return f"{self.id}#{number}"
-
 
 @dataclass(slots=True)
 class Example:
