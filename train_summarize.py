@@ -3,8 +3,9 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml train_summarize.py --retriever outputs/retrieve
 
 Without data flags it trains a small BART from scratch on the embedded data set. `--retriever` says where passages come
-from: bm25, lead, oracle, random, or the run folder of train_retrieve.py. The run folder then holds a model that
-Transformers loads, `metrics.jsonl` and `predictions.validation.jsonl` with the passages that were read.
+from: bm25, lead, oracle, random, the run folder of train_retrieve.py, or a TREC run that any tool wrote. The run folder
+then holds a model that Transformers loads, `metrics.jsonl` and `predictions.validation.jsonl` with the passages that
+were read.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class SummarizeArguments(TrainingArguments, DataArguments):
     model_name_or_path: str | None = flag(None, "an encoder-decoder checkpoint [a small BART from scratch]")
     retriever: str | None = flag(
         None,
-        "where passages come from: bm25, lead, oracle, random, or a retriever's folder "
+        "where passages come from: bm25, lead, oracle, random, a retriever's folder, or a TREC run of all examples "
         "[the ranking that files of train_retrieve.py hold, else bm25]",
     )
     top_k: int = flag(5, "passages that the summarizer reads")
@@ -53,6 +54,7 @@ import itertools
 import math
 import signal
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -99,6 +101,7 @@ from utils.training import (
     seed_step,
     start,
 )
+from utils.trec import run_rankings
 
 BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ranking}
 
@@ -152,6 +155,8 @@ def main():
             return bm25_rankings(examples)
         if args.retriever in BASELINES:
             return [BASELINES[args.retriever](example) for example in examples]
+        if from_run:
+            return [from_run[id(example)] for example in examples]
         return dense_rankings(examples, lambda texts, kind: encode(retriever, texts, kind, accelerator=accelerator))
 
     def read(examples: list) -> list[dict]:
@@ -165,7 +170,12 @@ def main():
             rows.append({"example": example, "source": source, "passages": passages, "targets": targets["input_ids"]})
         return rows
 
-    if args.retriever and args.retriever not in ("bm25", *BASELINES):
+    from_run = {}  # rankings by the example's identity
+    needs_no_path = args.retriever in (None, "bm25", *BASELINES)
+    if not needs_no_path and Path(args.retriever).is_file():
+        both = train + validation  # in one call, which refuses ids that do not tell them apart
+        from_run = dict(zip(map(id, both), run_rankings(args.retriever, both), strict=True))
+    elif not needs_no_path:
         from utils.retriever import encode, load_retriever  # imports sentence-transformers, which takes seconds
 
         retriever = load_retriever(args.retriever).to(accelerator.device)

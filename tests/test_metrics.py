@@ -1,4 +1,4 @@
-"""ROUGE against rouge-score, retrieval metrics against scikit-learn and plain re-computations, and their isolation."""
+"""ROUGE against rouge-score, retrieval metrics against scikit-learn, trec_eval and plain re-computations, isolation."""
 
 import inspect
 import os
@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytrec_eval
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import ndcg_score
 
+from utils.data import Document, Example
 from utils.metrics import ROUGE_TYPES, Retrieval, Rouge, retrieval_scores, rouge_scores
+from utils.trec import write_qrels, write_run
 
 WORDS = "the committee committees agreed agrees to fund funding of two new remote controls . ! ? yellow".split()
 
@@ -134,6 +137,36 @@ def test_recall_and_mrr_equal_their_definitions():
             assert scores[f"recall@{k}"] == pytest.approx(100 * len(set(ranking[:k]) & set(evidence)) / len(evidence))
         ranks = [position for position, passage in enumerate(ranking, start=1) if passage in evidence]
         assert scores["mrr@10"] == pytest.approx(100 / ranks[0] if ranks and ranks[0] <= 10 else 0)
+
+
+def test_recall_mrr_and_ndcg_equal_trec_eval_on_the_files_written(tmp_path):
+    generator = random.Random(6)
+    examples, rankings, scores = [], [], {}
+    for number in range(200):
+        ranking, evidence, passage_words, _ = random_case(generator)
+        ranking = ranking[: generator.randint(1, len(ranking))]
+        document = Document(f"d {generator.randint(0, 99)}%", ["a"] * len(passage_words))
+        examples.append(Example(f"q {number}", "", document, [], evidence, None, None))
+        # ties, differences that float32 does not hold, and plain scores
+        values = [generator.choice([0, 1, 1 + 1e-9, generator.gauss(0, 9)]) for _ in ranking]
+        rankings.append(list(zip(ranking, sorted(values, reverse=True), strict=True)))
+        scores[f"q%20{number}"] = retrieval_scores(ranking, evidence, passage_words)
+    write_qrels(tmp_path / "qrels", examples)
+    with open(tmp_path / "qrels") as file:
+        qrels = pytrec_eval.parse_qrel(file)
+
+    def scores_of_trec_eval(depth, measures):
+        write_run(tmp_path / "run", examples, [ranking[:depth] for ranking in rankings], tag="test")
+        with open(tmp_path / "run") as file:
+            return pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(pytrec_eval.parse_run(file))
+
+    whole = scores_of_trec_eval(None, {"recall.1,5,10,20", "ndcg_cut.10"})
+    ten = scores_of_trec_eval(10, {"recip_rank"})  # which knows no cut-off
+    assert len(whole) == len(ten) == 200
+    for query, ours in scores.items():
+        theirs = {f"recall@{k}": whole[query][f"recall_{k}"] for k in (1, 5, 10, 20)}
+        theirs |= {"ndcg@10": whole[query]["ndcg_cut_10"], "mrr@10": ten[query]["recip_rank"]}
+        assert {name: ours[name] / 100 for name in theirs} == pytest.approx(theirs, abs=1e-6)
 
 
 def test_gold_words_equal_a_count_word_by_word():

@@ -35,6 +35,10 @@ class Document:
     id: str  # doc_id if given, else a hash of the passages
     passages: list[str]  # in document order
 
+    def passage_id(self, number: int) -> str:
+        """The id of a passage outside this document, as in TREC files."""
+        return f"{self.id}#{number}"
+
 
 @dataclass(slots=True)
 class Example:
@@ -747,14 +751,19 @@ def _decode_lists(record: dict, list_columns: Sequence[str]) -> dict:
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
-    """Writes JSON Lines, completely or not at all: to a temporary sibling first, which then takes the file's place."""
+    """Writes JSON Lines, completely or not at all, as `write_lines` does."""
+    write_lines(path, (json.dumps(record, ensure_ascii=False, default=str) for record in records))
+
+
+def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
+    """Writes lines, completely or not at all: to a temporary sibling first, which then takes the file's place."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # lone halves of a character pair cannot be UTF-8; with backslashreplace they become their JSON escapes
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            for line in lines:
+                file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
