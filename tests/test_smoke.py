@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import pytrec_eval
 import torch
 from conftest import ROOT, events, launch, read_jsonl
 
-from utils.data import load_examples
+from utils.data import load_examples, write_jsonl
 from utils.metrics import retrieval_scores, rouge_scores
+from utils.sample import sample_examples
+from utils.trec import read_qrels, read_run
 
 
 def test_the_retriever_learns_and_beats_bm25(smoke):
@@ -211,3 +214,66 @@ def test_the_embedded_data_set_prints_as_files_that_load(tmp_path):
                            capture_output=True, check=True).stdout  # fmt: skip
     (tmp_path / "sample.jsonl").write_text(lines)
     assert len(load_examples(tmp_path / "sample.jsonl")) == 12
+
+
+# ---- an open corpus
+
+
+def write_beir(folder):
+    """The embedded transcripts as one corpus in BEIR's layout, with the questions and qrels of both splits."""
+    corpus = {}
+    for split, documents in (("train", 12), ("validation", 4)):
+        examples = sample_examples(split, documents)
+        queries = [{"_id": e.id, "text": e.query, "summary": e.summaries[0]} for e in examples]
+        qrels = ["query-id\tcorpus-id\tscore\n"]
+        for example in examples:
+            ids = [f"{split} {example.document.passage_id(n)}" for n in range(len(example.document.passages))]
+            corpus |= dict(zip(ids, example.document.passages, strict=True))
+            qrels += [f"{example.id}\t{ids[passage]}\t1\n" for passage in example.evidence]
+        write_jsonl(folder / f"queries.{split}.jsonl", queries)
+        (folder / f"qrels.{split}.tsv").write_text("".join(qrels))
+    write_jsonl(folder / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in corpus.items()])
+    return corpus
+
+
+def test_a_corpus_is_searched_with_its_own_ids_and_handed_over_to_stage_2(tmp_path, monkeypatch):
+    corpus = write_beir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    flags = ["--output_dir", tmp_path / "run", "--corpus_file", tmp_path / "corpus.jsonl", "--id_column", "_id",
+             "--query_column", "text", "--num_train_epochs", 2, "--mine_negatives_every", 1, "--ranking", "hybrid",
+             "--top_k", 20, "--trec_run", "--per_device_train_batch_size", 8]  # fmt: skip
+    for split in ("train", "validation"):
+        flags += [f"--{split}_file", tmp_path / f"queries.{split}.jsonl"]
+        flags += [f"--{split}_qrels_file", tmp_path / f"qrels.{split}.tsv"]
+    result = launch("train_retrieve.py", *flags)
+    assert result.returncode == 0, result.stderr
+    handed = read_jsonl(tmp_path / "run" / "retrieved.validation.jsonl")
+    assert len(handed) == 24
+    for line in handed:
+        assert [corpus[key] for key in line["passage_ids"]] == line["passages"]
+        assert [entry["passage"] for entry in line["retrieved"]] == list(range(20))
+
+    # trec_eval finds in the files what the log says
+    run, qrels = (
+        read(tmp_path / "run" / f"{name}.validation.trec") for name, read in (("run", read_run), ("qrels", read_qrels))
+    )
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"recall.5,20", "ndcg_cut.10"})
+    found = list(evaluator.evaluate({query: dict(ranking) for query, ranking in run.items()}).values())
+    logged = events(tmp_path / "run", "validation")[-1]
+    for ours, theirs in (("recall@5", "recall_5"), ("recall@20", "recall_20"), ("ndcg@10", "ndcg_cut_10")):
+        assert 100 * np.mean([score[theirs] for score in found]) == pytest.approx(logged[ours], rel=1e-5)
+
+    # a second start trains nothing and encodes nothing again
+    shard = tmp_path / "run" / "embeddings" / "00000000.npy"
+    made, before = shard.stat().st_mtime_ns, (tmp_path / "run" / "run.validation.trec").read_text()
+    assert launch("train_retrieve.py", *flags).returncode == 0
+    assert shard.stat().st_mtime_ns == made
+    assert (tmp_path / "run" / "run.validation.trec").read_text() == before
+
+    files = [flag for split in ("train", "validation")
+             for flag in (f"--{split}_file", tmp_path / "run" / f"retrieved.{split}.jsonl")]  # fmt: skip
+    result = launch("train_summarize.py", "--output_dir", tmp_path / "summarize", *files, "--max_train_steps", 1,
+                    "--max_eval_examples", 4, "--max_new_tokens", 4)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    predictions = read_jsonl(tmp_path / "summarize" / "predictions.validation.jsonl")
+    assert [entry["passage"] for entry in predictions[0]["passages"]] == [0, 1, 2, 3, 4]

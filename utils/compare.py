@@ -81,10 +81,11 @@ def read_hand_over(path: str, qrels_file: str | None) -> list[Example]:
 
 def score_examples(metric: str, examples: Sequence[Example], rankings: Sequence[Ranking]) -> dict[str, float]:
     """The score, 0 to 100, of each example's ranking, by example id."""
+    documents = {id(example.document): example.document for example in examples}
+    words_of = {key: [len(text.split()) for text in document.passages] for key, document in documents.items()}
     scores = {}
     for example, ranking in zip(examples, rankings, strict=True):
-        words = [len(text.split()) for text in example.document.passages]
-        passages = [passage for passage, _ in ranking]
+        passages, words = [passage for passage, _ in ranking], words_of[id(example.document)]
         scores[example.id] = _score(metric, passages, example.evidence, words, example.evidence_words)
     return scores
 
