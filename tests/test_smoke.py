@@ -8,10 +8,10 @@ import pytrec_eval
 import torch
 from conftest import ROOT, events, launch, read_jsonl
 
-from utils.data import load_examples, write_jsonl
+from utils.data import load_examples, read_qrels, write_jsonl
 from utils.metrics import retrieval_scores, rouge_scores
 from utils.sample import sample_examples
-from utils.trec import read_qrels, read_run
+from utils.trec import read_run
 
 
 def test_the_retriever_learns_and_beats_bm25(smoke):

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data import DataError, Example, load_examples
+from utils.data import DataError, Example, load_examples, read_qrels
 from utils.search import Ranking, bm25_rankings
-from utils.trec import by_passage_number, read_qrels, read_run
+from utils.trec import by_passage_number, read_run
 
 METRIC = re.compile(r"(recall|mrr|ndcg|gold_words)@([1-9][0-9]{0,6})")
 DRAWN_AT_ONCE = 2**22  # groups; bounds the memory of the bootstrap

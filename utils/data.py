@@ -25,6 +25,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 from filelock import FileLock
 
@@ -450,6 +451,8 @@ def _qrels_rows(name: str, stream: BinaryIO) -> Iterator["_Row"]:
             problem = f"has {len(cells)} columns; {wanted} are wanted"
             if separator is None:
                 problem += ", or BEIR's three under the header 'query-id corpus-id score'"
+        if separator is None:  # TREC's ids, in which white space is percent-encoded
+            cells = [unquote(cell) for cell in cells]
         record = None if problem else dict(zip(fields, cells, strict=True))
         yield _Row(number, f"{name}:{number}", record, problem, text if problem else "")
 

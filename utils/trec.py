@@ -18,8 +18,6 @@ from utils.data import SHOWN_PROBLEMS, DataError, Document, Example, write_lines
 from utils.search import Ranking
 
 RUN_COLUMNS = "qid Q0 docid rank score tag"
-QRELS_COLUMNS = "qid 0 docid grade"
-BEIR_HEADER = ["query-id", "corpus-id", "score"]
 
 Value = TypeVar("Value", float, int)
 
@@ -111,33 +109,6 @@ def read_run(path: str | os.PathLike) -> dict[str, list[tuple[str, float]]]:
     }
 
 
-def read_qrels(path: str | os.PathLike) -> dict[str, dict[str, int]]:
-    """The grade of each judged docid of each query; evidence has a grade above 0.
-
-    Reads TREC's qrels, and BEIR's tsv files with their header `query-id corpus-id score`, in which tabs divide the
-    columns and ids are taken as they are. Raises DataError with all lines that are malformed or judge a docid again.
-    """
-    found: dict[str, dict[str, int]] = {}
-    is_beir = None  # not known before the first line
-
-    def add(line: bytes) -> None:
-        nonlocal is_beir
-        if is_beir is None:
-            is_beir = _decoded(line).split() == BEIR_HEADER
-            if is_beir:
-                return
-        if is_beir:
-            query, docid, grade = _columns(line, "\t".join(BEIR_HEADER), separator="\t")
-        else:
-            query, _, docid, grade = map(unquote, _columns(line, QRELS_COLUMNS))
-        if not re.fullmatch(r"[+-]?[0-9]{1,9}", grade):
-            raise _BadLine(f"the grade is '{grade}'; a whole number is wanted")
-        _add_once(found, query, docid, int(grade))
-
-    _read_lines(path, add, QRELS_COLUMNS)
-    return found
-
-
 def _read_lines(path: str | os.PathLike, add: Callable[[bytes], None], wanted: str) -> None:
     """Calls `add` with each line that is not blank; DataError with all that it refused."""
     problems, is_empty = [], True
@@ -159,13 +130,12 @@ def _read_lines(path: str | os.PathLike, add: Callable[[bytes], None], wanted: s
     _raise_all(problems, "fix the lines, or write the file again")
 
 
-def _columns(line: bytes, wanted: str, separator: str | None = None) -> list[str]:
+def _columns(line: bytes, wanted: str) -> list[str]:
+    _decoded(line)  # or say where it cannot be
     # bytes: only ASCII white space divides columns, as for trec_eval
-    text = _decoded(line)
-    columns = text.strip("\r\n").split(separator) if separator else [part.decode() for part in line.split()]
-    if len(columns) != len(wanted.split(separator)) or not all(columns):
-        empty = "" if all(columns) else ", one of them empty"
-        raise _BadLine(f"{len(columns)} columns{empty}; '{wanted}' is wanted")
+    columns = [part.decode() for part in line.split()]
+    if len(columns) != len(wanted.split()):
+        raise _BadLine(f"{len(columns)} columns; '{wanted}' is wanted")
     return columns
 
 
