@@ -10,19 +10,18 @@ what a process of its own needs beyond the loaded model for 32 new tokens: the h
 
 Results
 
-2026-11-23; AMD EPYC, 2 cores, 1 thread, torch 2.13.0+cpu; BART base, 4 beams. Preliminary: one turn each, and because
-the machine had other work to do, seconds of processor time in place of time on the clock.
+2026-11-24; AMD EPYC (Zen 4), 2 cores, torch 2.13.0+cpu, transformers 5.24.0; BART base, 4 beams; median (range) of 3
+turns; 128 new tokens of 16 examples for concat (`--fusion concat --examples 16`), 32 new tokens of 8 examples for fid
+(`--fusion fid --examples 8 --max_new_tokens 32`). Single slow turns are other work on the machine.
 
-| source | computed in | examples, tokens | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |
-| --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: |
-| concat | float32 | 16, 64 | 46.9 | 13.0 | 3.6 | 16 of 16 | 906 | 534 |
-| concat, --no_onednn | float32 | 16, 64 | 47.7 | 23.3 | 2.1 | 16 of 16 | 988 | 540 |
-| fid | float32 | 8, 24 | 59.3 | 12.4 | 4.8 | 8 of 8 | 2890 | 901 |
-| concat | bfloat16 | 16, 32 | 12.8 | 5.7 | 2.3 | 8 of 16 | 992 | 620 |
-| fid | bfloat16 | 8, 24 | 34.2 | 6.9 | 5.0 | 5 of 8 | 1800 | 774 |
+| source | computed in | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |
+| --- | --- | --- | --- | --- | --- | ---: | ---: |
+| concat | float32 | 72.84 (72.73 to 96.48) | 21.35 (21.30 to 25.65) | 3.42 (3.41 to 3.76) | 16 of 16 | 857 | 537 |
+| concat | bfloat16 | 37.58 (33.39 to 37.89) | 14.97 (14.52 to 28.46) | 2.53 (1.17 to 2.59) | 5 of 16 | 978 | 608 |
+| fid | float32 | 48.35 (47.26 to 73.65) | 12.83 (12.50 to 18.81) | 3.78 (3.77 to 3.92) | 8 of 8 | 2896 | 775 |
+| fid | bfloat16 | 32.85 (31.59 to 40.44) | 7.25 (7.12 to 7.98) | 4.53 (4.44 to 5.07) | 5 of 8 | 1823 | 851 |
 
-At d_model 256 (--size small), concat in float32, 16 examples and 64 new tokens: 8.8 s and 3.8 s, ratio 2.3, 16 of 16
-the same, 422 and 244 MiB. In bfloat16 the two ways round at different places and so part.
+In bfloat16 the two ways round at different places and so part.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel
 
 from utils import tokenizer
 from utils.arguments import UsageError
+from utils.generation import onednn_linears
 from utils.packing import is_packed, remove_padding
 
 PROMPTS = {"query": "query", "passage": "document"}  # the names that sentence-transformers looks up
@@ -150,7 +151,7 @@ def encode(
             # every process takes part, with a batch that is done already if need be: the model may be sharded
             batch = batches[min(first + accelerator.process_index, len(batches) - 1)]
             features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
-            with accelerator.autocast():
+            with accelerator.autocast(), onednn_linears(model):
                 output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})
             parts.append(output["sentence_embedding"].float().cpu().numpy())
             numbers += batch
