@@ -66,6 +66,7 @@ def test_bm25_index_is_built_once_and_mapped_and_made_anew_for_other_texts_or_wh
     index = bm25_index(corpus, tmp_path / "a")
     assert len(builds) == 1
     assert isinstance(index.scores["data"], np.memmap) and isinstance(index.scores["indices"], np.memmap)
+    assert index.scores["data"].dtype.itemsize == index.scores["indices"].dtype.itemsize == 4
     (folder,) = (path for path in (tmp_path / "a").iterdir() if path.is_dir())
     for file in folder.iterdir():
         whole = file.read_bytes()
@@ -195,7 +196,7 @@ def test_flat_search_equals_brute_force_over_several_shards(tmp_path, top_k):
         [passage for passage, _ in ranking] for ranking in expected
     ]
     for ours, theirs in zip(found, expected, strict=True):
-        assert dict(ours) == pytest.approx(dict(theirs), rel=1e-5)
+        assert dict(ours) == pytest.approx(dict(theirs), abs=1e-5)
     assert dense_search(queries[:0], vectors, top_k) == []
 
 

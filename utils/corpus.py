@@ -11,6 +11,7 @@ mapped into memory, which the system may drop and read again.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ import bm25s
 import faiss
 import numpy as np
 import scipy.sparse
+import Stemmer
+import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 
@@ -57,18 +60,19 @@ def bm25_index(corpus: Corpus, folder: str | os.PathLike | None = None, *, stopw
 
 def _build_bm25(passages: Sequence[str], stopwords: str) -> bm25s.BM25:
     """What `bm25s.BM25.index` makes, without lists of all words in Python: words are counted as sparse matrices."""
-    vocabulary: dict[str, int] = {}
+    # the words of `search_words`, each stemmed once
+    tokenizer = bm25s.tokenization.Tokenizer(stopwords=stopwords, stemmer=Stemmer.Stemmer("english"))
     words, lengths = [], []
     for block in blocks(passages, BM25_BLOCK):
-        ids, block_vocabulary = search_words(block, stopwords, return_ids=True)
-        numbers = np.empty(len(block_vocabulary), dtype=np.int32)  # in the whole vocabulary
-        for word, number in block_vocabulary.items():
-            numbers[number] = vocabulary.setdefault(word, len(vocabulary))
-        lengths.append(np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)))
-        flat = np.fromiter((word for passage in ids for word in passage), np.int32, count=int(lengths[-1].sum()))
-        words.append(numbers[flat])
+        ids = list(tokenizer.streaming_tokenize(block, allow_empty=False))
+        lengths.append(np.fromiter(map(len, ids), np.int64, count=len(ids)))
+        words.append(np.fromiter(itertools.chain.from_iterable(ids), np.int32, count=int(lengths[-1].sum())))
+    vocabulary = tokenizer.stem_to_sid
+    del tokenizer
     starts = np.concatenate([[0], *lengths]).cumsum()
     lengths = np.diff(starts)
+    if starts[-1] < 2**31:
+        starts = starts.astype(np.int32)  # or scipy makes all numbers as wide as these
     words = np.concatenate(words)
 
     counts = scipy.sparse.csr_array(
@@ -147,7 +151,8 @@ class Vectors:
     def shards(self) -> Iterator[tuple[int, np.ndarray]]:
         """The number of each shard's first passage, and its vectors (passages, dimension), mapped into memory."""
         for first in range(0, self.count, self.shard_size):
-            yield first, np.lib.format.open_memmap(_shard_file(self.folder, first // self.shard_size), mode="r")
+            # "c": what is written stays in memory; nothing is, but torch warns of arrays that cannot be written to
+            yield first, np.lib.format.open_memmap(_shard_file(self.folder, first // self.shard_size), mode="c")
 
 
 def encode_corpus(
@@ -231,6 +236,7 @@ def _is_whole(path: Path, shape: tuple[int, int | None]) -> bool:
 
 
 INDEXES = ("ivf", "hnsw")  # approximate ones
+QUERIES = 64  # multiplied with a shard at once
 HNSW_NEIGHBOURS = 32
 TRAINING_VECTORS = (39, 64)  # for each list of an inverted file: at least (as faiss wants), and at most
 
@@ -280,7 +286,10 @@ def _search_flat(queries: np.ndarray, vectors: Vectors, top_k: int) -> tuple[np.
     best_scores = np.empty((len(queries), 0), dtype=np.float32)
     best_passages = np.empty((len(queries), 0), dtype=np.int64)
     for first, shard in vectors.shards():
-        scores, passages = _search_shard(queries, shard, top_k)
+        parts = [
+            _search_shard(some, torch.from_numpy(shard), top_k) for some in torch.from_numpy(queries).split(QUERIES)
+        ]
+        scores, passages = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         # those before come first, so that a stable sort leaves equal scores in order
         best_scores = np.concatenate([best_scores, scores], axis=1)
         best_passages = np.concatenate([best_passages, passages + first], axis=1)
@@ -290,19 +299,15 @@ def _search_flat(queries: np.ndarray, vectors: Vectors, top_k: int) -> tuple[np.
     return best_scores, best_passages
 
 
-def _search_shard(queries: np.ndarray, shard: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    def search(some: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, passages = faiss.knn(some, shard, count, faiss.METRIC_INNER_PRODUCT)
-        _settle_ties(scores, passages)
-        return scores, passages
-
+def _search_shard(queries: torch.Tensor, shard: torch.Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    products = queries @ shard.T
     count = min(top_k, len(shard))
-    scores, passages = search(queries, min(count + 1, len(shard)))
-    if len(shard) > count:
-        # of several that are as good as the last faiss keeps any: for these queries all passages are ranked
-        for row in np.flatnonzero(scores[:, count] == scores[:, count - 1]):
-            all_scores, all_passages = search(queries[row : row + 1], len(shard))
-            scores[row], passages[row] = all_scores[0, : count + 1], all_passages[0, : count + 1]
+    scores, passages = (tensor.numpy() for tensor in products.topk(min(count + 1, len(shard)), dim=1))
+    _settle_ties(scores, passages)
+    # of several that are as good as the last `topk` keeps any: the first in the corpus are taken in their place
+    for row in np.flatnonzero(scores[:, count - 1] == scores[:, -1]) if count < len(shard) else ():
+        best_first = torch.sort(products[row], descending=True, stable=True)
+        scores[row, :count], passages[row, :count] = best_first.values[:count], best_first.indices[:count]
     return scores[:, :count], passages[:, :count]
 
 

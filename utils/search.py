@@ -149,14 +149,11 @@ def dense_rankings(
     return rankings
 
 
-def search_words(texts: Sequence[str], stopwords: str = "en", return_ids: bool = False):
-    """The words that BM25 counts, in each text: of two characters and more, lower-cased, stemmed, no stopwords.
-
-    With `return_ids`, their numbers in a vocabulary of these texts, and that: bm25s' `Tokenized(ids, vocab)`.
-    """
+def search_words(texts: Sequence[str], stopwords: str = "en") -> list[list[str]]:
+    """The words that BM25 counts in each text: those of two characters and more, lower-cased, stemmed, no stopwords."""
     # a stemmer of PyStemmer must not be shared between threads, and costs nothing to make
     stemmer = Stemmer.Stemmer("english")
-    return bm25s.tokenize(list(texts), stopwords=stopwords, stemmer=stemmer, return_ids=return_ids, show_progress=False)
+    return bm25s.tokenize(list(texts), stopwords=stopwords, stemmer=stemmer, return_ids=False, show_progress=False)
 
 
 def _search_texts(examples: Sequence[Example], queries: Sequence[str] | None) -> Sequence[str]:
