@@ -354,11 +354,14 @@ def main():
 
     def mine_negatives() -> None:
         """Gives each pair the hard negatives that the model as it is ranks highest; called on all processes."""
-        ranked = dense([pair["example"] for pair in pairs], 5 * args.negatives_pool + 100)
-        for pair, ranking in zip(pairs, ranked, strict=True):
-            evidence = [key - pair["document"] for key in pair["evidence"]]
-            found = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
-            pair["negatives"] = [pair["document"] + passage for passage in found] or pair["negatives"]
+        at_once = 2**13 if corpus else len(pairs)  # whose rankings are in memory
+        for start in range(0, len(pairs), at_once):
+            block = pairs[start : start + at_once]
+            ranked = dense([pair["example"] for pair in block], 5 * args.negatives_pool + 100)
+            for pair, ranking in zip(block, ranked, strict=True):
+                evidence = [key - pair["document"] for key in pair["evidence"]]
+                found = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
+                pair["negatives"] = [pair["document"] + passage for passage in found] or pair["negatives"]
 
     gold = [example.evidence for example in validation]
     if not any(gold) and not corpus:  # nobody marked any: what the ROUGE oracle chooses stands in

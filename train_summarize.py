@@ -10,7 +10,7 @@ were read.
 
 from dataclasses import dataclass
 
-from utils.arguments import DataArguments, TrainingArguments, check_at_least, check_choice, flag, parse
+from utils.arguments import DataArguments, TrainingArguments, UsageError, check_at_least, check_choice, flag, parse
 
 
 @dataclass
@@ -45,6 +45,8 @@ class SummarizeArguments(TrainingArguments, DataArguments):
         check_at_least(1, self, "top_k", "max_target_length", "num_beams", "max_new_tokens")
         check_at_least(16, self, "max_source_length")
         check_at_least(0, self, "label_smoothing_factor", "min_new_tokens", "no_repeat_ngram_size", "dropout")
+        if self.corpus_file:
+            raise UsageError("--corpus_file is for train_retrieve.py, whose hand-over files hold what was found in it")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once

@@ -167,8 +167,8 @@ def generate_document(number: int, seed: str) -> list[dict]:
         hops = [[place for key in hop for place in places[key]] for hop in keys]
         records.append(
             {
-                "id": f"meeting{number}.q{which}",
-                "doc_id": f"meeting{number}",
+                "id": f"{seed}{number}.q{which}",
+                "doc_id": f"{seed}{number}",
                 "query": question.format(subject=subject),
                 "passages": passages,
                 "summary": reference,
