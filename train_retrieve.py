@@ -355,8 +355,8 @@ def main():
     def mine_negatives() -> None:
         """Gives each pair the hard negatives that the model as it is ranks highest; called on all processes."""
         at_once = 2**13 if corpus else len(pairs)  # whose rankings are in memory
-        for start in range(0, len(pairs), at_once):
-            block = pairs[start : start + at_once]
+        for first in range(0, len(pairs), at_once):
+            block = pairs[first : first + at_once]
             ranked = dense([pair["example"] for pair in block], 5 * args.negatives_pool + 100)
             for pair, ranking in zip(block, ranked, strict=True):
                 evidence = [key - pair["document"] for key in pair["evidence"]]
