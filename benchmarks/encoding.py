@@ -10,7 +10,15 @@ bf16 both are under autocast.
 
 Results
 
-(none yet)
+2026-11-24, AMD EPYC (Zen 4), 2 cores, torch 2.13.0+cpu, 1000 passages, 5 repeats
+
+| computed in | here, passages/s | SentenceTransformer.encode | ratio (range) | least cosine |
+| --- | ---: | ---: | ---: | ---: |
+| float32 | 45.0 | 40.6 | 1.08 (1.04 to 1.14) | 1.0000 |
+| bf16 | 76.2 | 68.6 | 1.10 (1.03 to 1.15) | 0.9999 |
+
+Here products of matrices are 60% of ours in bf16, and there is little padding on the other side, for both sort by
+length: the defaults, bf16 here and float32 there, are 1.9 times apart.
 """
 
 import argparse

@@ -11,7 +11,15 @@ all have.
 
 Results
 
-(none yet)
+2026-11-24, AMD EPYC (Zen 4), 2 cores, torch 2.13.0+cpu
+500 turns, 11,417 words
+
+| | passages chosen | seconds | ratio to ours, cold |
+| --- | ---: | ---: | ---: |
+| greedy_rouge_oracle, cold | 5 | 0.034 | 1.0 |
+| greedy_rouge_oracle, warm | 5 | 0.005 | 0.1 |
+| RougeScorer | 5 | 5.288 | 153.7 |
+| RougeScorer, our words, cold | 5 | 0.462 | 13.4 |
 """
 
 import argparse
