@@ -212,7 +212,7 @@ def test_retrieval_module_is_the_mean_over_examples_with_evidence():
     assert result.pop("examples") == 6
     assert result == pytest.approx({name: sum(score[name] for score in each) / 6 for name in each[0]})
     assert list(result) == [
-        "recall@1", "recall@5", "recall@10", "recall@20", "mrr@10", "ndcg@10", "gold_words@1024",
+        "recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@10", "ndcg@10", "gold_words@1024",
     ]  # fmt: skip
 
 

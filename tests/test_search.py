@@ -305,5 +305,5 @@ def test_what_scores_close_to_the_best_evidence_is_no_hard_negative():
     ranking = [(4, 0.9), (2, 0.8), (0, 0.77), (1, 0.75), (3, -0.1)]
     assert search.hard_negatives(ranking, [2, 3], pool=9, margin=0.05) == [1]  # 0.76 and less
     assert search.hard_negatives(ranking, [2, 3], pool=9, margin=0) == [0, 1]
-    assert search.hard_negatives([(0, -0.4), (1, -0.5), (2, -0.6)], [0], pool=9, margin=0.5) == [2]
+    assert search.hard_negatives([(0, -0.4), (1, -0.5), (2, -0.6)], [0], pool=9, margin=0.4) == [2]
     assert search.hard_negatives(ranking, [7], pool=2, margin=0.05) == [4, 2]  # its evidence is not in the ranking

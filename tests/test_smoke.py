@@ -117,7 +117,8 @@ def test_two_processes_train_the_retriever_like_one_with_twice_the_batch(tmp_pat
     one, two = (events(tmp_path / str(processes), "train") for processes in (1, 2))
     assert [line["examples"] for line in one] == [line["examples"] for line in two]
     assert sum(line["examples"] for line in one) == 120
-    assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
+    # a passage that both hold is encoded by both
+    assert all(a["tokens"] <= b["tokens"] for a, b in zip(one, two, strict=True))
     assert "on 2 process(es)" in result.stdout
     assert json.loads((tmp_path / "2" / "environment.json").read_text())["processes"] == 2
 

@@ -68,10 +68,8 @@ def hard_negatives(ranking: Ranking, evidence: Iterable[int], pool: int, margin:
     evidence that nobody marked (NV-Retriever, Moreira et al., 2024, arXiv:2407.15831).
     """
     evidence = set(evidence)
-    limit = math.inf
-    if margin is not None:
-        best = max((score for passage, score in ranking if passage in evidence), default=math.inf)
-        limit = best - margin * abs(best)
+    best = max((score for passage, score in ranking if passage in evidence), default=math.inf)
+    limit = math.inf if margin is None or best == math.inf else best - margin * abs(best)
     return [passage for passage, score in ranking if passage not in evidence and score <= limit][:pool]
 
 
