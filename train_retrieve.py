@@ -214,8 +214,11 @@ def main():
     passages = corpus.passages if corpus else [text for document in documents for text in document.passages]
 
     def read_passages() -> None:
-        """Tokenizes the passages that are a positive or a hard negative and were none before, each once."""
-        keys = sorted({key for pair in pairs for key in pair["evidence"] + pair["negatives"]} - passage_tokens.keys())
+        """Tokenizes documents whole, and of a corpus the positives and hard negatives; each passage once."""
+        keys = (
+            {key for pair in pairs for key in pair["evidence"] + pair["negatives"]} if corpus else range(len(passages))
+        )
+        keys = sorted(set(keys) - passage_tokens.keys())
         texts = passages[keys] if corpus and keys else [passages[key] for key in keys]
         passage_tokens.update(zip(keys, tokenize(retriever, texts, "passage"), strict=True))
 
@@ -225,7 +228,10 @@ def main():
         f"({sum(example.evidence is not None for example in train)} from evidence, the others from the ROUGE oracle)"
     )
     if not pairs:
-        raise UsageError("no training example has evidence or shares a word with its summary: nothing to train on")
+        raise UsageError(
+            "no training example has evidence" + ("" if corpus else " or shares a word with its summary")
+            + ": nothing to train on"
+        )  # fmt: skip
 
     def collate(examples: list[dict], dummy: bool, epoch: int) -> dict:
         """Draws positives and hard negatives for each example, anew in each epoch; a passage is there once."""
@@ -338,19 +344,9 @@ def main():
         return ranked
 
     def scores_of(ranked: list) -> dict:
-        from utils.metrics import Retrieval  # imports `evaluate`, which takes seconds
+        from utils.metrics import score_rankings  # imports `evaluate`, which takes seconds
 
-        columns = {"predictions": [], "references": [], "passage_words": []}
-        for example, ranking, evidence in zip(validation, ranked, gold, strict=True):
-            # numbered anew, for of a corpus only these passages are read
-            numbers = list(dict.fromkeys([passage for passage, _ in ranking] + (evidence or [])))
-            places = {passage: place for place, passage in enumerate(numbers)}
-            texts = example.document.passages
-            texts = texts[numbers] if corpus and numbers else [texts[number] for number in numbers]
-            columns["predictions"].append(list(range(len(ranking))))
-            columns["references"].append([places[passage] for passage in evidence or []])
-            columns["passage_words"].append([len(text.split()) for text in texts])
-        return Retrieval().compute(**columns, evidence_words=[example.evidence_words for example in validation])
+        return score_rankings(validation, ranked, gold)
 
     def mine_negatives() -> None:
         """Gives each pair the hard negatives that the model as it is ranks highest; called on all processes."""

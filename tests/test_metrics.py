@@ -15,7 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import ndcg_score
 
 from utils.data import Document, Example
-from utils.metrics import ROUGE_TYPES, Retrieval, Rouge, retrieval_scores, rouge_scores
+from utils.metrics import ROUGE_TYPES, Retrieval, Rouge, retrieval_scores, rouge_scores, score_rankings
 from utils.trec import write_qrels, write_run
 
 WORDS = "the committee committees agreed agrees to fund funding of two new remote controls . ! ? yellow".split()
@@ -214,6 +214,22 @@ def test_retrieval_module_is_the_mean_over_examples_with_evidence():
     assert list(result) == [
         "recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@10", "ndcg@10", "gold_words@1024",
     ]  # fmt: skip
+
+
+def test_rankings_of_examples_are_scored_by_their_documents_words():
+    generator = random.Random(6)
+    examples, rankings, expected = [], [], []
+    for number in range(5):
+        ranking, evidence, passage_words, evidence_words = random_case(generator)
+        document = Document(f"d{number}", [" ".join(["word"] * count) for count in passage_words])
+        examples.append(Example(f"e{number}", "", document, ["s"], list(evidence), list(evidence_words), None))
+        rankings.append([(passage, -float(place)) for place, passage in enumerate(ranking)])
+        expected.append(retrieval_scores(ranking, evidence, passage_words, evidence_words))
+    gold = [example.evidence for example in examples]
+    result = score_rankings(examples, rankings, gold)
+    assert result.pop("examples") == 5
+    assert result == pytest.approx({name: sum(score[name] for score in expected) / 5 for name in expected[0]})
+    assert score_rankings(examples, rankings, [gold[0], None, None, None, None])["examples"] == 1
 
 
 def test_retrieval_module_takes_other_cutoffs():

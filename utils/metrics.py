@@ -20,7 +20,8 @@ from datasets import Sequence as ListOf
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from utils.search import rouge_words
+from utils.data import Corpus, Example
+from utils.search import Ranking, rouge_words
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 RECALL_CUTOFFS = (1, 5, 10, 20, 100)
@@ -198,6 +199,26 @@ class Retrieval(LocalMetric):
             name: math.fsum(score[name] for score in scores) / len(scores) for name in (scores[0] if scores else ())
         }
         return {**means, "examples": len(scores)}
+
+
+def score_rankings(examples: Sequence[Example], rankings: Sequence[Ranking], evidence: Sequence) -> dict:
+    """`Retrieval` of the rankings of examples' passages, (passage number, score) pairs, against `evidence` or None.
+
+    Of a corpus only the passages in a ranking or its evidence are read.
+    """
+    columns = {"predictions": [], "references": [], "passage_words": []}
+    for example, ranking, relevant in zip(examples, rankings, evidence, strict=True):
+        numbers = list(dict.fromkeys([passage for passage, _ in ranking] + (relevant or [])))
+        places = {passage: place for place, passage in enumerate(numbers)}  # they are numbered anew
+        texts = example.document.passages
+        if isinstance(example.document, Corpus):
+            texts = texts[numbers] if numbers else []
+        else:
+            texts = [texts[number] for number in numbers]
+        columns["predictions"].append(list(range(len(ranking))))
+        columns["references"].append([places[passage] for passage in relevant or []])
+        columns["passage_words"].append([len(text.split()) for text in texts])
+    return Retrieval().compute(**columns, evidence_words=[example.evidence_words for example in examples])
 
 
 def _check_equally_many(**columns: Sequence):
