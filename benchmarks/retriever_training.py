@@ -9,20 +9,22 @@ MultipleNegativesRankingLoss, or at batch 512 CachedMultipleNegativesRankingLoss
 batches and optimizer included, without the first epoch (here) or step (there). Both sides compute all pairs of
 `--steps` batches; here batches are of similar length. The two losses at the end are of one and the same batch.
 
-Results, as printed (one repeat of two steps by --clock cpu on a machine busy with other work: a first
-measurement; the cached row is one step of 512 pairs on each side, run singly with --run):
+Results, as printed (`--rows plain --steps 4 --repeats 2`):
 
-    2026-11-23, AMD EPYC (AVX512), 1 core(s), torch 2.13.0+cpu, sentence-transformers 6.2.0, 1 repeats, cpu clock
+    2026-11-24, AMD EPYC (Zen 4), 2 cores, torch 2.13.0+cpu, sentence-transformers 6.2.0, 2 repeats, wall clock
 
     train_retrieve.py   peer                pairs/s: here  peer   ratio (range)
-    float32             float32                      7.54  4.28   1.76 (1.76 to 1.76)
-    bf16                bf16                        19.74  9.24   2.13 (2.13 to 2.13)
-    bf16                float32                     19.74  4.28   4.61 (4.61 to 4.61)
-    float32, dropout    float32, dropout             7.17  3.25   2.20 (2.20 to 2.20)
-    bf16, dropout       float32, dropout            20.71  3.25   6.37 (6.37 to 6.37)
-    cached, bf16        cached, bf16                19.09  8.24   2.32 (2.32 to 2.32)
+    float32             float32                     12.99  6.80   1.91 (1.85 to 1.97)
+    bf16                bf16                        21.62 11.28   1.92 (1.84 to 2.00)
+    bf16                float32                     21.62  6.80   3.18 (3.15 to 3.21)
+    float32, dropout    float32, dropout            11.98  3.55   3.45 (2.97 to 3.93)
+    bf16, dropout       float32, dropout            13.77  3.55   3.61 (1.87 to 5.35)
     loss of one batch, float32: here 5.015556, peer 5.015556
-    loss of one batch, bf16: here 5.015859, peer 5.000000
+    loss of one batch, bf16: here 5.009277, peer 5.000000
+
+In the last row's second turn, 5.60 pairs/s after 21.94, the machine had other work. "dropout" is MiniLM's own, but
+train_retrieve.py leaves that of attention weights out unless it is asked for. The cached rows, one step of 512 pairs,
+were measured singly before (2026-11-23, one busy core of a Zen 5, by --clock cpu): bf16 19.09 and 8.24 pairs/s, 2.32.
 """
 
 import argparse
