@@ -3,8 +3,8 @@
 # scratch on what it retrieves. Turns are merged into chunks of 200 words.
 # usage: runs/qmsum.sh FOLDER_OF_QMSUM [OUTPUT]     (train.jsonl.xz and validation.jsonl in this project's format)
 #
-# 2026-11-24, two cores of an AMD EPYC (Zen 4), bfloat16, torch 2.13.0, seed 42; the retriever's training 45 minutes beside other work
-# (it was stopped once and went on from its checkpoint).
+# 2026-11-24, two cores of an AMD EPYC (Zen 4), bfloat16, torch 2.13.0, seed 42; the retriever's training 45 minutes beside
+# other work, stopped once and gone on with from its checkpoint.
 # Retriever, validation, 237 specific questions with evidence: share of gold words within 1,024 words, 95% bootstrap by
 # meeting: 62.3 [55.7, 68.3], BM25 37.6 [30.6, 44.2]; what each part adds: runs/ablation.py
 #   recall@5 44.3 (BM25 32.8), nDCG@10 57.4 (44.7) by the retriever's own scores, neither smoothed nor with BM25
