@@ -23,8 +23,12 @@ Results, as printed (`--rows plain --steps 4 --repeats 2`):
     loss of one batch, bf16: here 5.009277, peer 5.000000
 
 In the last row's second turn, 5.60 pairs/s after 21.94, the machine had other work. "dropout" is MiniLM's own, but
-train_retrieve.py leaves that of attention weights out unless it is asked for. The cached rows, one step of 512 pairs,
-were measured singly before (2026-11-23, one busy core of a Zen 5, by --clock cpu): bf16 19.09 and 8.24 pairs/s, 2.32.
+train_retrieve.py leaves that of attention weights out unless it is asked for. The cached rows, one
+step of 512 pairs (`--rows cached --repeats 1`, on an idle machine):
+
+    cached, float32     cached, float32             10.33  6.06   1.70 (1.70 to 1.70)
+    cached, bf16        cached, bf16                17.77  8.95   1.99 (1.99 to 1.99)
+    cached, bf16        cached, float32             17.77  6.06   2.93 (2.93 to 2.93)
 """
 
 import argparse
