@@ -35,10 +35,24 @@ class RetrieveArguments(TrainingArguments, DataArguments):
     negatives_margin: float = flag(
         0.05, "mined passages that score within this share of the query's best evidence are no negatives"
     )
+    draft_share: float = flag(
+        0.5, "share of the training queries that search with a draft, as later hops do; 0: only the first hop's"
+    )
+    drafts_file: str | None = flag(
+        None, "drafts by example id, as retrieve_and_summarize.py writes them, in place of those made of the references"
+    )
+    validation_drafts_file: str | None = flag(None, "likewise for the validation examples, to score a second hop")
+    found_weight: float = flag(0.5, "weight of evidence that a draft was written from, beside 1 for what is missing")
     group_by_document: bool = flag(
         False, "fill batches with queries of the same document, whose passages are then each other's negatives"
     )
-    oracle_passages: int = flag(5, "positives that the ROUGE oracle chooses at most, for examples without evidence")
+    supervision: str = flag("evidence", "where positives come from: evidence (without any: rouge), or rouge, an oracle")
+    oracle_passages: int = flag(5, "positives that the ROUGE oracle chooses at most")
+    teacher: str | None = flag(
+        None, "a summarizer's folder, in place of the ROUGE oracle: how likely each passage makes the reference"
+    )
+    teacher_candidates: int = flag(20, "passages whose likelihoods the teacher compares, BM25's best")
+    teacher_temperature: float = flag(0.1, "divides the teacher's log-likelihoods per token")
     ranking: str = flag(
         "dense",
         "how passages are ranked: dense, or hybrid, with BM25 (by standardized scores; in a corpus by reciprocal rank)",
@@ -57,14 +71,22 @@ class RetrieveArguments(TrainingArguments, DataArguments):
             "gold_words@1024"))  # fmt: skip
         check_choice("--ranking", self.ranking, ("dense", "hybrid"))
         check_choice("--index", self.index, ("flat", "ivf", "hnsw"))
-        check_at_least(1, self, "top_k", "num_positives", "negatives_pool", "oracle_passages", "max_seq_length")
+        check_choice("--supervision", self.supervision, ("evidence", "rouge"))
+        check_at_least(1, self, "top_k", "num_positives", "negatives_pool", "oracle_passages", "max_seq_length",
+                       "teacher_candidates")  # fmt: skip
         check_at_least(0, self, "num_hard_negatives", "smooth_window", "bm25_weight", "mine_negatives_every")
-        check_at_least(0, self, "negatives_margin", "smooth_decay")
+        check_at_least(0, self, "negatives_margin", "smooth_decay", "draft_share", "found_weight")
+        if self.draft_share > 1:
+            raise UsageError(f"--draft_share {self.draft_share}: 1 at most is wanted")
+        for name in ("supervision", "teacher", "drafts_file", "validation_drafts_file"):
+            if self.corpus_file and getattr(self, name) not in (None, "evidence"):
+                raise UsageError(f"--{name} needs documents; leave it out with --corpus_file")
         if self.corpus_file and self.smooth_window:
             raise UsageError("--smooth_window averages neighbours in a document; leave it out with --corpus_file")
         check_at_least(0, self, "attention_dropout", "gradient_cache_tokens")
-        if not self.temperature > 0:
-            raise UsageError(f"--temperature {self.temperature}: more than 0 is wanted")
+        for name in ("temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name} {getattr(self, name)}: more than 0 is wanted")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
@@ -88,7 +110,8 @@ from utils.batching import StepBatches, plan_epoch
 from utils.checkpoint import publish
 from utils.contrastive import backward_by_chunk, contrastive_loss, embed, embed_without_graph
 from utils.corpus import bm25_index, bm25_search, dense_search, encode_corpus, recall_lost
-from utils.data import load_splits, write_retrieved
+from utils.data import load_splits, read_drafts, write_retrieved
+from utils.drafts import reference_draft
 from utils.retriever import (
     build_small_encoder,
     count_tokens,
@@ -101,13 +124,12 @@ from utils.retriever import (
 from utils.search import (
     bm25_rankings,
     dense_rankings,
-    fuse_scores,
+    fuse_hops,
     greedy_rouge_oracle,
     hard_negatives,
-    passage_scores,
-    rank,
     reciprocal_rank_fusion,
-    smooth,
+    retriever_rankings,
+    search_text,
 )
 from utils.state import Checkpoints, digest, schedule_steps, stop_reason
 from utils.training import (
@@ -121,6 +143,7 @@ from utils.training import (
     check_loss_scale,
     check_weight_norm,
     end_run,
+    give_back_memory,
     is_out_of_memory,
     is_sharded,
     local_gradients,
@@ -143,7 +166,8 @@ def main():
     # set-up
 
     accelerator = Accelerator(
-        mixed_precision=precision(args), log_with=args.report_to, project_dir=args.output_dir,
+        mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
+        project_dir=args.output_dir,
         # every process holds the same buffers, and one that runs out of memory must not leave another in an exchange
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )  # fmt: skip
@@ -174,40 +198,63 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # supervision: a positive is a passage of the evidence; hard negatives rank high in BM25 and are no evidence
 
+    lexical_index = bm25_index(corpus) if corpus else None
+
+    def lexical_rankings(examples: list, top_k: int, queries: list[str] | None = None) -> list:
+        if corpus:
+            return bm25_search(lexical_index, queries or [example.query for example in examples], top_k)
+        return bm25_rankings(examples, queries=queries)
+
+    drafts = read_drafts(args.drafts_file, train) if args.drafts_file else [[] for _ in train]
+    searches = [[example.query] for example in train]  # of the first hop and, with drafts, of a later one
+    for example, those, of_hops in zip(train, drafts, searches, strict=True):
+        if args.draft_share:
+            texts = [*example.summaries[:1], *(text for text, _ in those)]
+            of_hops.append(search_text(example.query, texts[-1] if texts else ""))
+    ranked = [
+        lexical_rankings(train, args.negatives_pool + 100, list(queries)) for queries in zip(*searches, strict=True)
+    ]
+    is_marked = [example.evidence is not None and args.supervision == "evidence" for example in train]
+    taught = {}  # passage numbers and the probability of each, of examples without evidence
+    if args.teacher:
+        from utils.summarizer import passage_likelihoods
+
+        unmarked = [number for number, marked in enumerate(is_marked) if not marked]
+        best = {number: ranked[0][number][: args.teacher_candidates] for number in unmarked}
+        candidates = [sorted(passage for passage, _ in ranking) for ranking in best.values()]
+        likelihoods = passage_likelihoods(args.teacher, [train[number] for number in unmarked], candidates, accelerator)
+        for number, passages, of_each in zip(unmarked, candidates, likelihoods, strict=True):
+            taught[number] = passages, np.exp((of_each - of_each.max()) / args.teacher_temperature)
+
     def positives(example) -> tuple[list[int], list[int]]:
         """Passage numbers, and how often each is drawn: as its gold words, which are few in some chunks of turns."""
-        if example.evidence is not None or corpus:
+        if corpus or (example.evidence is not None and args.supervision == "evidence"):
             return example.evidence or [], example.evidence_words or []
         chosen = greedy_rouge_oracle(example.document.passages, example.summaries, args.oracle_passages)
         return sorted(chosen), [1] * len(chosen)
-
-    lexical_index = bm25_index(corpus) if corpus else None
-
-    def lexical_rankings(examples: list, top_k: int) -> list:
-        if corpus:
-            return bm25_search(lexical_index, [example.query for example in examples], top_k)
-        return bm25_rankings(examples)
 
     # passages are numbered through all documents: these are the numbers of each document's first one
     first_key = dict(
         zip(map(id, documents), np.cumsum([0, *(len(d.passages) for d in documents)]).tolist(), strict=False)
     )
     query_tokens = tokenize(retriever, [example.query for example in train], "query")
-    ranked = lexical_rankings(train, args.negatives_pool + 100)
     pairs, passage_tokens = [], {}
-    for example, tokens, ranking in zip(train, query_tokens, ranked, strict=True):
-        evidence, weights = positives(example)
+    for number, example in enumerate(train):
+        evidence, weights = taught.get(number) or positives(example)
         if not sum(weights):
             continue
-        negatives = hard_negatives(ranking, evidence, args.negatives_pool)
+        negatives = [hard_negatives(of_hop[number], evidence, args.negatives_pool) for of_hop in ranked]
         offset = first_key[id(example.document)]
         pairs.append({
             "example": example,
             "number": len(pairs),
-            "query": tokens,
+            "query": query_tokens[number],
+            "searches": searches[number],
+            "drafts": [(text, [offset + passage for passage in read]) for text, read in drafts[number]],
             "evidence": [offset + passage for passage in evidence],
             "weights": np.array(weights) / sum(weights),
-            "negatives": [offset + passage for passage in negatives],
+            "is_distribution": number in taught,
+            "negatives": [[offset + passage for passage in of_hop] for of_hop in negatives],
             "document": offset,
         })  # fmt: skip
 
@@ -216,7 +263,9 @@ def main():
     def read_passages() -> None:
         """Tokenizes documents whole, and of a corpus the positives and hard negatives; each passage once."""
         keys = (
-            {key for pair in pairs for key in pair["evidence"] + pair["negatives"]} if corpus else range(len(passages))
+            {key for pair in pairs for key in sum(pair["negatives"], pair["evidence"])}
+            if corpus
+            else range(len(passages))
         )
         keys = sorted(set(keys) - passage_tokens.keys())
         texts = passages[keys] if corpus and keys else [passages[key] for key in keys]
@@ -225,7 +274,7 @@ def main():
     read_passages()
     log.say(
         f"{len(train)} training examples, {len(validation)} for validation; {len(pairs)} with positives "
-        f"({sum(example.evidence is not None for example in train)} from evidence, the others from the ROUGE oracle)"
+        f"({sum(is_marked)} from evidence, the others from the {'teacher' if args.teacher else 'ROUGE oracle'})"
     )
     if not pairs:
         raise UsageError(
@@ -233,22 +282,42 @@ def main():
             + ": nothing to train on"
         )  # fmt: skip
 
+    def draw_search(pair: dict, rng) -> tuple[list[int], np.ndarray, list[int]]:
+        """Tokens to search with, of the first hop or a later one, the weights of the evidence, and hard negatives."""
+        example, query, weights = pair["example"], pair["query"], pair["weights"]
+        if rng.random() >= args.draft_share or not (pair["drafts"] or example.summaries):
+            return query, weights, pair["negatives"][0]
+        if pair["drafts"]:
+            draft, read = pair["drafts"][rng.integers(len(pair["drafts"]))]
+            missing = ~np.isin(pair["evidence"], read)
+            if missing.any():  # what the draft was written from is found: a later hop is there for the rest
+                weights = weights * np.where(missing, 1.0, args.found_weight)
+                weights = weights / weights.sum()
+        else:
+            draft = reference_draft(example.summaries, rng)
+        return tokenize(retriever, [search_text(example.query, draft)], "query")[0], weights, pair["negatives"][-1]
+
     def collate(examples: list[dict], dummy: bool, epoch: int) -> dict:
-        """Draws positives and hard negatives for each example, anew in each epoch; a passage is there once."""
-        drawn = []
+        """Draws hop, positives and hard negatives for each example, anew in each epoch; a passage is there once."""
+        drawn, queries, weights = [], [], []
         for example in examples:  # by its own number: the draw does not depend on how a step is split into batches
             rng = np.random.default_rng([args.seed, epoch, example["number"]])
-            count = min(args.num_positives, len(example["evidence"]))
-            drawn += rng.choice(example["evidence"], count, replace=False, p=example["weights"]).tolist()
-            count = min(args.num_hard_negatives, len(example["negatives"]))
-            drawn += rng.choice(example["negatives"], count, replace=False).tolist() if count else []
+            search, weight, negatives = draw_search(example, rng)
+            queries.append(search)
+            weights.append(torch.from_numpy(weight))
+            if example["is_distribution"]:  # over all of them
+                drawn += example["evidence"]
+            else:
+                count = min(args.num_positives, np.count_nonzero(weight))
+                drawn += rng.choice(example["evidence"], count, replace=False, p=weight).tolist()
+            count = min(args.num_hard_negatives, len(negatives))
+            drawn += rng.choice(negatives, count, replace=False).tolist() if count else []
         keys = list(dict.fromkeys(drawn))
         evidence = [torch.tensor(example["evidence"]) for example in examples]
-        weights = [torch.from_numpy(example["weights"]) for example in examples]
         return {
             "texts": in_chunks(
                 retriever,
-                [example["query"] for example in examples],
+                queries,
                 [passage_tokens[key] for key in keys],
                 args.gradient_cache_tokens,
             ),
@@ -259,16 +328,29 @@ def main():
             "evidence_weights": torch.zeros(len(examples), 1)
             if dummy
             else torch.nn.utils.rnn.pad_sequence(weights, batch_first=True),
+            "is_distribution": torch.tensor([example["is_distribution"] for example in examples]),
         }
 
     # ------------------------------------------------------------------------------------------------------------------
     # batches, optimizer, schedule
 
-    lengths = []  # of the query, and of its positive and negatives at most, for they are drawn anew in each epoch
-    for pair in pairs:
-        longest = max(len(passage_tokens[key]) for key in pair["evidence"] + pair["negatives"])
-        count = min(args.num_positives, len(pair["evidence"])) + min(args.num_hard_negatives, len(pair["negatives"]))
-        lengths.append([len(pair["query"]), longest * count])
+    longest_drafts = [
+        max((*pair["example"].summaries, *(text for text, _ in pair["drafts"])), key=len, default="")
+        if args.draft_share else "" for pair in pairs
+    ]  # fmt: skip
+    longest_searches = tokenize(
+        retriever,
+        [search_text(pair["example"].query, draft) for pair, draft in zip(pairs, longest_drafts, strict=True)],
+        "query",
+    )
+    lengths = []  # of search text, positives and negatives at most, for they are drawn anew in each epoch
+    for pair, search in zip(pairs, longest_searches, strict=True):
+        longest = max(len(passage_tokens[key]) for key in sum(pair["negatives"], pair["evidence"]))
+        count = len(pair["evidence"])
+        count = count if pair["is_distribution"] else min(args.num_positives, count)
+        lengths.append(
+            [len(search), longest * (count + min(args.num_hard_negatives, max(map(len, pair["negatives"]))))]
+        )
     groups = [pair["document"] for pair in pairs]
 
     def shape(epoch: int) -> dict:
@@ -313,35 +395,31 @@ def main():
     def encode_texts(texts: list[str], kind: str) -> np.ndarray:
         return encode(retriever, texts, kind, accelerator=accelerator, poll=lambda: signals.poll(accelerator))
 
-    def dense(examples: list, top_k: int) -> list:
+    def dense(examples: list, top_k: int, queries: list[str] | None = None) -> list:
         if not corpus:
-            return dense_rankings(examples, encode_texts)
+            return dense_rankings(examples, encode_texts, queries=queries)
         vectors = encode_corpus(
             corpus.passages, partial(encode_texts, kind="passage"), run_folder / "embeddings",
             key=f"{corpus.id} {weights_key(retriever)} {accelerator.mixed_precision}", accelerator=accelerator,
         )  # fmt: skip
-        queries = encode_texts([example.query for example in examples], "query")
+        query_vectors = encode_texts(queries or [example.query for example in examples], "query")
         found = [None]
         if accelerator.is_main_process:
-            found = [dense_search(queries, vectors, top_k, index=args.index)]
+            found = [dense_search(query_vectors, vectors, top_k, index=args.index)]
             if args.index != "flat":
-                lost = recall_lost(queries, vectors, top_k, index=args.index)
+                lost = recall_lost(query_vectors, vectors, top_k, index=args.index)
                 log.say(f"--index {args.index} misses {lost:.1f}% of the {top_k} passages that exact search finds")
         return broadcast_object_list(found)[0]
 
-    def rankings(examples: list) -> list:
-        ranked = dense(examples, args.top_k)
-        if args.ranking == "hybrid":
-            both = zip(ranked, lexical_rankings(examples, args.top_k), strict=True)
-            if corpus:
-                ranked = [reciprocal_rank_fusion(pair)[: args.top_k] for pair in both]
-            else:
-                ranked = [fuse_scores(*pair, args.bm25_weight) for pair in both]
-        if args.smooth_window:
-            ranked = [
-                rank(smooth(passage_scores(ranking), args.smooth_window, args.smooth_decay)) for ranking in ranked
-            ]
-        return ranked
+    def rankings(examples: list, queries: list[str] | None = None) -> list:
+        """Each example's ranking for its query, or for the search text in `queries`."""
+        if not corpus:
+            return retriever_rankings(examples, encode_texts, vars(args), queries)
+        ranked = dense(examples, args.top_k, queries)
+        if args.ranking == "dense":
+            return ranked
+        both = zip(ranked, lexical_rankings(examples, args.top_k, queries), strict=True)
+        return [reciprocal_rank_fusion(pair)[: args.top_k] for pair in both]
 
     def scores_of(ranked: list) -> dict:
         from utils.metrics import score_rankings  # imports `evaluate`, which takes seconds
@@ -353,11 +431,15 @@ def main():
         at_once = 2**13 if corpus else len(pairs)  # whose rankings are in memory
         for first in range(0, len(pairs), at_once):
             block = pairs[first : first + at_once]
-            ranked = dense([pair["example"] for pair in block], 5 * args.negatives_pool + 100)
-            for pair, ranking in zip(block, ranked, strict=True):
+            queries = list(itertools.chain(*zip(*(pair["searches"] for pair in block), strict=True)))
+            # all hops' together, so that each document is encoded once
+            asking = [pair["example"] for pair in block] * (len(queries) // len(block))
+            ranked = dense(asking, 5 * args.negatives_pool + 100, queries)
+            for number, ranking in enumerate(ranked):
+                hop, pair = number // len(block), block[number % len(block)]
                 evidence = [key - pair["document"] for key in pair["evidence"]]
                 found = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
-                pair["negatives"] = [pair["document"] + passage for passage in found] or pair["negatives"]
+                pair["negatives"][hop] = [pair["document"] + p for p in found] or pair["negatives"][hop]
 
     gold = [example.evidence for example in validation]
     if not any(gold) and not corpus:  # nobody marked any: what the ROUGE oracle chooses stands in
@@ -365,19 +447,35 @@ def main():
 
     bm25_scores = scores_of(lexical_rankings(validation, args.top_k)) if accelerator.is_main_process else {}
 
+    first_drafts = read_drafts(args.validation_drafts_file, validation) if args.validation_drafts_file else []
+    searches = [example.query for example in validation]
+    searches += [
+        search_text(example.query, drafts[0][0] if drafts else "")
+        for example, drafts in zip(validation, first_drafts, strict=False)
+    ]
+
     def validate() -> dict:
         """Scores beside those of BM25, on all processes; Interrupted if a signal came meanwhile."""
-        ranked = rankings(validation)
+        ranked = rankings(validation * (len(searches) // len(validation)), searches)  # each document encoded once
         signals.poll(accelerator)
-        found = [{**scores_of(ranked), "bm25": bm25_scores}] if accelerator.is_main_process else [{}]
+        found = [{}]
+        if accelerator.is_main_process:
+            first, second = ranked[: len(validation)], ranked[len(validation) :]
+            found = [{**scores_of(first), "bm25": bm25_scores}]
+            if second:
+                found[0]["hop2"] = scores_of([fuse_hops(hops) for hops in zip(first, second, strict=True)])
         return broadcast_object_list(found)[0]
 
     # ------------------------------------------------------------------------------------------------------------------
     # checkpoints
 
     data = digest(
-        [sorted(passage_tokens.items()), [[pair["query"], pair["evidence"], pair["negatives"]] for pair in pairs]]
-    )
+        [
+            sorted(passage_tokens.items()),
+            [[pair["query"], pair["evidence"], pair["weights"].tolist(), pair["negatives"], pair["drafts"]]
+             for pair in pairs],
+        ]
+    )  # fmt: skip
     checkpoints = Checkpoints(accelerator, args, run_folder, log, signals, model=model, optimizer=optimizer,
                               scheduler=scheduler, data=data, shape=shape)  # fmt: skip
     state, resumed_from, old_shape = checkpoints.resume()
@@ -429,7 +527,8 @@ def main():
                         embeddings = embed(model, batch["texts"])
                 loss, right = contrastive_loss(
                     *embeddings.split(sides), passage_keys=batch["passage_keys"], evidence_keys=batch["evidence_keys"],
-                    evidence_weights=batch["evidence_weights"], temperature=args.temperature,
+                    evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
+                    temperature=args.temperature,
                 )  # fmt: skip
             with record_function("backward"), together(accelerator):
                 # times the processes, because gradients are averaged over them
@@ -522,6 +621,7 @@ def main():
                         check_weight_norm(accelerator, model)
                     log("train", step=state.step, epoch=epoch, lr=scheduler.get_last_lr()[0], skipped=state.skipped,
                         **meters["train"].read(accelerator), wall=state.train_seconds)  # fmt: skip
+                    give_back_memory()
                 if state.step_in_epoch == 0:
                     log("epoch", step=state.step, epoch=state.epoch, **meters["epoch"].read(accelerator))
                 log.advance()
@@ -546,7 +646,10 @@ def main():
         scores = validate()
     if accelerator.is_main_process:
         columns = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")
-        log.say(score_table({"BM25": bm25_scores, "retriever": scores}, columns))
+        rows = {"BM25": bm25_scores, "retriever": scores}
+        if "hop2" in scores:
+            rows["with drafts"] = scores["hop2"]
+        log.say(score_table(rows, columns))
         publish(run_folder, lambda folder: retriever.save_pretrained(str(folder), create_model_card=False))
     for split, examples in {"train": train, "validation": validation}.items():
         ranked = [ranking[: args.top_k] for ranking in rankings(examples)]

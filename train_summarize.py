@@ -10,11 +10,21 @@ were read.
 
 from dataclasses import dataclass
 
-from utils.arguments import DataArguments, TrainingArguments, UsageError, check_at_least, check_choice, flag, parse
+from utils.arguments import (
+    DataArguments,
+    GenerationArguments,
+    TrainingArguments,
+    UsageError,
+    check_at_least,
+    check_choice,
+    flag,
+    parse,
+    saved_arguments,
+)
 
 
 @dataclass
-class SummarizeArguments(TrainingArguments, DataArguments):
+class SummarizeArguments(GenerationArguments, TrainingArguments, DataArguments):
     output_dir: str = flag("outputs/summarize", "the run folder: arguments, metrics, predictions and the model")
     metric_for_best: str = flag("rougeL", "validation score that decides which checkpoint is best, and patience")
     model_name_or_path: str | None = flag(None, "an encoder-decoder checkpoint [a small BART from scratch]")
@@ -30,11 +40,6 @@ class SummarizeArguments(TrainingArguments, DataArguments):
     dropout: float | None = flag(None, "dropout of the summarizer [a checkpoint's own; 0 from scratch]")
     max_target_length: int = flag(128, "tokens of a reference in training")
     label_smoothing_factor: float = flag(0.1, "share of the target probability spread over the vocabulary")
-    num_beams: int = flag(4, "beams in generation; 1: greedy")
-    length_penalty: float = flag(1.0, "exponent of the length by which beam scores are divided")
-    min_new_tokens: int = flag(0, "tokens generated at least")
-    max_new_tokens: int = flag(128, "tokens generated at most")
-    no_repeat_ngram_size: int = flag(0, "n-grams of this size are generated once only; 0: no limit")
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,9 +47,10 @@ class SummarizeArguments(TrainingArguments, DataArguments):
             "loss", "nll_loss", "ppl", "rouge1", "rouge2", "rougeL", "rougeLsum"))  # fmt: skip
         check_choice("--fusion", self.fusion, ("concat", "fid"))
         check_choice("--passage_order", self.passage_order, ("document", "rank"))
-        check_at_least(1, self, "top_k", "max_target_length", "num_beams", "max_new_tokens")
+        self.check_generation()
+        check_at_least(1, self, "top_k", "max_target_length")
         check_at_least(16, self, "max_source_length")
-        check_at_least(0, self, "label_smoothing_factor", "min_new_tokens", "no_repeat_ngram_size", "dropout")
+        check_at_least(0, self, "label_smoothing_factor", "dropout")
         if self.corpus_file:
             raise UsageError("--corpus_file is for train_retrieve.py, whose hand-over files hold what was found in it")
 
@@ -56,8 +62,10 @@ import itertools
 import math
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
@@ -68,7 +76,7 @@ from transformers import get_scheduler
 from utils.batching import StepBatches, eval_batches, plan_epoch
 from utils.checkpoint import publish
 from utils.data import load_splits, write_jsonl
-from utils.search import bm25_rankings, dense_rankings, lead_ranking, oracle_ranking, random_ranking
+from utils.search import bm25_rankings, lead_ranking, oracle_ranking, random_ranking, retriever_rankings
 from utils.state import Checkpoints, digest, schedule_steps, stop_reason
 from utils.summarizer import (
     Sources,
@@ -92,6 +100,7 @@ from utils.training import (
     check_loss_scale,
     check_weight_norm,
     end_run,
+    give_back_memory,
     is_out_of_memory,
     is_sharded,
     local_gradients,
@@ -115,7 +124,8 @@ def main():
     # set-up
 
     accelerator = Accelerator(
-        mixed_precision=precision(args), log_with=args.report_to, project_dir=args.output_dir,
+        mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
+        project_dir=args.output_dir,
         # every process holds the same buffers, and one that runs out of memory must not leave another in an exchange
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )  # fmt: skip
@@ -159,17 +169,25 @@ def main():
             return [BASELINES[args.retriever](example) for example in examples]
         if from_run:
             return [from_run[id(example)] for example in examples]
-        return dense_rankings(examples, lambda texts, kind: encode(retriever, texts, kind, accelerator=accelerator))
+        return retriever_rankings(
+            examples, lambda texts, kind: encode(retriever, texts, kind, accelerator=accelerator),
+            saved_arguments(args.retriever),
+        )  # fmt: skip
 
     def read(examples: list) -> list[dict]:
-        """Each example with its source and the numbers of the passages in it."""
+        """Each example with its source and the numbers of the passages in it, and the sources of all of its hops."""
         rows = []
         sources.read(example.document for example in examples)
         for example, ranking in zip(examples, rank(examples), strict=True):
-            chosen = [passage for passage, _ in ranking[: args.top_k]]
-            source, passages = sources.build(example.query, example.document, chosen)
+            earlier = [hop.retrieved for hop in example.hops[:-1]] if args.retriever is None else []
+            of_hops = [
+                sources.build(example.query, example.document, [passage for passage, _ in ranked[: args.top_k]])
+                for ranked in (*earlier, ranking)
+            ]
+            source, passages = of_hops[-1]
             targets = tokenizer(text_target=example.summaries, truncation=True, max_length=args.max_target_length)
-            rows.append({"example": example, "source": source, "passages": passages, "targets": targets["input_ids"]})
+            rows.append({"example": example, "source": source, "passages": passages, "targets": targets["input_ids"],
+                         "sources": [source for source, _ in of_hops]})  # fmt: skip
         return rows
 
     from_run = {}  # rankings by the example's identity
@@ -183,10 +201,16 @@ def main():
         retriever = load_retriever(args.retriever).to(accelerator.device)
     train_rows, validation_rows = read(train), read(validation)
     retriever = None
-    pairs = [(row["source"], target) for row in train_rows for target in row["targets"]]  # one for each reference
+    pairs = [(row["sources"], target) for row in train_rows for target in row["targets"]]  # one for each reference
+    numbered = [(number, *pair) for number, pair in enumerate(pairs)]
 
-    def collate_pairs(pairs: list, dummy: bool) -> dict:
-        batch = collate([source for source, _ in pairs], [target for _, target in pairs], tokenizer.pad_token_id)
+    def collate_pairs(pairs: list, dummy: bool, epoch: int) -> dict:
+        """A batch of sources, each of a hop that is drawn anew in each epoch: one summarizer serves all hops."""
+        drawn = [
+            of_hops[np.random.default_rng([args.seed, epoch, number]).integers(len(of_hops))]
+            for number, of_hops, _ in pairs
+        ]
+        batch = collate(drawn, [target for *_, target in pairs], tokenizer.pad_token_id)
         if dummy:
             batch["labels"].fill_(-100)
         return batch
@@ -195,7 +219,10 @@ def main():
     # batches, optimizer, schedule
 
     most_sequences = args.top_k if args.fusion == "fid" else 1
-    lengths = [[most_sequences * max(map(len, source)), len(target)] for source, target in pairs]
+    lengths = [
+        [most_sequences * max(len(sequence) for source in of_hops for sequence in source), len(target)]
+        for of_hops, target in pairs
+    ]
 
     def shape(epoch: int) -> dict:
         """All that decides, beside data, seed and epoch, which examples a step holds."""
@@ -267,7 +294,7 @@ def main():
             with torch.no_grad(), accelerator.autocast():
                 loss, nll = summarizer(**batch, label_smoothing_factor=args.label_smoothing_factor)
                 del batch["labels"]
-                ids = summarizer.generate(**batch, **generation)
+                ids = summarizer.generate(**batch, **args.generation())
             if is_extra:
                 continue
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -291,15 +318,6 @@ def main():
                 **rouge.compute(predictions=predictions, references=references), **baselines,
             }]  # fmt: skip
         return predictions, broadcast_object_list(scores)[0]
-
-    generation = {
-        "num_beams": args.num_beams,
-        "length_penalty": args.length_penalty,
-        "min_new_tokens": args.min_new_tokens,
-        "max_new_tokens": args.max_new_tokens,
-        "no_repeat_ngram_size": args.no_repeat_ngram_size,
-        "do_sample": False,
-    }
 
     # ------------------------------------------------------------------------------------------------------------------
     # checkpoints
@@ -367,7 +385,8 @@ def main():
             if state.stop or received:
                 break
             steps = plan(epoch, state.done_before)
-            batches = StepBatches(pairs, steps[state.step_in_epoch :], collate_pairs, accelerator.process_index)
+            collate_epoch = partial(collate_pairs, epoch=epoch)
+            batches = StepBatches(numbered, steps[state.step_in_epoch :], collate_epoch, accelerator.process_index)
             log.start_epoch(epoch, state.step_in_epoch, len(steps))
             for micro_batches in DataLoader(batches, batch_size=None, num_workers=args.dataloader_num_workers):
                 step_began = time.perf_counter()
@@ -424,6 +443,7 @@ def main():
                         check_weight_norm(accelerator, model)
                     log("train", step=state.step, epoch=epoch, lr=scheduler.get_last_lr()[0], skipped=state.skipped,
                         **meters["train"].read(accelerator), wall=state.train_seconds)  # fmt: skip
+                    give_back_memory()
                 if state.step_in_epoch == 0:
                     log("epoch", step=state.step, epoch=state.epoch, **meters["epoch"].read(accelerator))
                 log.advance()

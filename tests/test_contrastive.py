@@ -77,6 +77,32 @@ def test_all_evidence_in_the_batch_is_positive_and_none_of_it_negative():
     check({**batch, "evidence_weights": torch.tensor([[1.0, 0.0, 0.0]] * 5)})
 
 
+def test_a_distribution_is_matched_with_its_passages_as_rivals():
+    batch = random_batch()
+    soft = torch.tensor([[0.5, 0.3, 0.2]] * 5)
+    batch |= {"evidence_keys": torch.tensor([[i, i + 3, 11] for i in range(5)]), "evidence_weights": soft}
+    loss, _ = contrastive_loss(**batch, is_distribution=torch.tensor([True] * 5))
+    log_probabilities = (batch["queries"] @ batch["passages"].T / batch["temperature"]).log_softmax(1)
+    expected = -sum((soft[i] * log_probabilities[i, batch["evidence_keys"][i]]).sum() for i in range(5))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    # query by query: the others have positives as ever
+    mixed, _ = contrastive_loss(**batch, is_distribution=torch.tensor([True, False, True, False, False]))
+    plain, _ = contrastive_loss(**batch)
+    assert plain.item() < mixed.item() < loss.item()
+    assert contrastive_loss(**batch, is_distribution=torch.tensor([False] * 5))[0].item() == plain.item()
+
+
+def test_similarities_that_are_the_distribution_have_no_gradient():
+    target = torch.tensor([[0.6, 0.3, 0.1]])
+    queries = torch.ones(1, 1, requires_grad=True)
+    passages = target.log().T.clone().requires_grad_()
+    keys = {"passage_keys": torch.arange(3), "evidence_keys": torch.arange(3)[None], "evidence_weights": target}
+    loss, _ = contrastive_loss(queries, passages, **keys, temperature=1.0, is_distribution=torch.tensor([True]))
+    loss.backward()
+    assert passages.grad.abs().max() < 1e-6
+    assert loss.item() == pytest.approx(-(target * target.log()).sum().item(), rel=1e-5)
+
+
 def test_weights_matter_between_positives_only():
     batch = random_batch()
     assert check({**batch, "evidence_weights": torch.full((5, 3), 0.1)}) == pytest.approx(check(batch), rel=1e-6)

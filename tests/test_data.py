@@ -14,7 +14,9 @@ from utils.data import (
     Corpus,
     DataError,
     Document,
+    Hop,
     blocks,
+    hops_record,
     load_corpus,
     load_examples,
     load_splits,
@@ -284,6 +286,16 @@ def test_retrieved_file_gives_the_examples_back(tmp_path):
         assert [e.retrieved for e in again] == [[(1, 0.123457), (0, -2.0)], [], [(2, 1e-9)]]
     first = json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first["summary"] == "short" and first["retrieved"][0] == {"passage": 1, "score": 0.123457}
+
+
+def test_hops_are_read_back_as_they_were_written(tmp_path):
+    (example,) = load_examples(write(tmp_path / "d.jsonl", GOOD))
+    hops = [Hop("first", [1], [(1, 0.5), (0, 0.25)]), Hop("second", [0, 1], [(0, 0.75), (1, 0.5)])]
+    write_jsonl(tmp_path / "h.jsonl", [hops_record(example, hops, "the summary")])
+    (again,) = load_examples(tmp_path / "h.jsonl")
+    assert (again.hops, again.retrieved) == (hops, [(0, 0.75), (1, 0.5)])
+    assert fields_of([again]) == fields_of([example])
+    assert json.loads((tmp_path / "h.jsonl").read_text(encoding="utf-8"))["prediction"] == "the summary"
 
 
 def test_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
@@ -672,6 +684,12 @@ BAD_LINES = {
     "retrieved twice": (
         {**GOOD, "id": "b", "retrieved": [{"passage": 1, "score": 1}] * 2},
         "'retrieved' holds passage 1 twice",
+    ),
+    "hops type": ({**GOOD, "id": "b", "hops": "x"}, "'hops' must be a list of"),
+    "hops without a draft": ({**GOOD, "id": "b", "hops": [{"retrieved": []}]}, "but number 1 is"),
+    "hops range": (
+        {**GOOD, "id": "b", "hops": [{"draft": "x", "read": [2], "retrieved": [{"passage": 0, "score": 1}]}]},
+        "hop 1: 'read' holds 2, but there are 2",
     ),
     "retrieved of a text": ({"document": "x", "summary": "s", "retrieved": []}, "'retrieved' needs 'passages'"),
 }

@@ -129,15 +129,17 @@ def test_bm25_rankings_index_each_document_once_and_stay_with_their_examples(mon
     indexed = []
     index = bm25s.BM25.index
     monkeypatch.setattr(bm25s.BM25, "index", lambda self, *args, **kw: indexed.append(1) or index(self, *args, **kw))
+    colours, money = (Document(document.id, document.passages) for document in (COLOURS, MONEY))
     examples = [
-        make_example("1", "yellow case", COLOURS),
-        make_example("2", "budget", MONEY),
-        make_example("3", "budgets", COLOURS),
-        make_example("4", "paint", MONEY),
+        make_example("1", "yellow case", colours),
+        make_example("2", "budget", money),
+        make_example("3", "budgets", colours),
+        make_example("4", "paint", money),
     ]
     rankings = search.bm25_rankings(examples, top_k=2)
     assert [ranking[0][0] for ranking in rankings] == [2, 0, 1, 1]
     assert all(len(ranking) == 2 for ranking in rankings)
+    assert search.bm25_rankings(examples, top_k=2) == rankings  # as a later hop does
     assert len(indexed) == 2
 
 
@@ -176,6 +178,37 @@ def test_dense_rankings_equal_dot_products_and_encode_each_text_once():
         assert [passage for passage, _ in ranking] == expected
         assert [score for _, score in ranking] == pytest.approx([scores[passage] for passage in expected])
     assert search.dense_rankings([], encode) == []
+
+
+def test_passages_are_encoded_once_for_all_hops_and_queries_each_time():
+    asked = []
+
+    def encode(texts, kind):
+        asked.append((kind, list(texts)))
+        return np.array([[float(len(text))] for text in texts])
+
+    encode_once = search.remember_passages(encode)
+    assert encode_once(["a", "bb", "a"], "passage").tolist() == [[1], [2], [1]]
+    assert encode_once(["bb", "ccc"], "passage").tolist() == [[2], [3]]
+    assert encode_once(["a"], "query").tolist() == encode_once(["a"], "query").tolist() == [[1]]
+    assert asked == [("passage", ["a", "bb"]), ("passage", ["ccc"]), ("query", ["a"]), ("query", ["a"])]
+
+
+def test_a_retriever_ranks_as_its_settings_say():
+    def encode(texts, kind):
+        return np.array([[len(text), 1.0] for text in texts])
+
+    examples = [make_example("1", "yellow case", COLOURS), make_example("2", "budget", MONEY)]
+    dense, lexical = search.dense_rankings(examples, encode), search.bm25_rankings(examples)
+    assert search.retriever_rankings(examples, encode, {}) == dense
+    assert search.retriever_rankings(examples, encode, {"ranking": "dense", "bm25_weight": 0.7}) == dense
+    hybrid = {"ranking": "hybrid", "bm25_weight": 0.7, "smooth_window": 0, "smooth_decay": 0.5}
+    fused = [search.fuse_scores(*both, 0.7) for both in zip(dense, lexical, strict=True)]
+    assert search.retriever_rankings(examples, encode, hybrid) == fused
+    smoothed = [search.rank(search.smooth(search.passage_scores(ranking), 1, 0.5)) for ranking in fused]
+    assert search.retriever_rankings(examples, encode, {**hybrid, "smooth_window": 1}) == smoothed != fused
+    other = search.retriever_rankings(examples, encode, hybrid, queries=["bye", "paint"])
+    assert other != fused
 
 
 # ---- baselines

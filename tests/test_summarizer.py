@@ -17,13 +17,14 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 import utils.summarizer as summarizer_module
-from utils.data import Document
+from utils.data import Document, Example
 from utils.summarizer import (
     Sources,
     Summarizer,
     build_small_bart,
     collate,
     label_smoothed_loss,
+    passage_likelihoods,
     save_pretrained,
     vocabulary_loss,
 )
@@ -370,3 +371,30 @@ def test_the_small_bart_starts_and_ends_with_its_tokenizers_tokens(tokenizer):
     generated = model.generate(torch.tensor([whole(tokenizer, "May")]), max_new_tokens=7, do_sample=False)
     assert generated[0, 0] == tokenizer.eos_token_id  # BART's decoder starts with the end token
     assert generated[0, -1] == tokenizer.eos_token_id
+
+
+# ---- a teacher for the retriever
+
+
+def test_passage_likelihoods_are_those_of_plain_transformers(tokenizer, tmp_path):
+    from accelerate import Accelerator
+
+    torch.manual_seed(0)
+    model = build_small_bart(tokenizer, d_model=32, layers=1, heads=2).eval()
+    save_pretrained(Summarizer(model), tokenizer, tmp_path, {f"model.{k}": v for k, v in model.state_dict().items()})
+    document = Document("d", TEXTS[:4])
+    examples = [Example("a", "Who saw it?", document, ["The committee saw it.", "It saw the old mill."], *[None] * 3),
+                Example("b", "", document, ["The town hall."], *[None] * 3)]  # fmt: skip
+    candidates = [[0, 3], [2]]
+    found = passage_likelihoods(tmp_path, examples, candidates, Accelerator(cpu=True), batch_size=2)
+    plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    for example, passages, likelihoods in zip(examples, candidates, found, strict=True):
+        for passage, likelihood in zip(passages, likelihoods, strict=True):
+            parts = [text for text in (example.query, document.passages[passage]) if text]
+            source = tokenizer(tokenizer.sep_token.join(parts), return_tensors="pt", return_token_type_ids=False)
+            with torch.no_grad():
+                losses = [
+                    plain(**source, labels=tokenizer(text, return_tensors="pt")["input_ids"]).loss.item()
+                    for text in example.summaries
+                ]
+            assert likelihood == pytest.approx(-sum(losses) / len(losses), rel=1e-4)

@@ -5,9 +5,11 @@ Nothing here imports torch, so that ``--help`` and a mistyped flag answer at onc
 
 import dataclasses
 import difflib
+import json
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import HfArgumentParser
 
@@ -30,22 +32,10 @@ class UsageError(ValueError):
 
 
 @dataclass
-class DataArguments:
-    train_file: str | None = flag(
-        None,
-        "training examples: JSON Lines (.xz and .gz too), JSON, CSV, Parquet, a folder or a Hub name; "
-        "without data flags, the embedded data set",
-    )
-    validation_file: str | None = flag(None, "validation examples, in any of the same forms")
+class ReadingArguments:
+    """How files of examples are read."""
+
     documents_file: str | None = flag(None, "documents by `doc_id`, where the examples do not carry their own")
-    validation_documents_file: str | None = flag(None, "likewise for the validation file [--documents_file]")
-    corpus_file: str | None = flag(
-        None, "passages that all examples search, as BEIR keeps them: records of `_id`, `title` and `text`"
-    )
-    train_qrels_file: str | None = flag(
-        None, "with a corpus: the training queries' evidence, in BEIR's three columns or TREC's four"
-    )
-    validation_qrels_file: str | None = flag(None, "likewise for the validation queries")
     dataset_config_name: str | None = flag(None, "configuration of a Hub data set")
     id_column: str = flag("id", "field of an example's id [the row number]")
     query_column: str = flag("query", "field of the question [no question]")
@@ -56,15 +46,74 @@ class DataArguments:
     passage_words: int = flag(100, "words in a passage at most, where documents are split or passages merged")
     merge_passages: bool = flag(False, "merge consecutive passages into chunks of --passage_words words")
     skip_bad_examples: bool = flag(False, "go on without unusable examples and list them in rejected.jsonl")
+
+    def reading_options(self) -> dict:
+        """These flags, less the documents file, as keywords of `load_examples`."""
+        names = (field.name for field in dataclasses.fields(ReadingArguments) if field.name != "documents_file")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class DataArguments(ReadingArguments):
+    train_file: str | None = flag(
+        None,
+        "training examples: JSON Lines (.xz and .gz too), JSON, CSV, Parquet, a folder or a Hub name; "
+        "without data flags, the embedded data set",
+    )
+    validation_file: str | None = flag(None, "validation examples, in any of the same forms")
+    validation_documents_file: str | None = flag(None, "--documents_file of the validation file [--documents_file]")
+    corpus_file: str | None = flag(
+        None, "passages that all examples search, as BEIR keeps them: records of `_id`, `title` and `text`"
+    )
+    train_qrels_file: str | None = flag(
+        None, "with a corpus: the training queries' evidence, in BEIR's three columns or TREC's four"
+    )
+    validation_qrels_file: str | None = flag(None, "likewise for the validation queries")
     max_train_examples: int | None = flag(None, "use the first N training examples only, for debugging")
     max_eval_examples: int | None = flag(None, "use the first N validation examples only, for debugging")
     sample_documents: int = flag(1500, "transcripts in the embedded training set, six examples each")
 
 
 @dataclass
-class TrainingArguments:
-    output_dir: str = flag("outputs", "the run folder: arguments, metrics, checkpoints, predictions and the model")
+class RunArguments:
+    """Where a run is kept and how it computes."""
 
+    output_dir: str = flag("outputs", "the run folder")
+    mixed_precision: str | None = flag(
+        None, "no, bf16 or fp16 [accelerate's; bf16 for pretrained models where the machine has instructions for it]"
+    )
+    deterministic: bool = flag(False, "use deterministic operations only")
+    seed: int = flag(42, "seed of everything that is random")
+
+    def __post_init__(self):
+        check_at_least(0, self, "seed")
+        if self.mixed_precision is not None:
+            check_choice("--mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+
+
+@dataclass
+class GenerationArguments:
+    """How a summarizer writes."""
+
+    num_beams: int = flag(4, "beams in generation; 1: greedy")
+    length_penalty: float = flag(1.0, "exponent of the length by which beam scores are divided")
+    min_new_tokens: int = flag(0, "tokens generated at least")
+    max_new_tokens: int = flag(128, "tokens generated at most")
+    no_repeat_ngram_size: int = flag(0, "n-grams of this size are generated once only; 0: no limit")
+
+    def check_generation(self) -> None:
+        check_at_least(1, self, "num_beams", "max_new_tokens")
+        check_at_least(0, self, "min_new_tokens", "no_repeat_ngram_size")
+
+    def generation(self) -> dict:
+        """Keywords of `Summarizer.generate`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(GenerationArguments)} | {
+            "do_sample": False
+        }
+
+
+@dataclass
+class TrainingArguments(RunArguments):
     num_train_epochs: int = flag(3, "passes over the training examples; 0: no limit")
     max_train_steps: int = flag(0, "optimizer steps to train for; 0: no limit")
     stop_time_hours: float = flag(0.0, "hours to train for, over all resumed runs; 0: no limit")
@@ -98,9 +147,6 @@ class TrainingArguments:
     curriculum_epochs: int = flag(0, "first epochs that run in order of length, unshuffled")
     dataloader_num_workers: int = flag(0, "worker processes that prepare batches, for each process")
 
-    mixed_precision: str | None = flag(
-        None, "no, bf16 or fp16 [accelerate's; bf16 for pretrained models where the machine has instructions for it]"
-    )
     learning_rate: float = flag(1e-3, "peak learning rate")
     lr_scheduler_type: str = flag("linear", f"learning rate over the steps: {', '.join(LR_SCHEDULERS)}")
     num_warmup_steps: int = flag(100, "optimizer steps over which the learning rate rises, a tenth of all at most")
@@ -120,10 +166,9 @@ class TrainingArguments:
     report_to: str | None = flag(None, f"a tracker: {', '.join(TRACKERS)} [none]")
     profile: bool = flag(False, "write a trace of a few steps to the run folder")
     overfit_one_batch: bool = flag(False, "train on the first step's examples only, for debugging")
-    deterministic: bool = flag(False, "use deterministic operations only")
-    seed: int = flag(42, "seed of everything that is random")
 
     def __post_init__(self):
+        super().__post_init__()
         rules = (self.num_train_epochs, self.max_train_steps, self.stop_time_hours, self.patience >= 0,
                  self.stop_min_lr >= 0)  # fmt: skip
         if not any(rules):
@@ -140,13 +185,11 @@ class TrainingArguments:
         check_at_least(0, self, "num_train_epochs", "max_train_steps", "stop_time_hours", "max_tokens",
                        "num_warmup_steps", "max_grad_norm", "learning_rate", "weight_decay", "eval_steps",
                        "eval_after_steps", "checkpointing_steps", "checkpoints_total_limit", "curriculum_epochs",
-                       "dataloader_num_workers", "max_skipped_steps", "seed", "adam_beta1", "adam_beta2",
+                       "dataloader_num_workers", "max_skipped_steps", "adam_beta1", "adam_beta2",
                        "adam_epsilon")  # fmt: skip
         check_choice("--lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULERS)
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
             raise UsageError(f"--learning_rate {self.learning_rate}: polynomial decay ends at 1e-7, give it more")
-        if self.mixed_precision is not None:
-            check_choice("--mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         if self.report_to is not None:
             check_choice("--report_to", self.report_to, TRACKERS)
         if self.log_format is not None:
@@ -161,6 +204,15 @@ class TrainingArguments:
         """Micro-batches in a step of this epoch; the last of a list holds for all later epochs."""
         each = [int(part) for part in self.gradient_accumulation_steps.split(",")]
         return each[min(epoch, len(each) - 1)]
+
+
+def saved_arguments(folder: str | os.PathLike) -> dict:
+    """The flags of the run that wrote a folder, by name; empty where no script of this project wrote it."""
+    try:
+        found = json.loads((Path(folder) / "arguments.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_at_least(least: int, arguments, *names: str) -> None:

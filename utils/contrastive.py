@@ -42,6 +42,7 @@ def contrastive_loss(
     evidence_keys: torch.Tensor,
     temperature: float,
     evidence_weights: torch.Tensor | None = None,
+    is_distribution: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed InfoNCE over this process's queries (van den Oord et al., 2018, arXiv:1807.03748), and how many are right.
 
@@ -57,6 +58,9 @@ def contrastive_loss(
             row holds only -1 counts for nothing.
         temperature: divides the similarities.
         evidence_weights: (queries, most evidence), 0 or more, of each positive; None: all equal.
+        is_distribution: (queries,) whether a query's weights are a distribution for its similarities to match, in which
+            passages of the evidence compete as well: perplexity distillation (Izacard et al., 2022, arXiv:2208.03299),
+            the divergence from a teacher's distribution less that one's entropy; None: of none.
     """
     all_passages, _ = gather_with_gradient(passages)
     all_keys, _ = gather_with_gradient(passage_keys, fill=-2)
@@ -69,7 +73,11 @@ def contrastive_loss(
     is_negative = counted & ~is_evidence.any(-1)
     # of finite size: a row without any negative must not give nan
     negatives = similarities.masked_fill(~is_negative, -1e9).logsumexp(1, keepdim=True)
-    losses = (weights * (torch.logaddexp(negatives, similarities) - similarities)).sum(1)
+    rivals = torch.logaddexp(negatives, similarities)
+    if is_distribution is not None:
+        everything = similarities.masked_fill(~counted, -1e9).logsumexp(1, keepdim=True)
+        rivals = torch.where(is_distribution[:, None], everything, rivals)
+    losses = (weights * (rivals - similarities)).sum(1)
     best = similarities.masked_fill(~(is_negative | (weights > 0)), float("-inf")).argmax(1, keepdim=True)
     right = (weights.gather(1, best)[:, 0] > 0) & (evidence_keys[:, 0] >= 0)
     return (losses * (evidence_keys[:, 0] >= 0)).sum(), right.sum()

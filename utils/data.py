@@ -22,7 +22,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote
@@ -62,6 +62,15 @@ class Corpus(Document):
 
 
 @dataclass(slots=True)
+class Hop:
+    """One round of retrieving and summarizing."""
+
+    draft: str  # the summary that it wrote
+    read: list[int]  # passage numbers that it was written from
+    retrieved: list[tuple[int, float]]  # the ranking that they are the best of
+
+
+@dataclass(slots=True)
 class Example:
     """One thing to summarize. Passage numbers are positions in `document.passages`, from 0."""
 
@@ -72,6 +81,9 @@ class Example:
     evidence: list[int] | None  # gold passage numbers, sorted and unique; None if nobody marked any
     evidence_words: list[int] | None  # gold words in each of them: all its words, or those of the gold turns merged in
     retrieved: list[tuple[int, float]] | None  # (passage number, score), best first, from a hand-over file
+    hops: list[Hop] = field(
+        default_factory=list
+    )  # what retrieve_and_summarize.py did, where the file is one of its own
 
 
 class DataError(ValueError):
@@ -107,9 +119,7 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[l
     has_splits = Path(args.train_file).is_dir() or not Path(args.train_file).exists()
     if not args.validation_file and not has_splits:
         raise DataError("--train_file needs --validation_file")
-    options = {name: getattr(args, name) for name in (
-        "dataset_config_name", "id_column", "query_column", "document_column", "passages_column", "summary_column",
-        "evidence_column", "passage_words", "merge_passages", "skip_bad_examples")}  # fmt: skip
+    options = args.reading_options()
     if args.corpus_file:
         options["corpus"] = load_corpus(
             args.corpus_file, skip_bad_examples=args.skip_bad_examples, rejected_file=rejected_file
@@ -183,7 +193,7 @@ def load_examples(
         "evidence": evidence_column,
         "doc_id": doc_id_column,
     }
-    list_columns = (passages_column, evidence_column, "evidence_words", "retrieved")
+    list_columns = (passages_column, evidence_column, "evidence_words", "retrieved", "hops")
     rejection = {"skip": skip_bad_examples, "rejected_file": rejected_file}
     shelf = _Shelf(columns, passage_words, merge_passages)
     own_text = documents_file is None and corpus is None
@@ -222,8 +232,9 @@ def load_examples(
             source = shelf.take(row) if own_text else shelf.find(record, str(documents_file))
         evidence, evidence_words = _evidence(record, evidence_column, passages_column, source)
         retrieved = _retrieved(record, passages_column, source)
+        hops = _hops(record, passages_column, source)
         first_places[example_id] = row.place
-        return Example(example_id, query, source.document, summaries, evidence, evidence_words, retrieved)
+        return Example(example_id, query, source.document, summaries, evidence, evidence_words, retrieved, hops)
 
     rows = _read_rows(path, split, dataset_config_name, list_columns)
     text_fields = ("document", "passages") if own_text else ()
@@ -394,6 +405,45 @@ def _passage(row: "_Row", first_rows: dict[str, int]) -> tuple[str, str]:
     return key, passage
 
 
+def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[list[tuple[str, list[int]]]]:
+    """For each example the drafts that a file holds for its id, each with the passages that it was written from.
+
+    The file has records of `id` and either `hops`, as retrieve_and_summarize.py writes them, or one `draft` or
+    `prediction`, from any tool. An example that it lacks, or whose drafts are empty, gets an empty list. Raises
+    DataError for anything unusable, and if it has none of the examples.
+    """
+    by_id: dict[str, list[tuple[str, list[int]]]] = {}
+    passages = {example.id: len(example.document.passages) for example in examples}
+
+    def take(row: "_Row") -> None:
+        key, one = _identifier(row.record, "id"), row.record.get("draft", row.record.get("prediction"))
+        hops = row.record.get("hops", [{"draft": one}])
+        if not isinstance(hops, list) or not all(isinstance(hop, dict) for hop in hops):
+            raise _BadRecord(f'\'hops\' must be a list of {{"draft": "...", "read": [3, 7]}}, not {_shown(hops)}')
+        for hop in hops:
+            text, read = hop.get("draft"), hop.get("read", [])
+            if not isinstance(text, str):
+                raise _BadRecord(f"no 'draft', nor 'prediction' or 'hops' with drafts; {_fields(row.record)}")
+            if not isinstance(read, list):
+                raise _BadRecord(f"'read' must be a list of passage numbers such as [3, 7], not {_shown(read)}")
+            if key in passages:
+                for passage in read:
+                    _check_passage_number(passage, "read", passages[key])
+            if text.strip():
+                by_id.setdefault(key, []).append((text, read))
+
+    rows = _read_rows(path, "train", None, ("hops",))
+    columns = {name: name for name in ("id", "draft", "prediction", "hops")}
+    _build_all(rows, str(path), take, columns, [("id",), ("draft", "prediction", "hops")], skip=False,
+               rejected_file=None, holds="record of 'id' and 'draft'")  # fmt: skip
+    found = [by_id.get(example.id, []) for example in examples]
+    if not any(found):
+        raise DataError(
+            f"{path}: no draft for any of {len(examples)} examples, such as '{examples[0].id}'; drafts go by 'id'"
+        )
+    return found
+
+
 def read_qrels(
     path: str | os.PathLike,
     *,
@@ -520,6 +570,12 @@ def split_document(text: str, passage_words: int) -> list[str]:
     if pieces:
         passages.append("".join(pieces))
     return passages
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, none of which goes over the end of a line; in doubt, two stay together."""
+    any_case = text.islower()
+    return [" ".join(sentence) for line in text.splitlines() for sentence in _sentences(line.split(), any_case)]
 
 
 def _sentences(words: list[str], any_case: bool) -> Iterator[list[str]]:
@@ -787,6 +843,30 @@ def _retrieved(record: dict, passages_column: str, source: _Source) -> list[tupl
             raise _BadRecord(f"'retrieved' must score passage {number} with a finite number, not {_shown(score)}")
         ranking[number] = float(score)
     return list(ranking.items())
+
+
+def _hops(record: dict, passages_column: str, source: _Source) -> list[Hop]:
+    """What retrieve_and_summarize.py wrote of its hops."""
+    entries = record.get("hops")
+    if entries is None:
+        return []
+    wanted = '\'hops\' must be a list of {"draft": "...", "read": [3, 7], "retrieved": [...]}'
+    if not isinstance(entries, list):
+        raise _BadRecord(f"{wanted}, not {_shown(entries)}")
+    hops = []
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("draft"), str) or not entry.get("retrieved"):
+            raise _BadRecord(f"{wanted}, but number {number} is {_shown(entry)}")
+        try:
+            retrieved, read = _retrieved(entry, passages_column, source), entry.get("read", [])
+            if not isinstance(read, list):
+                raise _BadRecord(f"'read' must be a list of passage numbers such as [3, 7], not {_shown(read)}")
+            for passage in read:
+                _check_passage_number(passage, "read", source.given)
+        except _BadRecord as error:
+            raise _BadRecord(f"hop {number}: {error}") from None
+        hops.append(Hop(entry["draft"], read, retrieved))
+    return hops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1143,13 +1223,29 @@ def write_retrieved(
         logger.warning("%s is without %d examples, for which nothing was found: %s", path, len(left_out), shown)
 
 
-def _retrieved_record(example: Example, ranking: Sequence[tuple[int, float]]) -> dict:
-    document, evidence, evidence_words = example.document, example.evidence, example.evidence_words
-    entries = []
+def hops_record(example: Example, hops: Sequence[Hop], prediction: str) -> dict:
+    """What retrieve_and_summarize.py writes of an example: a record of a hand-over file, with every hop in it.
+
+    Its ranking is the last hop's.
+    """
+    record = _retrieved_record(example, hops[-1].retrieved)
+    text = {"passages": record.pop("passages")}  # long, and therefore last
+    of_hops = [
+        {"draft": hop.draft, "read": hop.read, "retrieved": _ranking_entries(example, hop.retrieved)} for hop in hops
+    ]
+    return record | {"prediction": prediction, "hops": of_hops} | text
+
+
+def _ranking_entries(example: Example, ranking: Sequence[tuple[int, float]]) -> list[dict]:
     for passage, score in ranking:
         if not math.isfinite(score):
             raise ValueError(f"example '{example.id}': the score of passage {passage} is {score}")
-        entries.append({"passage": int(passage), "score": float(f"{score:.6g}")})
+    return [{"passage": int(passage), "score": float(f"{score:.6g}")} for passage, score in ranking]
+
+
+def _retrieved_record(example: Example, ranking: Sequence[tuple[int, float]]) -> dict:
+    document, evidence, evidence_words = example.document, example.evidence, example.evidence_words
+    entries = _ranking_entries(example, ranking)
     if isinstance(document, Corpus):  # of which the record keeps what it names, under numbers of its own
         kept = list(dict.fromkeys([entry["passage"] for entry in entries] + (evidence or [])))
         positions = {number: position for position, number in enumerate(kept)}

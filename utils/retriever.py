@@ -68,9 +68,10 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
     return retriever
 
 
-def weights_key(model: SentenceTransformer) -> str:
-    """A checksum of all that decides a text's embedding: weights, prompts and length."""
-    total = hashlib.sha256(json.dumps([model.prompts, model.max_seq_length]).encode())
+def weights_key(model: torch.nn.Module) -> str:
+    """A checksum of a model's weights and, of a SentenceTransformer, all else that decides a text's embedding."""
+    others = [getattr(model, name, None) for name in ("prompts", "max_seq_length")]
+    total = hashlib.sha256(json.dumps(others).encode())
     for name, tensor in sorted(model.state_dict().items()):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         total.update(name.encode() + local.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -128,14 +129,26 @@ def count_tokens(retriever: SentenceTransformer, chunks: list[dict[str, torch.Te
 
 @torch.no_grad()
 def encode(
-    model: SentenceTransformer, texts: list[str], kind: str, *, accelerator, max_tokens: int = 8192, poll=None
+    model: SentenceTransformer,
+    texts: list[str],
+    kind: str,
+    *,
+    accelerator,
+    max_tokens: int = 8192,
+    poll=None,
+    alone: bool = False,
+    cost: dict | None = None,
 ) -> np.ndarray:
     """Embeddings (texts, hidden) in float32, the work divided over the processes and the result on all of them.
 
     Sorted by length and batched by `max_tokens`, padding included. `poll()` is called before each batch, on all
-    processes equally often: it may raise.
+    processes equally often: it may raise. `alone`: this process encodes texts of its own, the others take no part.
+    `cost["encoder_tokens"]` grows by the tokens of the texts.
     """
     token_ids = tokenize(model, texts, kind)
+    if cost is not None:
+        cost["encoder_tokens"] += sum(map(len, token_ids))
+    process, processes = (0, 1) if alone else (accelerator.process_index, accelerator.num_processes)
     batches: list[list[int]] = []
     for number in sorted(range(len(texts)), key=lambda i: -len(token_ids[i])):
         if not batches or (len(batches[-1]) + 1) * len(token_ids[batches[-1][0]]) > max_tokens:
@@ -145,11 +158,11 @@ def encode(
     model.eval()
     numbers, parts = [], [np.empty((0, model.get_embedding_dimension()), dtype=np.float32)]
     try:
-        for first in range(0, len(batches), accelerator.num_processes):
+        for first in range(0, len(batches), processes):
             if poll:
                 poll()
             # every process takes part, with a batch that is done already if need be: the model may be sharded
-            batch = batches[min(first + accelerator.process_index, len(batches) - 1)]
+            batch = batches[min(first + process, len(batches) - 1)]
             features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
             with accelerator.autocast(), onednn_linears(model):
                 output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})
@@ -159,6 +172,6 @@ def encode(
         model.train(was_training)
     embeddings = np.empty((len(texts), model.get_embedding_dimension()), dtype=np.float32)
     mine = (numbers, np.concatenate(parts))
-    for rows, vectors in gather_object([mine]) if accelerator.num_processes > 1 else [mine]:
+    for rows, vectors in gather_object([mine]) if processes > 1 else [mine]:
         embeddings[rows] = vectors
     return embeddings

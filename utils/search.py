@@ -5,6 +5,7 @@ groups them by document, so that a document is indexed or encoded once however m
 """
 
 import functools
+import itertools
 import math
 import random
 import re
@@ -34,12 +35,17 @@ def rank(scores: np.ndarray, top_k: int | None = None) -> Ranking:
     return [(int(passage), float(scores[passage])) for passage in best_first]
 
 
-def reciprocal_rank_fusion(rankings: Iterable[Ranking], k: int = 60) -> Ranking:
-    """Fuses rankings: a passage scores the sum of 1 / (k + its rank) over those that have it (Cormack et al., 2009)."""
+def reciprocal_rank_fusion(
+    rankings: Iterable[Ranking], k: int = 60, weights: Iterable[float] = itertools.repeat(1.0)
+) -> Ranking:
+    """Fuses rankings: a passage scores the sum of 1 / (k + its rank) over those that have it (Cormack et al., 2009).
+
+    `weights` multiply the shares of each ranking.
+    """
     shares: dict[int, list[float]] = {}
-    for ranking in rankings:
+    for ranking, weight in zip(rankings, weights, strict=False):
         for position, (passage, _) in enumerate(ranking, start=1):
-            shares.setdefault(passage, []).append(1 / (k + position))
+            shares.setdefault(passage, []).append(weight / (k + position))
     # fsum: passages with the same ranks in another order must tie exactly
     fused = [(passage, math.fsum(parts)) for passage, parts in shares.items()]
     return sorted(fused, key=lambda entry: (-entry[1], entry[0]))
@@ -59,6 +65,29 @@ def smooth(scores: np.ndarray, window: int = 1, decay: float = 0.5) -> np.ndarra
         weight[distance:] += share
         weight[:-distance] += share
     return total / weight
+
+
+def combine(
+    dense: Ranking, lexical: Ranking | None, *, bm25_weight: float, smooth_window: int, smooth_decay: float
+) -> Ranking:
+    """A document's ranking from the retriever's, with BM25's (if given) and with the passages' neighbours in it."""
+    ranking = fuse_scores(dense, lexical, bm25_weight) if lexical is not None else dense
+    return rank(smooth(passage_scores(ranking), smooth_window, smooth_decay)) if smooth_window else ranking
+
+
+def fuse_hops(rankings: Sequence[Ranking]) -> Ranking:
+    """Fuses the rankings of an example's hops, first to last, by reciprocal rank, of which the last hop's counts twice.
+
+    k is small: with the usual 60, passages that are middling at every hop would outrank what one draft alone finds.
+    """
+    if len(rankings) == 1:
+        return rankings[0]
+    return reciprocal_rank_fusion(rankings, k=10, weights=[*[1.0] * (len(rankings) - 1), 2.0])
+
+
+def search_text(query: str, draft: str) -> str:
+    """What a hop searches with: the query, and from the second hop on the draft of the one before."""
+    return f"{query} {draft}".strip()
 
 
 def hard_negatives(ranking: Ranking, evidence: Iterable[int], pool: int, margin: float | None = None) -> list[int]:
@@ -106,12 +135,29 @@ def bm25_scores(passages: Sequence[str], queries: Sequence[str], stopwords: str 
 
     Returns: (queries, passages), float32.
     """
-    scores = np.zeros((len(queries), len(passages)), dtype=np.float32)
+    return _scores_of(_index(passages, stopwords), len(passages), queries, stopwords)
+
+
+def _index(passages: Sequence[str], stopwords: str = "en") -> bm25s.BM25 | None:
+    """None if no passage has a word."""
     passage_words = search_words(passages, stopwords)
     if not any(passage_words):
-        return scores
+        return None
     index = bm25s.BM25(**BM25_SETTINGS)
     index.index(passage_words, show_progress=False)
+    return index
+
+
+@functools.lru_cache(maxsize=512)
+def _document_index(document: Document) -> bm25s.BM25 | None:
+    """Kept, because a document is searched in each hop and each validation."""
+    return _index(document.passages)
+
+
+def _scores_of(index: bm25s.BM25 | None, passages: int, queries: Sequence[str], stopwords: str = "en") -> np.ndarray:
+    scores = np.zeros((len(queries), passages), dtype=np.float32)
+    if index is None:
+        return scores
     for row, words in enumerate(search_words(queries, stopwords)):
         scores[row] = index.get_scores_from_ids(index.get_tokens_ids(words))  # words that no passage has are left out
     return scores
@@ -124,7 +170,8 @@ def bm25_rankings(
     queries = _search_texts(examples, queries)
     rankings: list[Ranking] = [[] for _ in examples]
     for document, numbers in _examples_by_document(examples):
-        scores = bm25_scores(document.passages, [queries[number] for number in numbers])
+        searches = [queries[number] for number in numbers]
+        scores = _scores_of(_document_index(document), len(document.passages), searches)
         for number, row in zip(numbers, scores, strict=True):
             rankings[number] = rank(row, top_k)
     return rankings
@@ -159,6 +206,36 @@ def dense_rankings(
             rankings[number] = rank(row, top_k)
         start = end
     return rankings
+
+
+def remember_passages(encode: Callable[[list[str], str], np.ndarray]) -> Callable[[list[str], str], np.ndarray]:
+    """`encode(texts, kind)` that encodes a passage once, however many hops ask for it; as long as it is kept."""
+    known: dict[str, np.ndarray] = {}
+
+    def encode_once(texts: list[str], kind: str) -> np.ndarray:
+        if kind != "passage":
+            return encode(texts, kind)
+        if new := [text for text in dict.fromkeys(texts) if text not in known]:
+            known.update(zip(new, encode(new, kind), strict=True))
+        return np.stack([known[text] for text in texts])
+
+    return encode_once
+
+
+def retriever_rankings(examples: Sequence[Example], encode, settings: dict, queries=None) -> list[Ranking]:
+    """`dense_rankings`, with BM25 and neighbours where the retriever's `settings` say so.
+
+    These are the flags of train_retrieve.py by name, of which those that are absent change nothing.
+    """
+    dense = dense_rankings(examples, encode, queries=queries)
+    is_hybrid = settings.get("ranking") == "hybrid"
+    lexical = bm25_rankings(examples, queries=queries) if is_hybrid else [None] * len(examples)
+    weights = {
+        "bm25_weight": settings.get("bm25_weight", 0.0),
+        "smooth_window": settings.get("smooth_window", 0),
+        "smooth_decay": settings.get("smooth_decay", 0.0),
+    }
+    return [combine(*both, **weights) for both in zip(dense, lexical, strict=True)]
 
 
 def search_words(texts: Sequence[str], stopwords: str = "en") -> list[list[str]]:

@@ -31,7 +31,7 @@ class LoopState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     train_seconds: float = 0.0  # over all resumed runs
-    negatives: list[list[int]] | None = None  # of each training pair, as last mined with the model
+    negatives: list[list[list[int]]] | None = None  # of each training pair and hop, as last mined with the model
     mined_in: int = 0  # the epoch before which they were
     stop: str | None = None  # why the run ended
     meters: dict = field(default_factory=dict)

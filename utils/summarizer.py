@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -23,7 +25,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
-from utils.arguments import UsageError
+from utils.arguments import UsageError, saved_arguments
 from utils.generation import beam_search, onednn_linears
 from utils.packing import laid_end_to_end, remove_padding_of_both
 from utils.tokenizer import tokenize
@@ -66,8 +68,11 @@ def build_small_bart(
     return model
 
 
-def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None):
-    """A pretrained encoder-decoder and its tokenizer from a folder or the Hub; UsageError if there is none."""
+def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, name: str = "--model_name_or_path"):
+    """A pretrained encoder-decoder and its tokenizer from a folder or the Hub.
+
+    Raises a UsageError that names the flag `name` if there is none.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path)
@@ -77,8 +82,7 @@ def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None):
         model = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--model_name_or_path {name_or_path}: no encoder-decoder model could be loaded: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{name} {name_or_path}: no encoder-decoder model could be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
     return model, tokenizer
 
@@ -350,6 +354,48 @@ class _VocabularyLoss(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return for_hidden, None, None, for_weight, None, None
+
+
+@torch.no_grad()
+def passage_likelihoods(folder, examples, candidates, accelerator, *, batch_size: int = 16) -> list[np.ndarray]:
+    """How likely a trained summarizer finds each example's references, given its query and each candidate alone.
+
+    For each example (candidates,) the mean log-likelihood in nats of a reference's token, and of that the mean over
+    the references; a candidate is a passage number, or a list of them that are read together. The work is divided over
+    the processes, the result on all of them.
+    """
+    pretrained, tokenizer = load_model_and_tokenizer(folder, name="--teacher")
+    summarizer = Summarizer(pretrained).to(accelerator.device).eval()
+    saved = saved_arguments(folder)
+    sources = Sources(tokenizer, "concat", saved.get("max_source_length", 512), "rank")
+    rows = []  # example, candidate, source, target
+    for number, (example, passages) in enumerate(zip(examples, candidates, strict=True)):
+        targets = tokenizer(text_target=example.summaries, truncation=True,
+                            max_length=saved.get("max_target_length", 128))["input_ids"]  # fmt: skip
+        for place, passage in enumerate(passages):
+            numbers = passage if isinstance(passage, list) else [passage]
+            source = sources.build(example.query, example.document, numbers)[0]
+            rows += [(number, place, source, target) for target in targets]
+    rows.sort(key=lambda row: (-len(row[2][0]), -len(row[3])))
+    batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    found = []
+    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+        inputs = collate([row[2] for row in batch], [row[3] for row in batch], tokenizer.pad_token_id)
+        labels = inputs["labels"].to(accelerator.device)
+        with accelerator.autocast():
+            logits = summarizer(**inputs.to(accelerator.device))
+        real = labels != -100
+        tokens = torch.zeros(labels.shape, device=labels.device)
+        log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
+        tokens[real] = log_probabilities.gather(1, labels[real][:, None])[:, 0]
+        means = (tokens.sum(1) / real.sum(1)).tolist()
+        found += [(number, place, mean) for (number, place, _, _), mean in zip(batch, means, strict=True)]
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    totals = [np.zeros(len(passages)) for passages in candidates]
+    for number, place, mean in sorted(found):
+        totals[number][place] += mean / len(examples[number].summaries)
+    return totals
 
 
 def save_pretrained(summarizer: Summarizer, tokenizer, folder: str | Path, weights: dict) -> None:

@@ -128,7 +128,7 @@ def start(accelerator, args) -> Path:
             (folder / "environment.json").write_text(json.dumps(environment(accelerator), indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: {error.strerror}") from error
-    if args.report_to:
+    if accelerator.log_with:
         accelerator.init_trackers(folder.name, config=asdict(args))
     return folder
 
@@ -142,6 +142,12 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def give_back_memory() -> None:
+    """Returns to the system what is free in the heap: now and then, or batches of many shapes break it into pieces."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def environment(accelerator) -> dict:
@@ -160,7 +166,7 @@ def environment(accelerator) -> dict:
     }
 
 
-def precision(args) -> str | None:
+def precision(args, is_pretrained: bool) -> str | None:
     """`--mixed_precision`; without it what `accelerate` was told, or bf16 if that is "no" or nothing, and it pays.
 
     It does for pretrained models, several times over, where GPU or processor have instructions for it; the small
@@ -168,7 +174,7 @@ def precision(args) -> str | None:
     """
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     own = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
-    if args.mixed_precision or told != "no" or own or not args.model_name_or_path:
+    if args.mixed_precision or told != "no" or own or not is_pretrained:
         return args.mixed_precision
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     has_bf16 = (

@@ -1,0 +1,192 @@
+"""retrieve_and_summarize.py as users run it: files, one document, restarts, two processes, training on its output."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import OFFLINE, ROOT, command, events, launch, read_jsonl
+
+from utils.data import load_examples, write_jsonl
+from utils.metrics import retrieval_scores, rouge_scores
+from utils.sample import sample_records
+
+SCRIPT = "retrieve_and_summarize.py"
+
+
+@pytest.fixture(scope="module")
+def hops(smoke, tmp_path_factory):
+    """Three hops over 24 validation examples, and the flags."""
+    folder = tmp_path_factory.mktemp("hops")
+    flags = ["--retriever", smoke["retrieve"], "--summarizer", smoke["summarize"], "--num_hops", 3, "--num_beams", 2,
+             "--max_new_tokens", 16, "--max_examples", 24, "--per_device_eval_batch_size", 6]  # fmt: skip
+    result = launch(SCRIPT, "--output_dir", folder, *flags)
+    assert result.returncode == 0, result.stderr
+    return {"folder": folder, "flags": flags, "printed": result.stdout}
+
+
+def test_every_hop_is_written_out_and_brings_something_new(hops):
+    records = read_jsonl(hops["folder"] / "predictions.validation.jsonl")
+    assert [record["id"] for record in records] == [record["id"] for record in sample_records("validation", 4)]
+    assert any(len(record["hops"]) > 1 for record in records)
+    for record in records:
+        assert record["prediction"] == record["hops"][-1]["draft"]
+        assert record["retrieved"] == record["hops"][-1]["retrieved"]
+        read = [set(hop["read"]) for hop in record["hops"]]
+        assert all(later != earlier for earlier, later in itertools.pairwise(read))
+        for hop in record["hops"]:
+            assert hop["read"] == [entry["passage"] for entry in hop["retrieved"][:5]]
+
+
+def test_scores_by_hop_are_those_of_what_was_written(hops):
+    examples = load_examples(hops["folder"] / "predictions.validation.jsonl")
+    rows = json.loads((hops["folder"] / "hops.validation.json").read_text())
+    for row in rows:
+        last = [example.hops[: row["hop"]][-1] for example in examples]
+        recalls, rouges = [], []
+        for example, hop in zip(examples, last, strict=True):
+            words = [len(text.split()) for text in example.document.passages]
+            ranking = [passage for passage, _ in hop.retrieved]
+            recalls.append(retrieval_scores(ranking, example.evidence, words)["recall@5"])
+            rouges.append(rouge_scores(hop.draft, example.summaries)["rougeL"])
+        assert row["recall@5"] == pytest.approx(np.mean(recalls))
+        assert row["rougeL"] == pytest.approx(np.mean(rouges))
+        assert f"hop {row['hop']}" in hops["printed"]
+    # a document's passages are encoded at the first hop only, and those whose search is over are not read again
+    assert rows[0]["examples"] == 24 >= rows[1]["examples"]
+    assert rows[0]["encoder_tokens"] > 2 * rows[1]["encoder_tokens"] > 0
+    assert rows[0]["source_tokens"] > 0 and rows[0]["generated_tokens"] > 0
+
+
+def test_two_processes_write_the_same_file_as_one(hops, tmp_path):
+    result = launch(SCRIPT, "--output_dir", tmp_path, *hops["flags"], processes=2)
+    assert result.returncode == 0, result.stderr
+    one, two = (read_jsonl(folder / "predictions.validation.jsonl") for folder in (hops["folder"], tmp_path))
+    for a, b in zip(one, two, strict=True):
+        assert [hop["draft"] for hop in a["hops"]] == [hop["draft"] for hop in b["hops"]]
+        assert [hop["read"] for hop in a["hops"]] == [hop["read"] for hop in b["hops"]]
+
+
+def test_what_was_done_before_an_interruption_is_not_done_again(hops, tmp_path):
+    flags = ["--output_dir", tmp_path, *hops["flags"]]
+    process = subprocess.Popen(command(SCRIPT, flags, 1), env={**os.environ, **OFFLINE}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    while process.poll() is None and not list(tmp_path.glob("parts.validation.*/0.jsonl")):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "the same command goes on from here" in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "predictions.validation.jsonl").exists()
+    (first,) = tmp_path.glob("parts.validation.*/0.jsonl")
+    made = first.stat().st_mtime_ns
+    result = launch(SCRIPT, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "of 4 parts were done before" in result.stdout
+    assert first.stat().st_mtime_ns == made
+    ours, theirs = ((folder / "predictions.validation.jsonl").read_text() for folder in (tmp_path, hops["folder"]))
+    assert ours == theirs
+
+
+def test_other_flags_start_anew(hops, tmp_path):
+    flags = ["--retriever", "bm25", "--summarizer", hops["flags"][3], "--output_dir", tmp_path, "--max_examples", 6,
+             "--num_hops", 1, "--max_new_tokens", 4, "--num_beams", 1]  # fmt: skip
+    assert launch(SCRIPT, *flags).returncode == 0
+    (before,) = tmp_path.glob("parts.*")
+    result = launch(SCRIPT, *flags, "--top_k", 2)
+    assert result.returncode == 0 and "done before" not in result.stdout
+    (after,) = tmp_path.glob("parts.*")
+    assert before != after
+    assert [len(record["hops"][0]["read"]) for record in read_jsonl(tmp_path / "predictions.validation.jsonl")] == [
+        2
+    ] * 6
+
+
+def test_both_stages_read_what_the_hops_wrote(hops, tmp_path):
+    written = hops["folder"] / "predictions.validation.jsonl"
+    files = ["--train_file", written, "--validation_file", written]
+    result = launch("train_retrieve.py", "--output_dir", tmp_path / "r", *files, "--drafts_file", written,
+                    "--validation_drafts_file", written, "--num_train_epochs", 1)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert events(tmp_path / "r", "validation")[-1]["hop2"]["recall@5"] > 0
+    assert "with drafts" in result.stdout
+    result = launch("train_summarize.py", "--output_dir", tmp_path / "s", *files, "--num_train_epochs", 1,
+                    "--max_new_tokens", 4, "--num_beams", 1)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for line, record in zip(read_jsonl(tmp_path / "s" / "predictions.validation.jsonl"), read_jsonl(written),
+                            strict=True):  # fmt: skip
+        assert sorted(record["hops"][-1]["read"]) == [entry["passage"] for entry in line["passages"]]
+
+
+# ---- one document
+
+
+MEETING = "\n".join(sample_records("validation", 1)[0]["passages"])
+QUESTION = sample_records("validation", 1)[0]["query"]
+
+
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_one_document_is_summarized_on_standard_output_and_explained_on_standard_error(smoke, tmp_path, source):
+    (tmp_path / "meeting.txt").write_text(MEETING)
+    flags = ["--document", "-" if source == "standard input" else tmp_path / "meeting.txt", "--query", QUESTION,
+             "--retriever", smoke["retrieve"], "--summarizer", smoke["summarize"], "--max_new_tokens", 12,
+             "--passage_words", 20, "--output_dir", tmp_path / "run"]  # fmt: skip
+    result = subprocess.run(command(SCRIPT, flags, 1), env={**os.environ, **OFFLINE}, capture_output=True, text=True,
+                            input=MEETING, cwd=ROOT)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (record,) = read_jsonl(tmp_path / "run" / "predictions.document.jsonl")
+    assert result.stdout == record["prediction"] + "\n"
+    assert "hop 1 read" in result.stderr and record["hops"][0]["draft"] in result.stderr
+    assert record["query"] == QUESTION and len(record["passages"]) > 5
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--document", "nowhere.txt"], "--document nowhere.txt: cannot be read"),
+        (["--document", "empty.txt"], "--document empty.txt: is empty"),
+        (["--input_file", "nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
+        (["--retriever", "nowhere"], "nowhere: no retriever could be loaded"),
+        (["--summarizer", "nowhere", "--retriever", "bm25"], "--summarizer nowhere: no encoder-decoder"),
+        (["--summarizer", "extract", "--retriever", "bm25"], "name a --drafter, or a --summarizer"),
+        (["--query", "Why?"], "--query is the question about --document"),
+        (["--num_hop", "2"], "did you mean --num_hops?"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(tmp_path, flags, message):
+    (tmp_path / "empty.txt").write_text(" \n")
+    result = launch(ROOT / SCRIPT, *flags, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+# ---- the draft finds what the question could not
+
+
+def test_trained_on_drafts_the_second_hop_finds_what_only_a_name_in_a_draft_leads_to(tmp_path):
+    """Drafts as a summarizer writes them at the first hop: the name is right, what the person reported is made up."""
+    rng = random.Random(1)
+    for split, documents in (("train", 200), ("validation", 15)):
+        records = sample_records(split, documents)
+        for record in records:
+            record["draft"] = record["summary"]
+            if len(record["evidence_hops"]) == 2:
+                name = record["passages"][record["evidence_hops"][1][0]].partition(":")[0]
+                record["draft"] = f"{name} said that {rng.choice(records)['passages'][rng.randrange(40)]}"
+        write_jsonl(tmp_path / f"{split}.jsonl", records)
+    files = [flag for split, name in (("train", ""), ("validation", "validation_"))
+             for flag in (f"--{split}_file", tmp_path / f"{split}.jsonl",
+                          f"--{name}drafts_file", tmp_path / f"{split}.jsonl")]  # fmt: skip
+    result = launch("train_retrieve.py", "--output_dir", tmp_path / "run", *files, "--draft_share", 0.7,
+                    "--group_by_document", "--num_hard_negatives", 20, "--negatives_pool", 50,
+                    "--num_train_epochs", 6, "--eval_after_steps", 450, "--learning_rate", 2e-3)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    scores = events(tmp_path / "run", "validation")[-1]
+    # all first-hop evidence is among the first five at either hop: what differs is that of the second hop
+    assert scores["recall@5"] < 92
+    assert scores["hop2"]["recall@5"] > scores["recall@5"] + 4
