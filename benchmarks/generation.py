@@ -25,7 +25,6 @@ In bfloat16 the two ways round at different places and so part.
 """
 
 import argparse
-import contextlib
 import multiprocessing
 import statistics
 import sys
@@ -38,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from transformers import BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-import utils.summarizer
+import utils.linear
 from utils.summarizer import Summarizer, collate
 from utils.training import hardware
 
@@ -131,7 +130,7 @@ def without_padding(rows):
 def setting(args, fusion: str, dtype: str):
     """The summarizer, the sources, the settings of generation, and the context to generate in."""
     if args.no_onednn:
-        utils.summarizer.onednn_linears = lambda model: contextlib.nullcontext()
+        utils.linear.IS_AVAILABLE = False
     generation = {"num_beams": 4, "max_new_tokens": args.max_new_tokens or NEW_TOKENS[fusion], "do_sample": False}
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=dtype == "bfloat16")
     return build(args), make_sources(fusion, args.examples), generation, autocast

@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart import modeling_bart
 
 from utils import generation
-from utils.generation import MODEL_TYPES, beam_search, no_repeated_ngrams, onednn_linears
+from utils.generation import MODEL_TYPES, beam_search, no_repeated_ngrams
 from utils.summarizer import Summarizer, collate
 
 VOCABULARY, PAD, EOS = 60, 1, 2
@@ -250,16 +250,3 @@ def test_the_model_attends_as_before_also_after_an_error(monkeypatch):
     with pytest.raises(TypeError):
         beam_search(model, *inputs, num_beams=2, max_new_tokens=3)
     assert model.config._attn_implementation == usual
-
-
-def test_linear_layers_through_onednn_compute_the_same_and_are_put_back():
-    model, inputs = build("bart"), torch.randint(3, VOCABULARY, (2, 9))
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    with torch.no_grad(), onednn_linears(model):
-        assert all("forward" in vars(module) for module in linears)
-        logits = model(inputs).logits
-    assert not any("forward" in vars(module) for module in linears)
-    with onednn_linears(model):
-        model(inputs).logits.sum().backward()  # with gradients as ever
-    assert linears[0].weight.grad.abs().sum() > 0
-    torch.testing.assert_close(logits, model(inputs).logits.detach(), rtol=1e-5, atol=1e-5)

@@ -10,12 +10,10 @@ do the rest; in float32 the tokens are those of `generate`.
 
 import copy
 import inspect
-from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
@@ -303,32 +301,3 @@ def no_repeated_ngrams(size: int):
         return scores
 
     return process
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# products of matrices on a processor
-
-
-@contextmanager
-def onednn_linears(model):
-    """Linear layers in float32 on a processor go through oneDNN, without gradients.
-
-    PyTorch's own way goes through MKL, which leaves AVX-512 unused on other makes than Intel's: half the speed.
-    """
-    linears = []
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        linears = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
-    for module in linears:
-        module.forward = partial(onednn_linear, module)
-    try:
-        yield
-    finally:
-        for module in linears:
-            del module.forward
-
-
-def onednn_linear(module, x):
-    plain = x.dtype == module.weight.dtype == torch.float32 and x.device.type == "cpu"
-    if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return nn.functional.linear(x, module.weight, module.bias)
-    return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, "none", [], "")

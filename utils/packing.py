@@ -411,7 +411,7 @@ def _take_each_position(module, arguments, output):
     if not _now:
         return None
     places = torch.cat([torch.arange(length, device=output.device) for length in _now[-1]["self"]])
-    return output[..., places, :]
+    return output.index_select(-2, places)  # whose gradient adds up in one order, unlike that of [places]
 
 
 @torch.no_grad()

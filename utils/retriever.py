@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel
 
 from utils import tokenizer
 from utils.arguments import UsageError
-from utils.generation import onednn_linears
+from utils.linear import use_onednn
 from utils.packing import is_packed, remove_padding
 
 PROMPTS = {"query": "query", "passage": "document"}  # the names that sentence-transformers looks up
@@ -47,6 +47,7 @@ def build_small_encoder(
         own_tokenizer.save_pretrained(folder)
         transformer = Transformer(folder)
     retriever = SentenceTransformer(modules=[transformer, Pooling(hidden_size), Normalize()], device="cpu")
+    use_onednn(retriever)
     remove_padding(retriever)
     return retriever
 
@@ -64,6 +65,7 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
         raise UsageError(
             f"{name_or_path}: no retriever could be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
+    use_onednn(retriever)
     remove_padding(retriever)
     return retriever
 
@@ -164,7 +166,7 @@ def encode(
             # every process takes part, with a batch that is done already if need be: the model may be sharded
             batch = batches[min(first + process, len(batches) - 1)]
             features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
-            with accelerator.autocast(), onednn_linears(model):
+            with accelerator.autocast():
                 output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})
             parts.append(output["sentence_embedding"].float().cpu().numpy())
             numbers += batch

@@ -26,7 +26,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.arguments import UsageError, saved_arguments
-from utils.generation import beam_search, onednn_linears
+from utils.generation import beam_search
+from utils.linear import Linear, multiply, use_onednn
 from utils.packing import laid_end_to_end, remove_padding_of_both
 from utils.tokenizer import tokenize
 
@@ -189,10 +190,11 @@ class Summarizer(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        use_onednn(model)
         self.is_packed = remove_padding_of_both(model)
         head, capped = model.get_output_embeddings(), ("final_logit_softcapping", "logits_scaling", "logit_scale")
         # whether logits are more than a product of matrices and BART's bias, or the weights out of reach between layers
-        self.has_own_logits = type(head) is not nn.Linear or head.bias is not None or is_deepspeed_zero3_enabled()
+        self.has_own_logits = type(head) is not Linear or head.bias is not None or is_deepspeed_zero3_enabled()
         self.has_own_logits |= any(getattr(model.config, name, None) for name in capped)
 
     def encode(self, input_ids, attention_mask, sequences_per_example):
@@ -264,28 +266,25 @@ class Summarizer(nn.Module):
         Sequences are padded on their right. They are encoded in order of length and in parts, so that there is little
         padding among them and that memory does not grow with the number of passages; the search is `beam_search`.
         """
-        with onednn_linears(self.model):
-            lengths = attention_mask.sum(1).tolist()
-            longest_first = torch.tensor(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
-            states = [None] * len(lengths)
-            # at once where layers are sharded over processes, which must then run them equally often
-            is_sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
-            for part in longest_first.split(
-                len(lengths) if is_sharded else max(1, ENCODED_AT_ONCE // input_ids.shape[1])
-            ):
-                longest = lengths[part[0]]
-                hidden = self.model.get_encoder()(
-                    input_ids=input_ids[part, :longest], attention_mask=attention_mask[part, :longest]
-                ).last_hidden_state
-                for i, row in zip(part.tolist(), hidden, strict=True):
-                    states[i] = row[: lengths[i]]
-            starts = [0, *sequences_per_example.cumsum(0).tolist()]
-            examples = [torch.cat(states[start:end]) for start, end in pairwise(starts)]
-            hidden = nn.utils.rnn.pad_sequence(examples, batch_first=True)
-            tokens = torch.tensor([len(example) for example in examples], device=hidden.device)
-            mask = (torch.arange(hidden.shape[1], device=hidden.device) < tokens[:, None]).long()
-            del states, examples
-            return beam_search(self.model, hidden, mask, **generation)
+        lengths = attention_mask.sum(1).tolist()
+        longest_first = torch.tensor(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
+        states = [None] * len(lengths)
+        # at once where layers are sharded over processes, which must then run them equally often
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        for part in longest_first.split(len(lengths) if is_sharded else max(1, ENCODED_AT_ONCE // input_ids.shape[1])):
+            longest = lengths[part[0]]
+            hidden = self.model.get_encoder()(
+                input_ids=input_ids[part, :longest], attention_mask=attention_mask[part, :longest]
+            ).last_hidden_state
+            for i, row in zip(part.tolist(), hidden, strict=True):
+                states[i] = row[: lengths[i]]
+        starts = [0, *sequences_per_example.cumsum(0).tolist()]
+        examples = [torch.cat(states[start:end]) for start, end in pairwise(starts)]
+        hidden = nn.utils.rnn.pad_sequence(examples, batch_first=True)
+        tokens = torch.tensor([len(example) for example in examples], device=hidden.device)
+        mask = (torch.arange(hidden.shape[1], device=hidden.device) < tokens[:, None]).long()
+        del states, examples
+        return beam_search(self.model, hidden, mask, **generation)
 
 
 def _tokens_per_example(attention_mask, sequences_per_example) -> list[int]:
@@ -330,7 +329,7 @@ class _VocabularyLoss(torch.autograd.Function):
         size = max(1, _VocabularyLoss.LOGITS // len(weight))
         for start in range(0, len(hidden), size):
             rows, labels = low_hidden[start : start + size], targets[start : start + size]
-            logits = rows @ low_weight.T
+            logits = multiply(rows, low_weight.T)
             if bias is not None:
                 logits = logits + bias
             log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
@@ -340,8 +339,8 @@ class _VocabularyLoss(torch.autograd.Function):
                 gradient = log_probabilities.exp_().sub_(smoothing / len(weight))
                 gradient[torch.arange(len(labels), device=labels.device), labels] -= 1 - smoothing
                 gradient = gradient.mul_(scale).to(dtype) if scale > 1 else gradient.to(dtype)
-                grad_hidden[start : start + size] = gradient @ low_weight
-                grad_weight += gradient.T @ rows
+                grad_hidden[start : start + size] = multiply(gradient, low_weight)
+                grad_weight += multiply(gradient.T, rows)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.dtype)
         ctx.mark_non_differentiable(nll)

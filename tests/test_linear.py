@@ -1,0 +1,241 @@
+"""Linear layers through oneDNN: the same values and gradients, where it is used, and what is left as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+from transformers import BartConfig, BartForConditionalGeneration
+
+from utils import linear
+from utils.linear import Linear, multiply, use_onednn
+from utils.retriever import build_small_encoder, load_retriever
+from utils.summarizer import Summarizer, collate
+
+pytestmark = pytest.mark.skipif(not linear.IS_AVAILABLE, reason="this PyTorch has no oneDNN")
+ROWS = 300
+OPERATION = "mkldnn::_linear_pointwise"
+
+
+def pair(inputs=128, outputs=96, bias=True):
+    """A linear layer, and one with the same weights through oneDNN."""
+    torch.manual_seed(0)
+    plain = nn.Linear(inputs, outputs, bias=bias)
+    ours = copy.deepcopy(plain)
+    use_onednn(ours)
+    return plain, ours
+
+
+def calls(compute) -> int:
+    """How many products oneDNN makes meanwhile."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        compute()
+    return sum(event.count for event in profiler.key_averages() if event.key == OPERATION)
+
+
+def check_close(ours, plain):
+    assert (ours - plain).norm() <= 1e-5 * plain.norm()
+
+
+def gradients(layer, x, outer):
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    output = layer(x)
+    output.backward(outer(output))
+    return [output.detach(), x.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+
+
+def seeded(output):
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+
+
+CASES = {
+    "a matrix": ((ROWS, 128), lambda x: x, seeded),
+    "three dimensions": ((3, ROWS, 128), lambda x: x, seeded),
+    "more rows than are transposed at once": ((2 * linear.ROWS_AT_ONCE + 7, 128), lambda x: x, seeded),
+    "transposed": ((128, ROWS), lambda x: x.T, seeded),
+    "every second row": ((2 * ROWS, 128), lambda x: x[::2], seeded),
+    "the gradient of a sum": ((ROWS, 128), lambda x: x, lambda output: torch.ones(()).expand(output.shape)),
+    "a transposed gradient": ((ROWS, 128), lambda x: x, lambda output: seeded(output.T).T),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_torch(name, bias):
+    shape, view, outer = CASES[name]
+    plain, ours = pair(bias=bias)
+    x = view(torch.randn(shape))
+    theirs, found = gradients(plain, x, outer), []
+    assert calls(lambda: found.extend(gradients(ours, x, outer))) >= 3  # forward, and of inputs and weight backward
+    for our, their in zip(found, theirs, strict=True):
+        check_close(our, their)
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(ours, x, outer), strict=True))
+
+
+def test_gradients_add_up_over_several_backward_passes_and_under_checkpointing():
+    plain, ours = pair()
+    x = torch.randn(ROWS, 128)
+    for layer in (plain, ours):
+        layer(x).square().sum().backward()
+    plain(2 * x).square().sum().backward()
+    checkpoint(ours, 2 * x, use_reentrant=False).square().sum().backward()
+    check_close(ours.weight.grad, plain.weight.grad)
+    check_close(ours.bias.grad, plain.bias.grad)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both", "inputs"])
+def test_only_what_is_trained_gets_a_gradient_and_its_product(frozen):
+    _, ours = pair()
+    ours.weight.requires_grad_(frozen not in ("weight", "both"))
+    ours.bias.requires_grad_(frozen not in ("bias", "both"))
+    x = torch.randn(ROWS, 128, requires_grad=frozen != "inputs")
+    output = ours(x)
+    assert calls(lambda: output.sum().backward()) == (1 if frozen in ("weight", "both", "inputs") else 2)
+    for tensor in (x, ours.weight, ours.bias):
+        assert (tensor.grad is not None) == tensor.requires_grad
+
+
+def test_without_gradients_the_output_has_no_graph():
+    plain, ours = pair()
+    x = torch.randn(ROWS, 128)
+    with torch.no_grad():
+        assert not ours(x).requires_grad
+        check_close(ours(x), plain(x))
+
+
+# ---- what PyTorch does as before
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+LEFT = {
+    "few rows": lambda layer: layer(torch.randn(2, 128)),
+    "no rows": lambda layer: layer(torch.randn(0, 128)),
+    "double precision": lambda layer: layer.double()(torch.randn(ROWS, 128, dtype=torch.float64)),
+    "bf16": lambda layer: layer.bfloat16()(torch.randn(ROWS, 128, dtype=torch.bfloat16)),
+    "another device": lambda layer: layer.to("meta")(torch.randn(ROWS, 128, device="meta")),
+    "a subclass of tensors": lambda layer: layer(torch.randn(ROWS, 128).as_subclass(Subclass)),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_onednn_is_not_for_is_left_to_torch(name):
+    _, ours = pair()
+    outputs = []
+    assert calls(lambda: outputs.append(LEFT[name](ours))) == 0
+    assert outputs[0].shape[-1] == 96
+    assert outputs[0].requires_grad
+
+
+def test_under_autocast_products_are_in_its_precision():
+    plain, ours = pair()
+    x, outputs = torch.randn(ROWS, 128), []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls(lambda: outputs.append(ours(x))) == 0
+        assert torch.equal(outputs[0], plain(x))
+    assert outputs[0].dtype == torch.bfloat16
+    assert calls(lambda: ours(x)) == 1  # the layer does not remember it
+
+
+def test_inputs_of_the_wrong_width_get_torchs_error():
+    _, ours = pair()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ours(torch.randn(ROWS, 100))
+
+
+def test_other_kinds_of_linear_layers_keep_their_own_forward():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), nn.Bilinear(4, 4, 4))
+    use_onednn(model)
+    assert [type(module) for module in model] == [Linear, Doubled, nn.Bilinear]
+
+
+def test_a_copied_layer_computes_with_its_own_weights():
+    _, ours = pair()
+    twin = copy.deepcopy(ours)
+    with torch.no_grad():
+        twin.weight.zero_()
+        twin.bias.zero_()
+    x = torch.randn(ROWS, 128)
+    assert calls(lambda: twin(x)) == 1
+    assert twin(x).abs().sum() == 0
+    assert ours(x).abs().sum() > 0
+    assert ours.state_dict().keys() == nn.Linear(1, 1).state_dict().keys()
+
+
+@pytest.mark.parametrize("rows", [3, ROWS])
+def test_a_product_of_two_matrices_is_that_of_torch(rows):
+    a, b = torch.randn(rows, 200), torch.randn(200, 150)
+    assert calls(lambda: multiply(a, b)) == (rows == ROWS)
+    for x, y in ((a, b), (a.T.contiguous().T, b), (a, b.T.contiguous().T)):
+        check_close(multiply(x, y), x @ y)
+
+
+# ---- the models
+
+
+def summarizer_and_batch():
+    torch.manual_seed(0)
+    config = BartConfig(vocab_size=300, d_model=128, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+                        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, dropout=0.0)  # fmt: skip
+    ids = torch.randint(4, 300, (6, 64)).tolist()
+    return Summarizer(BartForConditionalGeneration(config)), collate([[row] for row in ids], ids, pad_token_id=1)
+
+
+def train(summarizer, batch):
+    summarizer.zero_grad()
+    loss, _ = summarizer(**batch, label_smoothing_factor=0.1)
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in summarizer.parameters()]
+
+
+def test_a_summarizer_trains_through_onednn_with_the_same_loss_and_gradients(monkeypatch):
+    summarizer, batch = summarizer_and_batch()
+    results = []
+    # of 16 layers, and of the vocabulary: forward, and for inputs and weight backward
+    assert calls(lambda: results.append(train(summarizer, batch))) == 3 * 17
+    monkeypatch.setattr(linear, "IS_AVAILABLE", False)
+    assert calls(lambda: results.append(train(summarizer, batch))) == 0
+    (our_loss, ours), (loss, theirs) = results
+    torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=0)
+    check_close(torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in theirs]))
+
+
+def test_a_summarizer_in_bf16_does_not():
+    summarizer, batch = summarizer_and_batch()
+
+    def forward_and_backward():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = summarizer(**batch, label_smoothing_factor=0.1)
+        loss.backward()
+
+    assert calls(forward_and_backward) == 0
+
+
+def test_a_summarizer_generates_through_onednn():
+    summarizer, batch = summarizer_and_batch()
+    del batch["labels"]
+    assert calls(lambda: summarizer.generate(**batch, num_beams=1, max_new_tokens=2)) >= 6  # the encoder's layers
+
+
+def test_a_retriever_uses_onednn_when_built_and_when_loaded_and_saves_the_same(tmp_path):
+    torch.manual_seed(0)
+    built = build_small_encoder(["one two three four five"], layers=1)
+    built.save(str(tmp_path))
+    loaded = load_retriever(str(tmp_path))
+    features = {"input_ids": torch.full((8, 64), 5), "attention_mask": torch.ones(8, 64, dtype=torch.long)}
+    embeddings = []
+
+    def encode(model):
+        embeddings.append(model.eval()(dict(features))["sentence_embedding"])
+
+    assert [calls(lambda model=model: encode(model)) for model in (built, loaded)] == [6, 6]
+    assert torch.equal(*embeddings)
