@@ -24,7 +24,7 @@ from utils.arguments import (
 
 
 @dataclass
-class HopArguments(GenerationArguments, ReadingArguments, RunArguments):
+class HopArguments(ReadingArguments, RunArguments):
     output_dir: str = flag("outputs/hops", "the run folder: predictions with every hop, scores by hop, arguments")
     input_file: str | None = flag(
         None, "examples in any form that the training scripts read; references and evidence are scored where they are"
@@ -41,17 +41,24 @@ class HopArguments(GenerationArguments, ReadingArguments, RunArguments):
     drafter: str | None = flag(
         None, "what writes the drafts to search with: extract, or a retriever that scores sentences [the summarizer]"
     )
-    draft_words: int = flag(60, "words of an extracted draft at most")
+    draft_words: int = flag(30, "words of an extracted draft at most")
     num_hops: int = flag(2, "rounds of retrieving and summarizing at most; fewer where one brings nothing new")
     top_k: int | None = flag(None, "passages that are read at each hop [those that the summarizer was trained on]")
     fusion: str | None = flag(None, "concat or fid [the summarizer's]")
     passage_order: str | None = flag(None, "order of the passages in the source: document or rank [the summarizer's]")
     max_source_length: int | None = flag(None, "tokens of a source or of each passage [the summarizer's]")
+    num_beams: int | None = flag(None, "beams in generation; 1: greedy [as the summarizer was trained]")
+    length_penalty: float | None = flag(None, "exponent of the length by which beam scores are divided [likewise]")
+    min_new_tokens: int | None = flag(None, "tokens generated at least [likewise]")
+    max_new_tokens: int | None = flag(None, "tokens generated at most [likewise]")
+    no_repeat_ngram_size: int | None = flag(
+        None, "n-grams of this size are generated once only; 0: no limit [likewise]"
+    )
     per_device_eval_batch_size: int = flag(32, "examples that are worked on at a time on each device")
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_generation()
+        GenerationArguments.check_generation(self)
         check_at_least(1, self, "num_hops", "top_k", "draft_words", "per_device_eval_batch_size", "max_examples",
                        "passage_words")  # fmt: skip
         check_at_least(16, self, "max_source_length")
@@ -75,6 +82,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -142,33 +150,29 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # models, with the settings that they were trained with
 
-    def load_encoder(name: str):
-        encoder = load_retriever(name).to(accelerator.device)
-        if length := saved_arguments(name).get("max_seq_length"):
-            encoder.max_seq_length = length
-        return encoder
-
-    retriever = None if args.retriever == "bm25" else load_encoder(args.retriever)
+    retriever = None if args.retriever == "bm25" else load_retriever(args.retriever).to(accelerator.device)
     summarizer = tokenizer = sentence_scorer = None
     if args.summarizer != "extract":
         model, tokenizer = load_model_and_tokenizer(args.summarizer, name="--summarizer")
         summarizer = Summarizer(model).to(accelerator.device).eval()
-    settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5}
-    for name in settings:
-        own = getattr(args, name)
-        settings[name] = of_summarizer.get(name, settings[name]) if own is None else own
+    reading = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5}
+    generation = asdict(GenerationArguments())
+    for settings in (reading, generation):
+        for name, default in settings.items():
+            own = getattr(args, name)
+            settings[name] = of_summarizer.get(name, default) if own is None else own
+    top_k = reading.pop("top_k")
+    sources = Sources(tokenizer, **reading) if summarizer else None
+
     drafter = args.drafter or ("extract" if summarizer is None else "summarizer")
     if drafter == "extract":
         if retriever is None:
             raise UsageError("--retriever bm25 cannot choose sentences: name a --drafter, or a --summarizer")
         sentence_scorer = retriever
     elif drafter != "summarizer":
-        sentence_scorer = load_encoder(drafter)
+        sentence_scorer = load_retriever(drafter).to(accelerator.device)
     elif summarizer is None:
         raise UsageError("--drafter summarizer needs a --summarizer")
-
-    top_k = settings.pop("top_k")
-    sources = Sources(tokenizer, **settings) if summarizer else None
 
     # ------------------------------------------------------------------------------------------------------------------
     # hops
@@ -194,7 +198,7 @@ def main():
             batch = collate([built[i] for i in numbers], [[]] * len(numbers), tokenizer.pad_token_id)
             del batch["labels"]
             with accelerator.autocast():
-                ids = summarizer.generate(**batch.to(accelerator.device), **args.generation())
+                ids = summarizer.generate(**batch.to(accelerator.device), **generation, do_sample=False)
             spent["source_tokens"] += int(batch["attention_mask"].sum())
             spent["generated_tokens"] += int((ids[:, 1:] != tokenizer.pad_token_id).sum())
             for i, text in zip(numbers, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
@@ -256,7 +260,7 @@ def main():
     key = digest([
         sorted((name, value) for name, value in vars(args).items() if name not in ("output_dir", "deterministic")),
         [weights_key(model) for model in (retriever, summarizer, sentence_scorer) if model is not None],
-        [of_retriever, settings, top_k, accelerator.mixed_precision],
+        [of_retriever, reading, generation, top_k, accelerator.mixed_precision],
         *([example.id, example.query, example.summaries, example.document.passages] for example in examples),
     ])  # fmt: skip
     parts = run_folder / f"parts.{split}.{key}"

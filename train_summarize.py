@@ -8,7 +8,7 @@ then holds a model that Transformers loads, `metrics.jsonl` and `predictions.val
 were read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from utils.arguments import (
     DataArguments,
@@ -271,6 +271,7 @@ def main():
         ],
     }
     baselines = {}
+    generation = {field.name: getattr(args, field.name) for field in fields(GenerationArguments)}
 
     def validate() -> tuple[list[str], dict]:
         """Predictions, and scores beside those of the extracts, on all processes; Interrupted if a signal came."""
@@ -294,7 +295,7 @@ def main():
             with torch.no_grad(), accelerator.autocast():
                 loss, nll = summarizer(**batch, label_smoothing_factor=args.label_smoothing_factor)
                 del batch["labels"]
-                ids = summarizer.generate(**batch, **args.generation())
+                ids = summarizer.generate(**batch, **generation, do_sample=False)
             if is_extra:
                 continue
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)

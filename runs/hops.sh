@@ -23,7 +23,7 @@ python train_retrieve.py --output_dir "$out/2/retrieve" --draft_share 0.7 --grou
     --num_hard_negatives 20 --negatives_pool 50 --drafts_file "$out/1/hops/predictions.train.jsonl" \
     --validation_drafts_file "$out/1/hops/predictions.validation.jsonl"
 hops "$out/2/retrieve" "$out/1/summarize" "$out/2/drafts"
-python train_summarize.py --output_dir "$out/2/summarize" --passage_order rank \
+python train_summarize.py --output_dir "$out/2/summarize" --passage_order rank --num_train_epochs 6 \
     --train_file "$out/2/drafts/predictions.train.jsonl" --validation_file "$out/2/drafts/predictions.validation.jsonl"
 python retrieve_and_summarize.py --retriever "$out/2/retrieve" --summarizer "$out/2/summarize" --output_dir "$out/2/hops"
 python runs/second_hop.py "$out"/{1/hops,2/drafts,2/hops}/predictions.validation.jsonl

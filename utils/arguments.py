@@ -105,12 +105,6 @@ class GenerationArguments:
         check_at_least(1, self, "num_beams", "max_new_tokens")
         check_at_least(0, self, "min_new_tokens", "no_repeat_ngram_size")
 
-    def generation(self) -> dict:
-        """Keywords of `Summarizer.generate`."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(GenerationArguments)} | {
-            "do_sample": False
-        }
-
 
 @dataclass
 class TrainingArguments(RunArguments):
