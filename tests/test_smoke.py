@@ -10,7 +10,7 @@ from conftest import ROOT, events, launch, read_jsonl
 
 from utils.data import load_examples, read_qrels, write_jsonl
 from utils.metrics import retrieval_scores, rouge_scores
-from utils.sample import sample_examples
+from utils.sample import sample_examples, sample_records
 from utils.trec import read_run
 
 
@@ -161,6 +161,22 @@ def test_examples_without_evidence_are_supervised_by_the_rouge_oracle(tmp_path):
                     "--output_dir", tmp_path / "run")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "8 with positives (0 from evidence, the others from the ROUGE oracle)" in result.stdout
+
+
+def test_a_teacher_supervises_examples_without_evidence(smoke, tmp_path):
+    records = [{name: record[name] for name in ("id", "query", "passages", "summary")}
+               for record in sample_records("train", 6)]  # fmt: skip
+    write_jsonl(tmp_path / "data.jsonl", records)
+    flags = ["--train_file", tmp_path / "data.jsonl", "--validation_file", tmp_path / "data.jsonl",
+             "--output_dir", tmp_path / "run", "--teacher", smoke["summarize"], "--teacher_candidates", 6,
+             "--teacher_temperature", 0.01, "--num_hard_negatives", 0, "--per_device_train_batch_size", 1,
+             "--draft_share", 0, "--num_train_epochs", 8, "--log_steps", 36]  # fmt: skip
+    result = launch("train_retrieve.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "36 with positives (0 from evidence, the others from the teacher)" in result.stdout
+    # one question in a batch with its six candidates: the divergence from the teacher's distribution falls
+    losses = [line["loss"] for line in events(tmp_path / "run", "train")]
+    assert losses[-1] < losses[0] - 0.05
 
 
 @pytest.mark.parametrize("script", ["train_retrieve.py", "train_summarize.py"])

@@ -1,0 +1,86 @@
+"""What a second hop adds on QMSum's validation meetings, by the draft that it searches with: gold words within 1,024.
+
+    python runs/qmsum_hops.py FOLDER_OF_QMSUM RETRIEVER [--selector SELECTOR]      (made by runs/qmsum_hops.sh)
+
+237 specific questions, turns merged into chunks of 200 words. Hop 1 searches with the question and reads five chunks;
+drafts are written from these (but for the reference). Rankings of both hops are fused. Intervals are 95%
+of the paired bootstrap by meeting (10,000 draws, seed 42); `covered`: the difference where hop 1 alone has more than
+two thirds of the gold words.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.arguments import saved_arguments
+from utils.compare import bootstrap_means
+from utils.data import load_examples, split_sentences
+from utils.drafts import extract_drafts
+from utils.metrics import retrieval_scores
+from utils.retriever import encode, load_retriever
+from utils.search import fuse_hops, greedy_rouge_oracle, remember_passages, retriever_rankings, search_text
+
+parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+parser.add_argument("qmsum", type=Path)
+parser.add_argument("retriever", help="a folder of train_retrieve.py")
+parser.add_argument("--selector", help="a retriever that was trained on turns, to score sentences")
+parser.add_argument("--top_k", type=int, default=5)
+args = parser.parse_args()
+
+accelerator = Accelerator(mixed_precision="bf16")
+examples = load_examples(args.qmsum / "validation.jsonl", merge_passages=True, passage_words=200)
+examples = [example for example in examples if example.evidence]
+words = {id(example.document): [len(text.split()) for text in example.document.passages] for example in examples}
+meetings = [id(example.document) for example in examples]
+
+
+def encoder(name: str):
+    return remember_passages(partial(encode, load_retriever(name).to(accelerator.device), accelerator=accelerator))
+
+
+def gold_words(rankings: list) -> np.ndarray:
+    return np.array([
+        retrieval_scores(
+            [passage for passage, _ in ranking], example.evidence, words[id(example.document)], example.evidence_words
+        )["gold_words@1024"] for example, ranking in zip(examples, rankings, strict=True)
+    ])  # fmt: skip
+
+
+def best_extract(example, passages: list[int]) -> str:
+    """The sentences of what was read that the ROUGE oracle would choose: what an extract can be at best."""
+    sentences = [text for passage in sorted(passages) for text in split_sentences(example.document.passages[passage])]
+    return " ".join(sentences[i] for i in sorted(greedy_rouge_oracle(sentences, example.summaries)))
+
+
+settings, own = saved_arguments(args.retriever), encoder(args.retriever)
+first = retriever_rankings(examples, own, settings)
+read = [[passage for passage, _ in ranking[: args.top_k]] for ranking in first]
+drafts = {
+    "the reference": [example.summaries[0] for example in examples],
+    "best extract of what was read": [best_extract(*both) for both in zip(examples, read, strict=True)],
+    "best chunk": [example.document.passages[passages[0]] for example, passages in zip(examples, read, strict=True)],
+}
+scorers = {"the retriever": own} | ({"the selector": encoder(args.selector)} if args.selector else {})
+for name, scorer in scorers.items():
+    for count in (15, 30, 60, 120):
+        drafts[f"extract of {count} words by {name}"] = extract_drafts(examples, read, scorer, count)
+
+at_first = gold_words(first)
+is_covered = at_first > 200 / 3
+print(f"hop 1: {at_first.mean():.1f}; more than two thirds on {is_covered.sum()} of {len(examples)} questions")
+print("| draft | hop 2 alone | fused with hop 1 | difference | covered |\n| --- | ---: | ---: | ---: | ---: |")
+for name, texts in drafts.items():
+    searches = [search_text(example.query, text) for example, text in zip(examples, texts, strict=True)]
+    second = retriever_rankings(examples, own, settings, searches)
+    scores = gold_words([fuse_hops(both) for both in zip(first, second, strict=True)])
+    difference = scores - at_first
+    low, high = np.percentile(bootstrap_means(difference[:, None], meetings), [2.5, 97.5])
+    print(
+        f"| {name} | {gold_words(second).mean():.1f} | {scores.mean():.1f} "
+        f"| {difference.mean():+.1f} [{low:+.1f}, {high:+.1f}] | {difference[is_covered].mean():+.1f} |", flush=True,
+    )  # fmt: skip
