@@ -128,7 +128,7 @@ def start(accelerator, args) -> Path:
             (folder / "environment.json").write_text(json.dumps(environment(accelerator), indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: {error.strerror}") from error
-    if accelerator.log_with:
+    if getattr(args, "report_to", None):
         accelerator.init_trackers(folder.name, config=asdict(args))
     return folder
 
