@@ -150,6 +150,10 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # models, with the settings that they were trained with
 
+    for flag_name, name, script in (("retriever", args.retriever, "train_retrieve.py"),
+                                    ("summarizer", args.summarizer, "train_summarize.py")):  # fmt: skip
+        if name.startswith("outputs/") and not Path(name).is_dir():  # no name to ask the Hub for
+            raise UsageError(f"--{flag_name} {name}: no such folder; {script} makes it, or name another")
     retriever = None if args.retriever == "bm25" else load_retriever(args.retriever).to(accelerator.device)
     summarizer = tokenizer = sentence_scorer = None
     if args.summarizer != "extract":
