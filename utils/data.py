@@ -81,9 +81,7 @@ class Example:
     evidence: list[int] | None  # gold passage numbers, sorted and unique; None if nobody marked any
     evidence_words: list[int] | None  # gold words in each of them: all its words, or those of the gold turns merged in
     retrieved: list[tuple[int, float]] | None  # (passage number, score), best first, from a hand-over file
-    hops: list[Hop] = field(
-        default_factory=list
-    )  # what retrieve_and_summarize.py did, where the file is one of its own
+    hops: list[Hop] = field(default_factory=list)  # in a file that retrieve_and_summarize.py wrote
 
 
 class DataError(ValueError):
@@ -421,16 +419,11 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
         if not isinstance(hops, list) or not all(isinstance(hop, dict) for hop in hops):
             raise _BadRecord(f'\'hops\' must be a list of {{"draft": "...", "read": [3, 7]}}, not {_shown(hops)}')
         for hop in hops:
-            text, read = hop.get("draft"), hop.get("read", [])
+            text = hop.get("draft")
             if not isinstance(text, str):
                 raise _BadRecord(f"no 'draft', nor 'prediction' or 'hops' with drafts; {_fields(row.record)}")
-            if not isinstance(read, list):
-                raise _BadRecord(f"'read' must be a list of passage numbers such as [3, 7], not {_shown(read)}")
-            if key in passages:
-                for passage in read:
-                    _check_passage_number(passage, "read", passages[key])
-            if text.strip():
-                by_id.setdefault(key, []).append((text, read))
+            if text.strip() and key in passages:
+                by_id.setdefault(key, []).append((text, _read(hop, passages[key])))
 
     rows = _read_rows(path, "train", None, ("hops",))
     columns = {name: name for name in ("id", "draft", "prediction", "hops")}
@@ -858,15 +851,21 @@ def _hops(record: dict, passages_column: str, source: _Source) -> list[Hop]:
         if not isinstance(entry, dict) or not isinstance(entry.get("draft"), str) or not entry.get("retrieved"):
             raise _BadRecord(f"{wanted}, but number {number} is {_shown(entry)}")
         try:
-            retrieved, read = _retrieved(entry, passages_column, source), entry.get("read", [])
-            if not isinstance(read, list):
-                raise _BadRecord(f"'read' must be a list of passage numbers such as [3, 7], not {_shown(read)}")
-            for passage in read:
-                _check_passage_number(passage, "read", source.given)
+            retrieved = _retrieved(entry, passages_column, source)
+            hops.append(Hop(entry["draft"], _read(entry, source.given), retrieved))
         except _BadRecord as error:
             raise _BadRecord(f"hop {number}: {error}") from None
-        hops.append(Hop(entry["draft"], read, retrieved))
     return hops
+
+
+def _read(hop: dict, passages: int) -> list[int]:
+    """The numbers of the passages that a hop's draft was written from."""
+    numbers = hop.get("read", [])
+    if not isinstance(numbers, list):
+        raise _BadRecord(f"'read' must be a list of passage numbers such as [3, 7], not {_shown(numbers)}")
+    for number in numbers:
+        _check_passage_number(number, "read", passages)
+    return numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
