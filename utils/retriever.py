@@ -7,6 +7,7 @@ and encoded in batches of similar length, without padding where the encoder can 
 import hashlib
 import json
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,6 +56,9 @@ def build_small_encoder(
 def load_retriever(name_or_path: str, attention_dropout: float | None = None) -> SentenceTransformer:
     """A sentence-transformers or plain encoder checkpoint from a folder or the Hub; UsageError if there is none."""
     config = {}
+    folder = Path(name_or_path)
+    if folder.is_dir() and not any((folder / name).exists() for name in ("modules.json", "config.json")):
+        raise UsageError(f"{name_or_path}: no retriever in this folder; a run writes it when its training is done")
     if attention_dropout is not None:  # BERT's name and the others'; a configuration ignores the one it does not have
         config = {"attention_probs_dropout_prob": attention_dropout, "attention_dropout": attention_dropout}
     try:

@@ -74,6 +74,8 @@ def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, na
 
     Raises a UsageError that names the flag `name` if there is none.
     """
+    if Path(name_or_path).is_dir() and not Path(name_or_path, "config.json").exists():
+        raise UsageError(f"{name} {name_or_path}: no model in this folder; a run writes it when its training is done")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path)
