@@ -29,8 +29,8 @@ hop 1: 60.2; more than two thirds on 113 of 237 questions
 | extract of 60 words by the selector | 60.9 | 61.0 | +0.8 [-0.7, +2.3] | -0.9 |
 | extract of 120 words by the selector | 61.9 | 61.9 | +1.7 [-0.1, +3.4] | -0.6 |
 
-Cost (the last command of runs/qmsum_hops.sh, 272 questions with the general ones, no summarizer): 602,671 tokens encoded
-and 57.4 s at hop 1, 31,514 tokens and 3.5 s at hop 2.
+Cost (the last command of runs/qmsum_hops.sh, 272 questions with the general ones, no summarizer): 602,671 tokens
+encoded and 57.4 s at hop 1, 31,514 tokens and 3.5 s at hop 2.
 
 Fused otherwise, with the extract of 30 words by the retriever: equal weights and k = 60 +1.8 [+0.6, +3.0] (covered
 -0.3), each passage by its best rank +1.1 [-0.0, +2.1], standardized scores added +1.2 [-0.3, +2.6] (2,000 draws).
