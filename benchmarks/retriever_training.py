@@ -130,7 +130,8 @@ def run_here(folder: Path, pairs: int, done, *, dropout: bool, gradient_cache_to
         "--model_name_or_path", folder / ("dropout" if dropout else "none"), "--train_file", folder / "train.jsonl",
         "--validation_file", folder / "validation.jsonl", "--num_hard_negatives", 0, "--draft_share", 0,
         "--learning_rate", 2e-5, "--per_device_train_batch_size", pairs, "--num_train_epochs", epochs,
-        "--output_dir", folder / "run", "--gradient_cache_tokens", gradient_cache_tokens, "--checkpointing_steps", 10**6,
+        "--output_dir", folder / "run", "--gradient_cache_tokens", gradient_cache_tokens,
+        "--checkpointing_steps", 10**6,
         "--log_format", "none", "--log_steps", 10**6, "--resume_from_checkpoint", "none",
         "--mixed_precision", os.environ["ACCELERATE_MIXED_PRECISION"],
     ]  # fmt: skip
