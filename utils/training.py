@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -145,9 +146,17 @@ def keep_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Returns to the system what is free in the heap: now and then, or batches of many shapes break it into pieces."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+    """Returns to the system what is free in the heap, if two minutes have passed since it last did.
+
+    Left alone, batches of many shapes break the heap into ever more pieces; more often, getting it again costs.
+    """
+    if time.monotonic() - _last_given_back[0] > 120:
+        _last_given_back[0] = time.monotonic()
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+_last_given_back = [time.monotonic()]
 
 
 def environment(accelerator) -> dict:
