@@ -9,26 +9,24 @@ MultipleNegativesRankingLoss, or at batch 512 CachedMultipleNegativesRankingLoss
 batches and optimizer included, without the first epoch (here) or step (there). Both sides compute all pairs of
 `--steps` batches; here batches are of similar length. The two losses at the end are of one and the same batch.
 
-Results, as printed (`--rows plain --steps 4 --repeats 2`):
+Results, as printed (`--rows plain --steps 4 --repeats 1`):
 
-    2026-11-24, AMD EPYC (Zen 4), 2 cores, torch 2.13.0+cpu, sentence-transformers 6.2.0, 2 repeats, wall clock
+    2026-11-26, AMD EPYC (Zen 5), 2 cores, torch 2.13.0+cpu, 1 repeats, wall clock
 
-    train_retrieve.py   peer                pairs/s: here  peer   ratio (range)
-    float32             float32                     12.99  6.80   1.91 (1.85 to 1.97)
-    bf16                bf16                        21.62 11.28   1.92 (1.84 to 2.00)
-    bf16                float32                     21.62  6.80   3.18 (3.15 to 3.21)
-    float32, dropout    float32, dropout            11.98  3.55   3.45 (2.97 to 3.93)
-    bf16, dropout       float32, dropout            13.77  3.55   3.61 (1.87 to 5.35)
+    train_retrieve.py   peer                pairs/s: here  peer   ratio
+    float32             float32                     24.93  8.72   2.86
+    bf16                bf16                        44.18 19.09   2.31
+    bf16                float32                     44.18  8.72   5.07
+    float32, dropout    float32, dropout            22.37  5.71   3.92
+    bf16, dropout       float32, dropout            39.31  5.71   6.89
     loss of one batch, float32: here 5.015556, peer 5.015556
     loss of one batch, bf16: here 5.009277, peer 5.000000
 
-In the last row's second turn, 5.60 pairs/s after 21.94, the machine had other work. "dropout" is MiniLM's own, but
-train_retrieve.py leaves that of attention weights out unless it is asked for. The cached rows, one
-step of 512 pairs (`--rows cached --repeats 1`, on an idle machine):
+"dropout" is MiniLM's own, but train_retrieve.py leaves that of attention weights out unless it is asked for. Of one step
+of 512 pairs (`--rows cached --repeats 1`):
 
-    cached, float32     cached, float32             10.33  6.06   1.70 (1.70 to 1.70)
-    cached, bf16        cached, bf16                17.77  8.95   1.99 (1.99 to 1.99)
-    cached, bf16        cached, float32             17.77  6.06   2.93 (2.93 to 2.93)
+    cached, bf16        cached, bf16                35.66 16.14   2.21
+    cached, bf16        cached, float32             35.66  7.08   5.04
 """
 
 import argparse

@@ -8,17 +8,17 @@ command line, with its defaults. Both train the same BART with random weights (d
 log-normal around 280 tokens, up to 512, targets of 30 to 128. They take turns; padding is not counted, nor is what
 comes before the first step.
 
-    2026-11-23, AMD EPYC, 2 cores, torch 2.13.0+cpu
-    BART of base size, 2 rounds: real tokens per second (lowest to highest), padding
-    plain loop, float32               294  (288 to 300)   33.8%
-    plain loop, bf16                  641  (631 to 651)   33.8%
-    train_summarize.py, float32       491  (482 to 501)    0.0%
-    train_summarize.py, bf16         1423  (1335 to 1510)    0.0%
-    train_summarize.py, default      1431  (1365 to 1498)    0.0%
-    float32 against the plain loop in float32: 1.67x
-    bf16 against the plain loop in bf16: 2.22x
-    default against the plain loop in float32: 4.87x
-    (--size base --repeats 2 --examples 48)
+    2026-11-26, AMD EPYC (Zen 5), 2 cores, torch 2.13.0+cpu
+    BART of base size, 1 round: real tokens per second, padding
+    plain loop, float32               306    33.8%
+    plain loop, bf16                  682    33.8%
+    train_summarize.py, float32       866     0.0%
+    train_summarize.py, bf16         1454     0.0%
+    train_summarize.py, default      1426     0.0%
+    float32 against the plain loop in float32: 2.83x
+    bf16 against the plain loop in bf16: 2.13x
+    default against the plain loop in float32: 4.66x
+    (--size base --repeats 1 --examples 48)
 """
 
 import argparse
