@@ -22,8 +22,8 @@ Results, as printed (`--rows plain --steps 4 --repeats 1`):
     loss of one batch, float32: here 5.015556, peer 5.015556
     loss of one batch, bf16: here 5.009277, peer 5.000000
 
-"dropout" is MiniLM's own, but train_retrieve.py leaves that of attention weights out unless it is asked for. Of one step
-of 512 pairs (`--rows cached --repeats 1`):
+"dropout" is MiniLM's own, but train_retrieve.py leaves that of attention weights out unless it is asked for. Of one
+step of 512 pairs (`--rows cached --repeats 1`):
 
     cached, bf16        cached, bf16                35.66 16.14   2.21
     cached, bf16        cached, float32             35.66  7.08   5.04
