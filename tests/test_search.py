@@ -60,6 +60,17 @@ def test_passages_with_the_same_ranks_in_another_order_tie_exactly():
     assert len({score for _, score in fused}) == 1
 
 
+def test_hops_are_fused_so_that_what_one_draft_alone_finds_comes_before_what_is_middling_at_both():
+    first = [(passage, 1.0) for passage in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)]
+    second = [(passage, 1.0) for passage in (9, 0, 4, 3, 5, 1, 2, 6, 7, 8)]
+    fused = search.fuse_hops([first, second])
+    assert [passage for passage, _ in fused[:2]] == [0, 9]
+    assert dict(fused)[9] == pytest.approx(1 / 20 + 2 / 11)
+    assert search.fuse_hops([first]) == first
+    third = search.fuse_hops([first, second, first])
+    assert dict(third)[9] == pytest.approx(1 / 20 + 1 / 11 + 2 / 20)
+
+
 def test_smoothing_averages_a_passage_with_its_neighbours():
     assert search.smooth(np.array([1.0, 0.0, 0.0, 4.0]), window=1, decay=0.5) == pytest.approx(
         [1 / 1.5, 0.5 / 2, 2 / 2, 4 / 1.5]
