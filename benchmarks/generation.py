@@ -21,6 +21,14 @@ turns; 128 new tokens of 16 examples for concat (`--fusion concat --examples 16`
 | fid | float32 | 48.35 (47.26 to 73.65) | 12.83 (12.50 to 18.81) | 3.78 (3.77 to 3.92) | 8 of 8 | 2896 | 775 |
 | fid | bfloat16 | 32.85 (31.59 to 40.44) | 7.25 (7.12 to 7.98) | 4.53 (4.44 to 5.07) | 5 of 8 | 1823 | 851 |
 
+2026-11-26; AMD EPYC (Zen 5), the same otherwise; 128 new tokens for concat and 64 for fid, of 8 examples, one turn
+(`--fusion fid --compute_dtype float32 --examples 8 --repeats 1`, and likewise concat):
+
+| source | computed in | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |
+| --- | --- | --- | --- | --- | --- | ---: | ---: |
+| concat | float32 | 26.23 | 5.96 | 4.40 | 8 of 8 | 596 | 257 |
+| fid | float32 | 60.76 | 9.17 | 6.62 | 8 of 8 | 2870 | 817 |
+
 In bfloat16 the two ways round at different places and so part.
 """
 
