@@ -4,7 +4,10 @@ import copy
 import errno
 import json
 import math
+import re
 import signal
+import time
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +151,26 @@ def test_each_log_format_prints_what_it_says_and_the_file_is_the_same(tmp_path, 
         assert "epoch 1" in bar and "0/2" in bar
     log_something(tmp_path / "absent", "json", is_main_process=False)  # the others neither print nor write
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("log_format", ["json", "simple"])
+def test_lines_of_the_thread_that_writes_checkpoints_are_printed_whole_and_in_the_order_of_the_file(
+    log_format, tmp_path, monkeypatch
+):
+    printed = []
+
+    def write(text):
+        time.sleep(0.001)  # others get their turn between a line and its end
+        printed.append(text)
+
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write, flush=lambda: None, isatty=lambda: False))
+    log = training.RunLog(alone(), tmp_path, log_format)
+    threads = [Thread(target=lambda: [log("event", step=step) for step in range(20)]) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    written = (tmp_path / "metrics.jsonl").read_text()
+    expected = {"json": written, "simple": re.sub(r".*: (.*)}", r"event | step \1", written)}[log_format]
+    assert "".join(printed) == expected and written.count("\n") == 40
 
 
 def test_the_log_of_a_killed_run_goes_on_without_repeated_or_broken_lines(tmp_path):

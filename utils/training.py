@@ -397,6 +397,7 @@ class RunLog:
 
     `log_format`: "tqdm" (a progress bar, and readable lines above it), "simple" (readable lines), "json" (the same
     lines as the file) or "none". `begin(step)` forgets what a run that is gone on with had logged after that step.
+    The thread that writes checkpoints logs too: a line is written whole, in the same order everywhere.
     """
 
     def __init__(self, accelerator, folder: Path, log_format: str | None):
@@ -404,6 +405,7 @@ class RunLog:
         default = "tqdm" if sys.stdout.isatty() else "simple"
         self.log_format = (log_format or default) if accelerator.is_main_process else "none"
         self.bar = None
+        self.lock = threading.RLock()
 
     def begin(self, step: int) -> None:
         if not self.accelerator.is_main_process:
@@ -424,21 +426,23 @@ class RunLog:
         if not self.accelerator.is_main_process:
             return
         line = json.dumps({"event": event, **_rounded(values)})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        if self.log_format == "json":
-            print(line, flush=True)
-        else:
-            self.say(" | ".join([event, *(f"{name} {_shown(value)}" for name, value in values.items())]))
+        with self.lock:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            if self.log_format == "json":
+                print(line, flush=True)
+            else:
+                self.say(" | ".join([event, *(f"{name} {_shown(value)}" for name, value in values.items())]))
         if self.accelerator.trackers and event in ("train", "epoch", "validation"):
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(numbers, step=values.get("step"))
 
     def say(self, text: str) -> None:
-        if self.log_format == "tqdm":
-            tqdm.write(text)  # above the bar, if there is one; also from the thread that writes checkpoints
-        elif self.log_format == "simple":
-            print(text, flush=True)
+        with self.lock:
+            if self.log_format == "tqdm":
+                tqdm.write(text)  # above the bar, if there is one
+            elif self.log_format == "simple":
+                print(text, flush=True)
 
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
