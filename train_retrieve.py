@@ -106,32 +106,16 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
+from utils import search as document_search
 from utils.batching import StepBatches, plan_epoch
 from utils.checkpoint import publish
 from utils.contrastive import backward_by_chunk, contrastive_loss, embed, embed_without_graph
-from utils.corpus import bm25_index, bm25_search, dense_search, encode_corpus, recall_lost
+from utils.corpus import CorpusSearch
 from utils.data import load_splits, read_drafts, write_retrieved
-from utils.drafts import reference_draft
-from utils.retriever import (
-    build_small_encoder,
-    count_tokens,
-    encode,
-    in_chunks,
-    load_retriever,
-    tokenize,
-    weights_key,
-)
-from utils.search import (
-    bm25_rankings,
-    dense_rankings,
-    fuse_hops,
-    greedy_rouge_oracle,
-    hard_negatives,
-    reciprocal_rank_fusion,
-    retriever_rankings,
-    search_text,
-)
-from utils.state import Checkpoints, digest, schedule_steps, stop_reason
+from utils.pairs import Pair, Pairs, is_marked, positives
+from utils.retriever import build_small_encoder, count_tokens, encode, in_chunks, load_retriever, weights_key
+from utils.search import fuse_hops, search_text
+from utils.state import Checkpoints, schedule_steps, stop_reason
 from utils.training import (
     Interrupted,
     Meters,
@@ -198,160 +182,44 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # supervision: a positive is a passage of the evidence; hard negatives rank high in BM25 and are no evidence
 
-    lexical_index = bm25_index(corpus) if corpus else None
-
-    def lexical_rankings(examples: list, top_k: int, queries: list[str] | None = None) -> list:
-        if corpus:
-            return bm25_search(lexical_index, queries or [example.query for example in examples], top_k)
-        return bm25_rankings(examples, queries=queries)
-
-    drafts = read_drafts(args.drafts_file, train) if args.drafts_file else [[] for _ in train]
-    searches = [[example.query] for example in train]  # of the first hop and, with drafts, of a later one
-    for example, those, of_hops in zip(train, drafts, searches, strict=True):
-        if args.draft_share:
-            texts = [*example.summaries[:1], *(text for text, _ in those)]
-            of_hops.append(search_text(example.query, texts[-1] if texts else ""))
-    ranked = [
-        lexical_rankings(train, args.negatives_pool + 100, list(queries)) for queries in zip(*searches, strict=True)
-    ]
-    is_marked = [example.evidence is not None and args.supervision == "evidence" for example in train]
-    taught = {}  # passage numbers and the probability of each, of examples without evidence
-    if args.teacher:
-        from utils.summarizer import passage_likelihoods
-
-        unmarked = [number for number, marked in enumerate(is_marked) if not marked]
-        best = {number: ranked[0][number][: args.teacher_candidates] for number in unmarked}
-        candidates = [sorted(passage for passage, _ in ranking) for ranking in best.values()]
-        likelihoods = passage_likelihoods(args.teacher, [train[number] for number in unmarked], candidates, accelerator)
-        for number, passages, of_each in zip(unmarked, candidates, likelihoods, strict=True):
-            taught[number] = passages, np.exp((of_each - of_each.max()) / args.teacher_temperature)
-
-    def positives(example) -> tuple[list[int], list[int]]:
-        """Passage numbers, and how often each is drawn: as its gold words, which are few in some chunks of turns."""
-        if corpus or (example.evidence is not None and args.supervision == "evidence"):
-            return example.evidence or [], example.evidence_words or []
-        chosen = greedy_rouge_oracle(example.document.passages, example.summaries, args.oracle_passages)
-        return sorted(chosen), [1] * len(chosen)
-
-    # passages are numbered through all documents: these are the numbers of each document's first one
-    first_key = dict(
-        zip(map(id, documents), np.cumsum([0, *(len(d.passages) for d in documents)]).tolist(), strict=False)
-    )
-    query_tokens = tokenize(retriever, [example.query for example in train], "query")
-    pairs, passage_tokens = [], {}
-    for number, example in enumerate(train):
-        evidence, weights = taught.get(number) or positives(example)
-        if not sum(weights):
-            continue
-        negatives = [hard_negatives(of_hop[number], evidence, args.negatives_pool) for of_hop in ranked]
-        offset = first_key[id(example.document)]
-        pairs.append({
-            "example": example,
-            "number": len(pairs),
-            "query": query_tokens[number],
-            "searches": searches[number],
-            "drafts": [(text, [offset + passage for passage in read]) for text, read in drafts[number]],
-            "evidence": [offset + passage for passage in evidence],
-            "weights": np.array(weights) / sum(weights),
-            "is_distribution": number in taught,
-            "negatives": [[offset + passage for passage in of_hop] for of_hop in negatives],
-            "document": offset,
-        })  # fmt: skip
-
-    passages = corpus.passages if corpus else [text for document in documents for text in document.passages]
-
-    def read_passages() -> None:
-        """Tokenizes documents whole, and of a corpus the positives and hard negatives; each passage once."""
-        keys = (
-            {key for pair in pairs for key in sum(pair["negatives"], pair["evidence"])}
-            if corpus
-            else range(len(passages))
+    search = document_search
+    if corpus:
+        search = CorpusSearch(
+            corpus, run_folder / "embeddings", partial(weights_key, retriever), args.index, accelerator, log
         )
-        keys = sorted(set(keys) - passage_tokens.keys())
-        texts = passages[keys] if corpus and keys else [passages[key] for key in keys]
-        passage_tokens.update(zip(keys, tokenize(retriever, texts, "passage"), strict=True))
-
-    read_passages()
+    pairs = Pairs(args, train, retriever, lexical=search.bm25_rankings, accelerator=accelerator)
+    marked = sum(is_marked(pair.example, args.supervision) for pair in pairs.rows)
     log.say(
-        f"{len(train)} training examples, {len(validation)} for validation; {len(pairs)} with positives "
-        f"({sum(is_marked)} from evidence, the others from the {'teacher' if args.teacher else 'ROUGE oracle'})"
+        f"{len(train)} training examples, {len(validation)} for validation; {len(pairs.rows)} with positives "
+        f"({marked} from evidence, the others from the {'teacher' if args.teacher else 'ROUGE oracle'})"
     )
-    if not pairs:
+    if not pairs.rows:
         raise UsageError(
             "no training example has evidence" + ("" if corpus else " or shares a word with its summary")
             + ": nothing to train on"
         )  # fmt: skip
 
-    def draw_search(pair: dict, rng) -> tuple[list[int], np.ndarray, list[int]]:
-        """Tokens to search with, of the first hop or a later one, the weights of the evidence, and hard negatives."""
-        example, query, weights = pair["example"], pair["query"], pair["weights"]
-        if rng.random() >= args.draft_share or not (pair["drafts"] or example.summaries):
-            return query, weights, pair["negatives"][0]
-        if pair["drafts"]:
-            draft, read = pair["drafts"][rng.integers(len(pair["drafts"]))]
-            missing = ~np.isin(pair["evidence"], read)
-            if missing.any():  # what the draft was written from is found: a later hop is there for the rest
-                weights = weights * np.where(missing, 1.0, args.found_weight)
-                weights = weights / weights.sum()
-        else:
-            draft = reference_draft(example.summaries, rng)
-        return tokenize(retriever, [search_text(example.query, draft)], "query")[0], weights, pair["negatives"][-1]
-
-    def collate(examples: list[dict], dummy: bool, epoch: int) -> dict:
-        """Draws hop, positives and hard negatives for each example, anew in each epoch; a passage is there once."""
-        drawn, queries, weights = [], [], []
-        for example in examples:  # by its own number: the draw does not depend on how a step is split into batches
-            rng = np.random.default_rng([args.seed, epoch, example["number"]])
-            search, weight, negatives = draw_search(example, rng)
-            queries.append(search)
-            weights.append(torch.from_numpy(weight))
-            if example["is_distribution"]:  # over all of them
-                drawn += example["evidence"]
-            else:
-                count = min(args.num_positives, np.count_nonzero(weight))
-                drawn += rng.choice(example["evidence"], count, replace=False, p=weight).tolist()
-            count = min(args.num_hard_negatives, len(negatives))
-            drawn += rng.choice(negatives, count, replace=False).tolist() if count else []
-        keys = list(dict.fromkeys(drawn))
-        evidence = [torch.tensor(example["evidence"]) for example in examples]
+    def collate(batch: list[Pair], dummy: bool, epoch: int) -> dict:
+        """Draws hop, positives and hard negatives for each pair, anew in each epoch; a passage is there once."""
+        queries, weights, drawn = zip(*(pairs.draw(pair, epoch) for pair in batch), strict=True)
+        keys = list(dict.fromkeys(itertools.chain(*drawn)))
+        evidence = [torch.tensor(pair.evidence) for pair in batch]
+        weights = [torch.from_numpy(of_pair) for of_pair in weights]
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         return {
             "texts": in_chunks(
-                retriever,
-                queries,
-                [passage_tokens[key] for key in keys],
-                args.gradient_cache_tokens,
+                retriever, list(queries), [pairs.passage_tokens[key] for key in keys], args.gradient_cache_tokens
             ),
             "passage_keys": torch.full((len(keys),), -2) if dummy else torch.tensor(keys),
-            "evidence_keys": torch.full((len(examples), 1), -1)
-            if dummy
-            else torch.nn.utils.rnn.pad_sequence(evidence, batch_first=True, padding_value=-1),
-            "evidence_weights": torch.zeros(len(examples), 1)
-            if dummy
-            else torch.nn.utils.rnn.pad_sequence(weights, batch_first=True),
-            "is_distribution": torch.tensor([example["is_distribution"] for example in examples]),
+            "evidence_keys": torch.full((len(batch), 1), -1) if dummy else pad(evidence, padding_value=-1),
+            "evidence_weights": torch.zeros(len(batch), 1) if dummy else pad(weights),
+            "is_distribution": torch.tensor([pair.is_distribution for pair in batch]),
         }
 
     # ------------------------------------------------------------------------------------------------------------------
     # batches, optimizer, schedule
 
-    longest_drafts = [
-        max((*pair["example"].summaries, *(text for text, _ in pair["drafts"])), key=len, default="")
-        if args.draft_share else "" for pair in pairs
-    ]  # fmt: skip
-    longest_searches = tokenize(
-        retriever,
-        [search_text(pair["example"].query, draft) for pair, draft in zip(pairs, longest_drafts, strict=True)],
-        "query",
-    )
-    lengths = []  # of search text, positives and negatives at most, for they are drawn anew in each epoch
-    for pair, search in zip(pairs, longest_searches, strict=True):
-        longest = max(len(passage_tokens[key]) for key in sum(pair["negatives"], pair["evidence"]))
-        count = len(pair["evidence"])
-        count = count if pair["is_distribution"] else min(args.num_positives, count)
-        lengths.append(
-            [len(search), longest * (count + min(args.num_hard_negatives, max(map(len, pair["negatives"]))))]
-        )
-    groups = [pair["document"] for pair in pairs]
+    lengths, groups = pairs.lengths(), [pair.document for pair in pairs.rows]
 
     def shape(epoch: int) -> dict:
         """All that decides, beside data, seed and epoch, which examples a step holds."""
@@ -395,57 +263,20 @@ def main():
     def encode_texts(texts: list[str], kind: str) -> np.ndarray:
         return encode(retriever, texts, kind, accelerator=accelerator, poll=lambda: signals.poll(accelerator))
 
-    def dense(examples: list, top_k: int, queries: list[str] | None = None) -> list:
-        if not corpus:
-            return dense_rankings(examples, encode_texts, queries=queries)
-        vectors = encode_corpus(
-            corpus.passages, partial(encode_texts, kind="passage"), run_folder / "embeddings",
-            key=f"{corpus.id} {weights_key(retriever)} {accelerator.mixed_precision}", accelerator=accelerator,
-        )  # fmt: skip
-        query_vectors = encode_texts(queries or [example.query for example in examples], "query")
-        found = [None]
-        if accelerator.is_main_process:
-            found = [dense_search(query_vectors, vectors, top_k, index=args.index)]
-            if args.index != "flat":
-                lost = recall_lost(query_vectors, vectors, top_k, index=args.index)
-                log.say(f"--index {args.index} misses {lost:.1f}% of the {top_k} passages that exact search finds")
-        return broadcast_object_list(found)[0]
-
     def rankings(examples: list, queries: list[str] | None = None) -> list:
         """Each example's ranking for its query, or for the search text in `queries`."""
-        if not corpus:
-            return retriever_rankings(examples, encode_texts, vars(args), queries)
-        ranked = dense(examples, args.top_k, queries)
-        if args.ranking == "dense":
-            return ranked
-        both = zip(ranked, lexical_rankings(examples, args.top_k, queries), strict=True)
-        return [reciprocal_rank_fusion(pair)[: args.top_k] for pair in both]
+        return search.retriever_rankings(examples, encode_texts, vars(args), queries)
 
     def scores_of(ranked: list) -> dict:
         from utils.metrics import score_rankings  # imports `evaluate`, which takes seconds
 
         return score_rankings(validation, ranked, gold)
 
-    def mine_negatives() -> None:
-        """Gives each pair the hard negatives that the model as it is ranks highest; called on all processes."""
-        at_once = 2**13 if corpus else len(pairs)  # whose rankings are in memory
-        for first in range(0, len(pairs), at_once):
-            block = pairs[first : first + at_once]
-            queries = list(itertools.chain(*zip(*(pair["searches"] for pair in block), strict=True)))
-            # all hops' together, so that each document is encoded once
-            asking = [pair["example"] for pair in block] * (len(queries) // len(block))
-            ranked = dense(asking, 5 * args.negatives_pool + 100, queries)
-            for number, ranking in enumerate(ranked):
-                hop, pair = number // len(block), block[number % len(block)]
-                evidence = [key - pair["document"] for key in pair["evidence"]]
-                found = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
-                pair["negatives"][hop] = [pair["document"] + p for p in found] or pair["negatives"][hop]
-
     gold = [example.evidence for example in validation]
     if not any(gold) and not corpus:  # nobody marked any: what the ROUGE oracle chooses stands in
-        gold = [positives(example)[0] for example in validation]
+        gold = [positives(example, args.supervision, args.oracle_passages)[0] for example in validation]
 
-    bm25_scores = scores_of(lexical_rankings(validation, args.top_k)) if accelerator.is_main_process else {}
+    bm25_scores = scores_of(search.bm25_rankings(validation, args.top_k)) if accelerator.is_main_process else {}
 
     first_drafts = read_drafts(args.validation_drafts_file, validation) if args.validation_drafts_file else []
     searches = [example.query for example in validation]
@@ -469,22 +300,13 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # checkpoints
 
-    data = digest(
-        [
-            sorted(passage_tokens.items()),
-            [[pair["query"], pair["evidence"], pair["weights"].tolist(), pair["negatives"], pair["drafts"]]
-             for pair in pairs],
-        ]
-    )  # fmt: skip
     checkpoints = Checkpoints(accelerator, args, run_folder, log, signals, model=model, optimizer=optimizer,
-                              scheduler=scheduler, data=data, shape=shape)  # fmt: skip
+                              scheduler=scheduler, data=pairs.digest(), shape=shape)  # fmt: skip
     state, resumed_from, old_shape = checkpoints.resume()
     if old_shape:  # the epoch goes on with the examples that the other shape had not come to
         state.leave_out(plan(state.epoch, state.done_before, **old_shape))
     if state.negatives:  # mined by a run that this one goes on from
-        for pair, negatives in zip(pairs, state.negatives, strict=True):
-            pair["negatives"] = negatives
-        read_passages()
+        pairs.set_negatives(state.negatives)
     meters = {name: Meters(accelerator, state.meters.get(name)) for name in ("train", "epoch")}
     log.begin(state.step)
     if resumed_from:
@@ -560,16 +382,15 @@ def main():
             every = args.mine_negatives_every
             if every and epoch and epoch % every == 0 and state.mined_in != epoch:
                 try:
-                    mine_negatives()
+                    pairs.mine(partial(search.dense_rankings, encode=encode_texts))
                 except Interrupted as signalled:
                     received = signalled.number
                     checkpoints.save(state, meters, is_best=False)
                     break
-                state.negatives, state.mined_in = [pair["negatives"] for pair in pairs], epoch
-                read_passages()
+                state.negatives, state.mined_in = pairs.negatives(), epoch
             steps = plan(epoch, state.done_before)
             collate_epoch = partial(collate, epoch=epoch)
-            batches = StepBatches(pairs, steps[state.step_in_epoch :], collate_epoch, accelerator.process_index)
+            batches = StepBatches(pairs.rows, steps[state.step_in_epoch :], collate_epoch, accelerator.process_index)
             log.start_epoch(epoch, state.step_in_epoch, len(steps))
             for micro_batches in DataLoader(batches, batch_size=None, num_workers=args.dataloader_num_workers):
                 step_began = time.perf_counter()

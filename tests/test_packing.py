@@ -77,13 +77,24 @@ def outputs(model, batch=None, *, packed: bool, bf16=False):
 
 
 def check(model, tolerance, **options):
-    padded, expected, _ = outputs(model, packed=False, **options)
-    found, gradients, _ = outputs(model, packed=True, **options)
-    scale = max(gradient.norm() for gradient in expected.values())
-    assert (found - padded).norm() <= tolerance * padded.norm()
-    assert gradients.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert (gradients[name] - gradient).norm() <= tolerance * max(gradient.norm(), 0.01 * scale), name
+    padded, packed = outputs(model, packed=False, **options), outputs(model, packed=True, **options)
+    assert distance(packed, padded) <= tolerance
+
+
+def check_bf16(model, **options):
+    """Packed, it is no further from float32 than padded, but for chance."""
+    exact = outputs(model, packed=False, **options)
+    padded, packed = (outputs(model, packed=is_packed, bf16=True, **options) for is_packed in (False, True))
+    assert distance(packed, exact) <= 1.25 * distance(padded, exact) < 0.1
+
+
+def distance(found, expected) -> float:
+    """The largest of embeddings and gradients, each relative to its norm."""
+    (found, gradients, _), (expected, expected_gradients, _) = found, expected
+    assert gradients.keys() == expected_gradients.keys()
+    least = 0.01 * max(gradient.norm() for gradient in expected_gradients.values())
+    pairs = [(found, expected, 0), *((gradients[name], g, least) for name, g in expected_gradients.items())]
+    return max(((ours - theirs).norm() / max(theirs.norm(), floor)).item() for ours, theirs, floor in pairs)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert"])
@@ -91,7 +102,7 @@ def test_packed_encoders_give_the_outputs_and_gradients_of_padded_ones(name, mon
     model = retriever_of(ENCODERS[name])
     assert remove_padding(model)
     check(model, 1e-5)
-    check(model, 2e-2, bf16=True)
+    check_bf16(model)
     monkeypatch.setattr(packing, "LONGEST_KEPT", 20)  # PyTorch's own kernel for the longer ones
     check(model, 1e-5)
 
@@ -104,7 +115,7 @@ def test_minilm_packed_gives_the_outputs_and_gradients_of_minilm_padded():
     assert is_packed(model[0])
     batch = features(vocabulary=30000)
     check(model, 1e-5, batch=batch)
-    check(model, 2e-2, batch=batch, bf16=True)
+    check_bf16(model, batch=batch)
 
 
 @pytest.mark.parametrize("name", ["mpnet", "qwen2"])
@@ -125,7 +136,9 @@ def test_a_packed_encoder_that_differs_is_found_out(monkeypatch):
     torch.testing.assert_close(model(features())["sentence_embedding"], before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "max", "mean", "lasttoken", ("mean", "cls")])
+@pytest.mark.parametrize(
+    "pooling", ["cls", "max", "mean", "lasttoken", "weightedmean", "mean_sqrt_len_tokens", ("mean", "cls")]
+)
 def test_any_pooling_and_further_modules_follow(pooling):
     model = retriever_of(ENCODERS["bert"], pooling)
     model[2] = Dense(model[1].get_embedding_dimension(), 8)
@@ -134,15 +147,24 @@ def test_any_pooling_and_further_modules_follow(pooling):
     check(model, 1e-5)
 
 
-def test_padding_comes_back_as_it_was_before_the_pooling():
+def test_padding_comes_back_as_it_was_where_no_pooling_follows():
     model = retriever_of(ENCODERS["bert"])
+    model[1] = torch.nn.Identity()
     assert remove_padding(model)
     batch = features()
-    output = outputs(model, batch, packed=True)[2]
+    output = model[0](dict(batch))
     assert output["token_embeddings"].shape == (len(LENGTHS), max(LENGTHS), 32)
     for name in ("input_ids", "attention_mask"):
         assert output[name] is batch[name]
     assert output["token_embeddings"][batch["attention_mask"] == 0].abs().max() == 0
+
+
+def test_what_is_pooled_next_stays_flat():
+    model = retriever_of(ENCODERS["bert"])
+    assert remove_padding(model)
+    output = outputs(model, packed=True)[2]
+    assert output["token_embeddings"].shape == (1, sum(LENGTHS), 32)
+    assert output["cu_seq_lens_q"].tolist() == [0, 37, 40, 56, 146, 149, 150, 200, 203]
 
 
 def test_token_wise_layers_see_no_padding():
@@ -157,7 +179,7 @@ def test_a_plan_covers_each_token_once():
     mask = features()["attention_mask"]
     plan = plan_packing(mask)
     assert sorted(plan.index.tolist()) == mask.flatten().nonzero()[:, 0].tolist()
-    assert plan.lengths == sorted(LENGTHS)
+    assert plan.lengths == LENGTHS
 
 
 def test_a_layout_holds_each_row_once_in_groups_of_one_shape_and_repeats_rows_as_padding_only():
@@ -304,13 +326,16 @@ def test_losses_and_gradients_of_packed_examples_are_those_of_padded_ones(kind, 
     assert summarizer.is_packed
     batch = sources_and_targets(passages)
     packed = loss_and_gradients(summarizer, batch, True, torch.float32)
-    summarizer.double()  # in float32 the padded ones are no nearer to these than ours are
     padded = loss_and_gradients(summarizer, batch, False, torch.float32)
-    assert packed.keys() == padded.keys()
-    largest = max(gradient.norm() for gradient in padded.values())
-    for name, expected in padded.items():
+    summarizer.double()
+    exact = loss_and_gradients(summarizer, batch, False, torch.float32)
+    assert packed.keys() == padded.keys() == exact.keys()
+    largest = max(gradient.norm() for gradient in exact.values())
+    for name, expected in exact.items():
         # biases of keys have no gradient but rounding
-        assert (packed[name].double() - expected).norm() <= 1e-5 * max(expected.norm(), 1e-2 * largest), name
+        allowed = 1e-5 * max(expected.norm(), 1e-2 * largest)
+        # how much a processor rounds, the padded ones show
+        assert (packed[name].double() - expected).norm() <= allowed + (padded[name].double() - expected).norm(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,8 @@
 """Padding removed inside an encoder: the sequences of a batch laid end to end, with attention within each.
 
 `remove_padding(retriever)` hooks the packing around the encoder of a SentenceTransformer: its token-wise layers see
-(1, real tokens, hidden), and what goes in and out stays padded (texts, tokens). `remove_padding_of_both(model)` lets an
+(1, real tokens, hidden). What goes in stays padded (texts, tokens), and so does what comes out, unless a processor
+pools it next: then it is flat, in sentence-transformers' own way. `remove_padding_of_both(model)` lets an
 encoder-decoder take sequences that are `laid_end_to_end`, which must also span whatever computes the forward pass anew,
 such as activation checkpointing. Nothing of either is saved with the model.
 The idea is that of "Efficient Sequence Packing without Cross-contamination" (Krell et al., 2021, arXiv:2107.02027).
@@ -14,7 +15,7 @@ from itertools import accumulate, groupby
 
 import numpy as np
 import torch
-from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -32,8 +33,8 @@ class Packing:
 
     Attributes:
         shape: (texts, tokens) of the padded batch.
-        index: (real tokens,) their places in the flattened padded batch, text by text, in order of length; then, on
-            processors, copies of one that round a large batch's number of tokens up, and are a text to themselves.
+        index: (real tokens,) their places in the flattened padded batch, text by text; then, on processors, copies of
+            one that round a large batch's number of tokens up, and are a text to themselves.
         real: how many are no such copies.
         lengths: tokens of each text.
         layouts: how they lie for attention, once computed.
@@ -60,17 +61,14 @@ class Packing:
 
 def plan_packing(attention_mask: torch.Tensor) -> Packing:
     """The packing of a batch whose `attention_mask` (texts, tokens) is 1 at real tokens."""
-    texts, tokens = attention_mask.shape
-    lengths, order = attention_mask.sum(1).sort(stable=True)
-    lengths = lengths.tolist()
-    real = attention_mask[order].flatten().nonzero()[:, 0]
-    index = order[real // tokens] * tokens + real % tokens
+    lengths = attention_mask.sum(1).tolist()
+    index = attention_mask.flatten().nonzero()[:, 0]
     count = len(index)
     # a new number of rows has oneDNN compile new kernels, milliseconds and a megabyte for each layer
     extra = -count % 64 if count >= 2048 and index.device.type == "cpu" else 0
     index = torch.cat([index, index[-1:].expand(extra)])
     lengths += [extra] * bool(extra)
-    return Packing((texts, tokens), index, count, lengths)
+    return Packing(tuple(attention_mask.shape), index, count, lengths)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,7 +163,7 @@ class _Attention(torch.autograd.Function):
                 if causal or (window and scores.shape[1] > window):
                     unseen = _unseen(scores.shape[1], causal, window, scores.device)
                     scores.masked_fill_(unseen, torch.finfo(dtype).min)  # finite: padding may see nothing at all
-                probabilities = scores.softmax(-1, dtype=torch.float32).to(dtype)
+                probabilities = scores.softmax(-1)  # computed in float32, also of bf16
                 torch.bmm(probabilities, v_g, out=out_g)
                 if keep:
                     weights.append(probabilities)
@@ -293,7 +291,11 @@ def _unpack(transformer, arguments, output):
         return None
     output |= packing.features  # as they came: ids and mask
     output.pop("position_ids")
-    output["token_embeddings"] = packing.unpack(output["token_embeddings"])
+    if transformer.is_pooled_packed and output["token_embeddings"].device.type == "cpu":
+        output["token_embeddings"] = output["token_embeddings"][:, : packing.real]
+        output["cu_seq_lens_q"] = torch.tensor([0, *accumulate(packing.lengths[: packing.shape[0]])])
+    else:
+        output["token_embeddings"] = packing.unpack(output["token_embeddings"])
     if "all_layer_embeddings" in output:
         output["all_layer_embeddings"] = tuple(map(packing.unpack, output["all_layer_embeddings"]))
     return output
@@ -333,6 +335,7 @@ def remove_padding(retriever) -> bool:
         config.vocab_size // 2, config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)
     )
     features = {"input_ids": ids.to(encoder.device), "attention_mask": mask.to(encoder.device)}
+    transformer.is_pooled_packed = False  # while padded outputs are compared
     transformer.eval()
     handles = []
     try:
@@ -343,6 +346,7 @@ def remove_padding(retriever) -> bool:
         handles = [transformer.register_forward_pre_hook(_pack), transformer.register_forward_hook(_unpack)]
         packed = transformer(dict(features))["token_embeddings"]
         if ((packed - expected)[mask.bool()]).abs().max() <= 1e-4 * expected.abs().max():
+            transformer.is_pooled_packed = len(retriever) > 1 and isinstance(retriever[1], Pooling)
             return True
     except Exception as error:  # whatever a foreign model says to it, its batches stay padded
         logger.info("batches stay padded: %s", error)

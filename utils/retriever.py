@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel
 
 from utils import tokenizer
 from utils.arguments import UsageError
-from utils.linear import use_onednn
+from utils.cpu import use_fast_layers
 from utils.packing import is_packed, remove_padding
 
 PROMPTS = {"query": "query", "passage": "document"}  # the names that sentence-transformers looks up
@@ -48,7 +48,7 @@ def build_small_encoder(
         own_tokenizer.save_pretrained(folder)
         transformer = Transformer(folder)
     retriever = SentenceTransformer(modules=[transformer, Pooling(hidden_size), Normalize()], device="cpu")
-    use_onednn(retriever)
+    use_fast_layers(retriever)
     remove_padding(retriever)
     return retriever
 
@@ -69,7 +69,7 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
         raise UsageError(
             f"{name_or_path}: no retriever could be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
-    use_onednn(retriever)
+    use_fast_layers(retriever)
     remove_padding(retriever)
     return retriever
 

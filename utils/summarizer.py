@@ -26,8 +26,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.arguments import UsageError, saved_arguments
+from utils.cpu import Linear, multiply, use_fast_layers
 from utils.generation import beam_search
-from utils.linear import Linear, multiply, use_onednn
 from utils.packing import laid_end_to_end, remove_padding_of_both
 from utils.tokenizer import tokenize
 
@@ -192,7 +192,7 @@ class Summarizer(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        use_onednn(model)
+        use_fast_layers(model)
         self.is_packed = remove_padding_of_both(model)
         head, capped = model.get_output_embeddings(), ("final_logit_softcapping", "logits_scaling", "logit_scale")
         # whether logits are more than a product of matrices and BART's bias, or the weights out of reach between layers

@@ -1,4 +1,4 @@
-"""Linear layers through oneDNN: the same values and gradients, where it is used, and what is left as it was."""
+"""Linear layers through oneDNN: the same values and gradients, and where it is used. Dropout by fewer random bits."""
 
 import copy
 
@@ -9,12 +9,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import BartConfig, BartForConditionalGeneration
 
-from utils import linear
-from utils.linear import Linear, multiply, use_onednn
+from utils import cpu
+from utils.cpu import Linear, multiply, use_fast_layers
 from utils.retriever import build_small_encoder, load_retriever
 from utils.summarizer import Summarizer, collate
 
-pytestmark = pytest.mark.skipif(not linear.IS_AVAILABLE, reason="this PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(not cpu.IS_AVAILABLE, reason="this PyTorch has no oneDNN")
 ROWS = 300
 OPERATION = "mkldnn::_linear_pointwise"
 
@@ -24,7 +24,7 @@ def pair(inputs=128, outputs=96, bias=True):
     torch.manual_seed(0)
     plain = nn.Linear(inputs, outputs, bias=bias)
     ours = copy.deepcopy(plain)
-    use_onednn(ours)
+    use_fast_layers(ours)
     return plain, ours
 
 
@@ -54,7 +54,7 @@ def seeded(output):
 CASES = {
     "a matrix": ((ROWS, 128), lambda x: x, seeded),
     "three dimensions": ((3, ROWS, 128), lambda x: x, seeded),
-    "more rows than are transposed at once": ((2 * linear.ROWS_AT_ONCE + 7, 128), lambda x: x, seeded),
+    "more rows than are transposed at once": ((2 * cpu.ROWS_AT_ONCE + 7, 128), lambda x: x, seeded),
     "transposed": ((128, ROWS), lambda x: x.T, seeded),
     "every second row": ((2 * ROWS, 128), lambda x: x[::2], seeded),
     "the gradient of a sum": ((ROWS, 128), lambda x: x, lambda output: torch.ones(()).expand(output.shape)),
@@ -154,7 +154,7 @@ def test_other_kinds_of_linear_layers_keep_their_own_forward():
             return 2 * super().forward(x)
 
     model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), nn.Bilinear(4, 4, 4))
-    use_onednn(model)
+    use_fast_layers(model)
     assert [type(module) for module in model] == [Linear, Doubled, nn.Bilinear]
 
 
@@ -177,6 +177,59 @@ def test_a_product_of_two_matrices_is_that_of_torch(rows):
     assert calls(lambda: multiply(a, b)) == (rows == ROWS)
     for x, y in ((a, b), (a.T.contiguous().T, b), (a, b.T.contiguous().T)):
         check_close(multiply(x, y), x @ y)
+
+
+# ---- dropout
+
+
+def dropout_of(p: float) -> cpu.Dropout:
+    model = nn.Sequential(nn.Dropout(p))
+    use_fast_layers(model)
+    assert type(model[0]) is cpu.Dropout
+    return model[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_anywhere_and_scales_the_rest(p, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(3, 1001, 64, dtype=dtype).abs() + 1
+    y = dropout_of(p)(x)
+    assert y.dtype == dtype
+    dropped = y == 0
+    assert dropped.double().mean().item() == pytest.approx(p, abs=4e-3)
+    for dim in ((1, 2), (0, 2), (0, 1)):  # deviations of up to five times the expected one
+        shares = dropped.double().mean(dim)
+        count = dropped.numel() / len(shares)
+        assert (shares - p).abs().max() < 5 * (p * (1 - p) / count) ** 0.5
+    together = (dropped[..., 1:] & dropped[..., :-1]).double().mean().item()  # neighbours are of the same draw
+    assert together == pytest.approx(p * p, abs=6e-3)
+    kept = y[~dropped] / x[~dropped]
+    assert (kept.double() * (1 - p) - 1).abs().max() < (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+def test_dropout_drops_the_same_backward_and_by_the_seed():
+    layer, x = dropout_of(0.3), torch.randn(50, 77, requires_grad=True)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(layer(x))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(layer(x), layer(x))
+    outputs[0].sum().backward()
+    torch.testing.assert_close(x.grad * x, outputs[0])
+
+
+@pytest.mark.parametrize(("p", "x"), [(0.0, torch.ones(9)), (1.0, torch.ones(9)), (0.5, torch.ones(9, device="meta"))])
+def test_dropout_of_nothing_or_all_or_elsewhere_is_left_to_torch(p, x):
+    y = dropout_of(p)(x)
+    assert y.shape == x.shape and y.device == x.device
+    assert y.is_meta or torch.equal(y, torch.full((9,), 1 - p))
+
+
+def test_dropout_keeps_everything_in_evaluation():
+    x = torch.randn(5, 4)
+    assert torch.equal(dropout_of(0.5).eval()(x), x)
 
 
 # ---- the models
@@ -202,7 +255,7 @@ def test_a_summarizer_trains_through_onednn_with_the_same_loss_and_gradients(mon
     results = []
     # of 16 layers, and of the vocabulary: forward, and for inputs and weight backward
     assert calls(lambda: results.append(train(summarizer, batch))) == 3 * 17
-    monkeypatch.setattr(linear, "IS_AVAILABLE", False)
+    monkeypatch.setattr(cpu, "IS_AVAILABLE", False)
     assert calls(lambda: results.append(train(summarizer, batch))) == 0
     (our_loss, ours), (loss, theirs) = results
     torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=0)

@@ -1,6 +1,7 @@
-"""Float32 products of matrices on a processor through oneDNN, in linear layers forward and backward.
+"""Layers that PyTorch computes slowly on processors: float32 products of matrices, and dropout.
 
-PyTorch's own way goes through MKL, which leaves AVX-512 unused on other makes than Intel's: half the speed.
+Float32 products go through oneDNN, forward and backward: PyTorch's own way is MKL, which leaves AVX-512 unused on other
+makes than Intel's, at half the speed. Dropout takes 16 random bits for each element, where PyTorch draws a number.
 """
 
 import torch
@@ -12,14 +13,26 @@ FEWEST = 2**21  # multiplications; with fewer, the call takes longer than it sav
 ROWS_AT_ONCE = 1024  # so many at most are transposed at a time, and fit the cache
 
 
-def use_onednn(model: nn.Module) -> None:
-    """Has the model's linear layers multiply through oneDNN from now on, wherever that is possible and faster.
+def use_fast_layers(model: nn.Module) -> None:
+    """Has the model's linear and dropout layers compute as here from now on, wherever that is possible and faster.
 
     They change their class and nothing else; what is saved, copied and loaded is the same.
     """
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
+        if type(module) in FAST:
+            module.__class__ = FAST[type(module)]
+
+
+class Dropout(nn.Dropout):
+    """Of a probability rounded to a 65,536th, and the scale that belongs to it."""
+
+    def forward(self, x):
+        dropped = round(self.p * 2**16)
+        if not self.training or type(x) is not torch.Tensor or x.device.type != "cpu" or not 0 < dropped < 2**16:
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 class Linear(nn.Linear):
@@ -77,3 +90,6 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             for_bias = rows.sum(0)
         return for_x, for_weight, for_bias
+
+
+FAST = {nn.Linear: Linear, nn.Dropout: Dropout}
