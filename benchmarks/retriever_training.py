@@ -146,7 +146,7 @@ def run_there(folder: Path, pairs: int, done, *, dropout: bool, bf16: bool) -> N
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
     from transformers import TrainerCallback
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -182,7 +182,7 @@ def losses(folder: Path, precision: str) -> tuple[float, float]:
     """The loss of the first 64 pairs without dropout, here and there."""
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     from utils.contrastive import contrastive_loss, embed
     from utils.retriever import in_chunks, load_retriever, tokenize

