@@ -89,18 +89,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from utils.batching import eval_batches
-from utils.data import (
-    DataError,
-    Document,
-    Example,
-    Hop,
-    hops_record,
-    load_examples,
-    split_document,
-    write_jsonl,
-)
+from utils.data import Document, Example, Hop, hops_record, load_examples
 from utils.drafts import extract_drafts
+from utils.passages import split_document
 from utils.retriever import encode, load_retriever, weights_key
+from utils.rows import DataError, write_jsonl
 from utils.search import bm25_rankings, fuse_hops, remember_passages, retriever_rankings, search_text
 from utils.state import digest
 from utils.summarizer import Sources, Summarizer, collate, load_model_and_tokenizer

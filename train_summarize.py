@@ -75,7 +75,8 @@ from transformers import get_scheduler
 
 from utils.batching import StepBatches, eval_batches, plan_epoch
 from utils.checkpoint import publish
-from utils.data import load_splits, write_jsonl
+from utils.data import load_splits
+from utils.rows import write_jsonl
 from utils.search import bm25_rankings, lead_ranking, oracle_ranking, random_ranking, retriever_rankings
 from utils.state import Checkpoints, digest, schedule_steps, stop_reason
 from utils.summarizer import (

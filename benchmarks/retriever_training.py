@@ -146,7 +146,10 @@ def run_there(folder: Path, pairs: int, done, *, dropout: bool, bf16: bool) -> N
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+        MultipleNegativesRankingLoss,
+    )
     from transformers import TrainerCallback
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

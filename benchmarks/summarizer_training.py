@@ -38,7 +38,7 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.data import write_jsonl
+from utils.rows import write_jsonl
 from utils.tokenizer import train_tokenizer
 from utils.training import hardware
 

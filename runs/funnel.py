@@ -35,9 +35,10 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.corpus import bm25_index, bm25_search, dense_search, encode_corpus
-from utils.data import load_corpus, load_examples, write_jsonl
+from utils.data import load_corpus, load_examples
 from utils.metrics import retrieval_scores
 from utils.retriever import encode, load_retriever, weights_key
+from utils.rows import write_jsonl
 from utils.search import reciprocal_rank_fusion
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])

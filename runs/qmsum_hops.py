@@ -47,9 +47,10 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.arguments import saved_arguments
 from utils.compare import bootstrap_means
-from utils.data import load_examples, split_sentences
+from utils.data import load_examples
 from utils.drafts import extract_drafts
 from utils.metrics import retrieval_scores
+from utils.passages import split_sentences
 from utils.retriever import encode, load_retriever
 from utils.search import fuse_hops, greedy_rouge_oracle, remember_passages, retriever_rankings, search_text
 

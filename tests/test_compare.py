@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT
 
 from utils.compare import bootstrap_means, main
-from utils.data import DataError, Document, Example, write_retrieved
+from utils.data import Document, Example, write_retrieved
 from utils.metrics import retrieval_scores
+from utils.rows import DataError
 from utils.search import bm25_rankings
 from utils.trec import write_qrels, write_run
 

@@ -11,7 +11,8 @@ from conftest import ROOT, launch
 
 from utils import corpus as corpus_module
 from utils.corpus import bm25_index, bm25_search, dense_search, encode_corpus, recall_lost
-from utils.data import load_corpus, write_jsonl
+from utils.data import load_corpus
+from utils.rows import write_jsonl
 from utils.search import bm25_scores, rank, reciprocal_rank_fusion
 
 WORDS = "mill river bread runner running studies wheat flour stone water wheel baker".split()

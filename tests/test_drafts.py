@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from utils.data import DataError, Document, Example, read_drafts
+from utils.data import Document, Example, read_drafts
 from utils.drafts import extract_drafts, reference_draft
+from utils.rows import DataError
 
 SUMMARY = "The group chose red paint. Ann will pay for it. They meet again in May, after the holidays."
 

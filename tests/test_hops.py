@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from conftest import OFFLINE, ROOT, command, events, launch, read_jsonl
 
-from utils.data import load_examples, write_jsonl
+from utils.data import load_examples
 from utils.metrics import retrieval_scores, rouge_scores
+from utils.rows import write_jsonl
 from utils.sample import sample_records
 
 SCRIPT = "retrieve_and_summarize.py"

@@ -8,8 +8,9 @@ import pytrec_eval
 import torch
 from conftest import ROOT, events, launch, read_jsonl
 
-from utils.data import load_examples, read_qrels, write_jsonl
+from utils.data import load_examples, read_qrels
 from utils.metrics import retrieval_scores, rouge_scores
+from utils.rows import write_jsonl
 from utils.sample import sample_examples, sample_records
 from utils.trec import read_run
 

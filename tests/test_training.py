@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from utils import state, training
 from utils.arguments import LR_SCHEDULERS, TrainingArguments, UsageError
 from utils.checkpoint import CheckpointError
-from utils.data import DataError
+from utils.rows import DataError
 
 
 def alone(**changes):

@@ -9,7 +9,8 @@ import pytest
 import pytrec_eval
 from conftest import launch, read_jsonl
 
-from utils.data import DataError, Document, Example, load_examples, read_qrels, write_jsonl
+from utils.data import Document, Example, load_examples, read_qrels
+from utils.rows import DataError, write_jsonl
 from utils.sample import sample_records
 from utils.trec import by_passage_number, read_run, run_rankings, write_qrels, write_run
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data import DataError, Example, load_examples, read_qrels
+from utils.data import Example, load_examples, read_qrels
+from utils.rows import DataError
 from utils.search import Ranking, bm25_rankings
 from utils.trec import by_passage_number, read_run
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from utils.data import Example, split_sentences
+from utils.data import Example
+from utils.passages import split_sentences
 
 SHORTEST_SENTENCE = 4  # words; turns of a meeting such as "Yeah . OK ." are no draft
 

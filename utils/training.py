@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from utils.arguments import UsageError
 from utils.checkpoint import WRITER, CheckpointError
-from utils.data import DataError
+from utils.rows import DataError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # start and end of a script

@@ -14,7 +14,8 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from utils.data import SHOWN_PROBLEMS, DataError, Document, Example, write_lines
+from utils.data import Document, Example
+from utils.rows import SHOWN_PROBLEMS, DataError, write_lines
 from utils.search import Ranking
 
 RUN_COLUMNS = "qid Q0 docid rank score tag"
