@@ -463,7 +463,9 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # the model, and the hand-over to stage 2
 
-    if scores is None:  # a finished run was started again
+    if args.load_best_model_at_end and checkpoints.load_best(state):
+        scores = None
+    if scores is None:  # or a finished run was started again
         scores = validate()
     if accelerator.is_main_process:
         columns = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")

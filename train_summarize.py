@@ -466,7 +466,9 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # the model, and the predictions with the passages that were read
 
-    if predictions is None:  # a finished run was started again
+    if args.load_best_model_at_end and checkpoints.load_best(state):
+        predictions = None
+    if predictions is None:  # or a finished run was started again
         predictions, scores = validate()
     weights = accelerator.get_state_dict(model)  # whole, where it is sharded
     if accelerator.is_main_process:

@@ -194,6 +194,25 @@ def test_intervals_patience_pruning_and_the_log_in_one_run(script, tmp_path):
     assert [(line["step"], line["examples"]) for line in events(tmp_path, "epoch")] == [(6, 48)]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_best_model_is_the_result_if_asked_for(script, tmp_path):
+    metric = {"train_summarize.py": "loss", "train_retrieve.py": "recall@100"}[script]  # falls; is always the same
+    flags = ["--metric_for_best", metric, "--greater_is_better", "true", "--load_best_model_at_end"]
+    result = run(script, tmp_path, *flags)
+    assert "the model is that of step 6, the best" in result.stdout
+    checkpoints = tmp_path / "checkpoints"
+    best, last = (weights(checkpoints / name) for name in ("best", "last"))
+    published = weights(tmp_path)
+    for name, tensor in published.items():
+        (key,) = (key for key in best if key.endswith(name))
+        assert torch.equal(tensor, best[key])
+    assert any(not torch.equal(best[key], last[key]) for key in best)
+    # what is written with it and the table of scores are of that model too: those of the first validation
+    scores = events(tmp_path, "validation")[0]
+    table = result.stdout[result.stdout.rindex("done training") :]
+    assert f"{scores['rougeL' if script == 'train_summarize.py' else 'ndcg@10']:.1f}" in table
+
+
 @pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
 def test_overfitting_one_batch_sees_the_same_examples_at_each_step_and_learns_them(script, tmp_path):
     flags = ["--dropout", 0] if script == "train_summarize.py" else ["--num_hard_negatives", 0, "--learning_rate", 3e-3]

@@ -120,6 +120,7 @@ class TrainingArguments(RunArguments):
     checkpoints_total_limit: int = flag(3, "checkpoints kept beside the best one; 0: all")
     metric_for_best: str = flag("loss", "validation score that decides which checkpoint is best, and patience")
     greater_is_better: bool | None = flag(None, "whether a higher score is better [not for loss, nll_loss and ppl]")
+    load_best_model_at_end: bool = flag(False, "the model and what it writes are those of the best checkpoint")
     resume_from_checkpoint: str = flag(
         "auto", "auto: the newest valid checkpoint in the run folder, else start; none: start anew; or a checkpoint"
     )

@@ -236,6 +236,28 @@ class Checkpoints:
         is_reshaped = saved["shape"] != self.fingerprint(state.epoch)["shape"]
         return state, folder, saved["shape"] if is_reshaped else None
 
+    def load_best(self, state: LoopState) -> bool:
+        """Puts the weights of the best validation into the model, if it has later ones; called on all processes.
+
+        Raises UsageError if they cannot be read.
+        """
+        found, tensors = [None], {}
+        best = self.folder / "best"
+        if self.accelerator.is_main_process and state.best_step != state.step and best.exists():
+            try:
+                tensors, *_ = checkpoint.read(best.resolve())
+                found = [{"error": None}]
+            except (checkpoint.DamagedCheckpoint, OSError) as error:
+                found = [{"error": f"--load_best_model_at_end: {error}"}]
+        broadcast_object_list(found)
+        if found[0] is None:
+            return False
+        if found[0]["error"]:
+            raise UsageError(found[0]["error"])
+        checkpoint.restore_tensors(self.accelerator, self.model, self.optimizer, tensors, with_optimizer=False)
+        self.log.say(f"the model is that of step {state.best_step}, the best by --metric_for_best")
+        return True
+
 
 def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
     """The checkpoint to start from, and whether it is one of this run (rather than of `--init_from`)."""
