@@ -92,16 +92,18 @@ class RetrieveArguments(TrainingArguments, DataArguments):
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
     arguments = parse(RetrieveArguments, __doc__)
 
+import copy
 import itertools
 import math
 import signal
 import time
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
@@ -153,7 +155,8 @@ def main():
         mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
         project_dir=args.output_dir,
         # every process holds the same buffers, and one that runs out of memory must not leave another in an exchange
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
+                         InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # of the one that searches a corpus
     )  # fmt: skip
     run_folder = start(accelerator, args)
     if args.gradient_cache_tokens and is_sharded(accelerator):  # whose processes must run the model equally often
@@ -184,10 +187,9 @@ def main():
 
     search = document_search
     if corpus:
-        search = CorpusSearch(
-            corpus, run_folder / "embeddings", partial(weights_key, retriever), args.index, accelerator, log
-        )
-    pairs = Pairs(args, train, retriever, lexical=search.bm25_rankings, accelerator=accelerator)
+        search = CorpusSearch(corpus, folder=run_folder / "embeddings", weights_key=partial(weights_key, retriever),
+                              index=args.index, accelerator=accelerator, log=log)  # fmt: skip
+    pairs = Pairs(args, train, documents, retriever, lexical=search.bm25_rankings, accelerator=accelerator)
     marked = sum(is_marked(pair.example, args.supervision) for pair in pairs.rows)
     log.say(
         f"{len(train)} training examples, {len(validation)} for validation; {len(pairs.rows)} with positives "
@@ -254,6 +256,8 @@ def main():
     # not prepared: it steps once for each optimizer step, at any number of processes
     warmup_steps = min(args.num_warmup_steps, max_steps // 10) if max_steps else args.num_warmup_steps
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, max_steps)
+    # sharding leaves each process a part of the weights: a whole model is kept to be saved
+    whole = copy.deepcopy(retriever) if is_sharded(accelerator) else retriever
     model, optimizer = accelerator.prepare(retriever, optimizer)
     signals = Signals()
 
@@ -276,7 +280,15 @@ def main():
     if not any(gold) and not corpus:  # nobody marked any: what the ROUGE oracle chooses stands in
         gold = [positives(example, args.supervision, args.oracle_passages)[0] for example in validation]
 
-    bm25_scores = scores_of(search.bm25_rankings(validation, args.top_k)) if accelerator.is_main_process else {}
+    if not any(gold):
+        raise UsageError(
+            "no validation example has evidence: nothing to score; "
+            + ("give --validation_qrels_file" if corpus else "its summaries share no word with their documents")
+        )
+
+    bm25_scores = {}
+    if accelerator.is_main_process:
+        bm25_scores = scores_of(search.bm25_rankings(validation, args.top_k if corpus else None))
 
     first_drafts = read_drafts(args.validation_drafts_file, validation) if args.validation_drafts_file else []
     searches = [example.query for example in validation]
@@ -442,10 +454,10 @@ def main():
                         check_weight_norm(accelerator, model)
                     log("train", step=state.step, epoch=epoch, lr=scheduler.get_last_lr()[0], skipped=state.skipped,
                         **meters["train"].read(accelerator), wall=state.train_seconds)  # fmt: skip
-                    give_back_memory()
                 if state.step_in_epoch == 0:
                     log("epoch", step=state.step, epoch=state.epoch, **meters["epoch"].read(accelerator))
                 log.advance()
+                give_back_memory()
                 if profile:
                     profile.step()
                 received = at_boundary(received)
@@ -467,13 +479,16 @@ def main():
         scores = None
     if scores is None:  # or a finished run was started again
         scores = validate()
+    weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         columns = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")
         rows = {"BM25": bm25_scores, "retriever": scores}
         if "hop2" in scores:
             rows["with drafts"] = scores["hop2"]
         log.say(score_table(rows, columns))
-        publish(run_folder, lambda folder: retriever.save_pretrained(str(folder), create_model_card=False))
+        if whole is not retriever:
+            whole.load_state_dict(weights)
+        publish(run_folder, lambda folder: whole.save_pretrained(str(folder), create_model_card=False))
     for split, examples in {"train": train, "validation": validation}.items():
         ranked = [ranking[: args.top_k] for ranking in rankings(examples)]
         if accelerator.is_main_process:

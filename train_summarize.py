@@ -445,10 +445,10 @@ def main():
                         check_weight_norm(accelerator, model)
                     log("train", step=state.step, epoch=epoch, lr=scheduler.get_last_lr()[0], skipped=state.skipped,
                         **meters["train"].read(accelerator), wall=state.train_seconds)  # fmt: skip
-                    give_back_memory()
                 if state.step_in_epoch == 0:
                     log("epoch", step=state.step, epoch=state.epoch, **meters["epoch"].read(accelerator))
                 log.advance()
+                give_back_memory()
                 if profile:
                     profile.step()
                 received = at_boundary(received)

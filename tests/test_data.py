@@ -1,4 +1,4 @@
-"""Reading, checking, splitting, merging and writing examples."""
+"""Reading, checking and writing examples."""
 
 import gzip
 import json

@@ -194,6 +194,14 @@ def test_intervals_patience_pruning_and_the_log_in_one_run(script, tmp_path):
     assert [(line["step"], line["examples"]) for line in events(tmp_path, "epoch")] == [(6, 48)]
 
 
+def test_no_score_depends_on_how_many_passages_are_handed_over(tmp_path):
+    validations = []
+    for top_k in (1, 100):
+        run("train_retrieve.py", tmp_path / str(top_k), "--max_train_steps", 1, "--top_k", top_k)
+        validations.append(events(tmp_path / str(top_k), "validation"))
+    assert validations[0] == validations[1]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_best_model_is_the_result_if_asked_for(script, tmp_path):
     metric = {"train_summarize.py": "loss", "train_retrieve.py": "recall@100"}[script]  # falls; is always the same

@@ -214,7 +214,7 @@ def test_sequences_that_read_others_of_any_length_attend_as_one_by_one():
     expected = torch.cat([
         torch.einsum("qhk,khd->qhd", (torch.einsum("qhd,khd->qhk", q, k) * 0.3).softmax(-1), v) for q, k, v in parts
     ])  # fmt: skip
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # its softmax is in float32
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     ours = torch.autograd.grad((found * weight).sum(), (query, key, value))
     theirs = torch.autograd.grad((expected * weight).sum(), (query, key, value))

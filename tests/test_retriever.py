@@ -100,6 +100,21 @@ def test_the_dropout_of_attention_can_be_switched_off(tmp_path):
     assert load_retriever(str(tmp_path), 0.0)[0].auto_model.config.attention_probs_dropout_prob == 0.0
 
 
+def test_a_plain_encoder_gives_vectors_whose_dot_product_is_the_cosine_unless_it_is_made_for_the_dot_product(
+    model, tmp_path
+):
+    model[0].auto_model.save_pretrained(tmp_path / "plain")
+    model.tokenizer.save_pretrained(tmp_path / "plain")
+    plain = load_retriever(str(tmp_path / "plain"))
+    features = pad(tokenize(plain, ["one", "two three"], "query"), 0)
+    assert plain(features)["sentence_embedding"].norm(dim=1).tolist() == pytest.approx([1.0, 1.0])
+    plain.save_pretrained(str(tmp_path / "saved"))
+    assert len(load_retriever(str(tmp_path / "saved"))) == 3  # not a second time
+    for_dot = SentenceTransformer(modules=[plain[0], plain[1]], similarity_fn_name="dot")
+    for_dot.save_pretrained(str(tmp_path / "dot"))
+    assert len(load_retriever(str(tmp_path / "dot"))) == 2
+
+
 def test_a_folder_without_a_model_is_a_usage_error_in_one_line(tmp_path):
     with pytest.raises(UsageError, match=str(tmp_path)) as error:
         load_retriever(str(tmp_path))

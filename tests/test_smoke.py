@@ -281,6 +281,11 @@ def test_a_corpus_is_searched_with_its_own_ids_and_handed_over_to_stage_2(tmp_pa
     for ours, theirs in (("recall@5", "recall_5"), ("recall@20", "recall_20"), ("ndcg@10", "ndcg_cut_10")):
         assert 100 * np.mean([score[theirs] for score in found]) == pytest.approx(logged[ours], rel=1e-5)
 
+    # without judgements nothing could be scored, as is said before anything is trained
+    result = launch("train_retrieve.py", *flags[:-2], "--output_dir", tmp_path / "unjudged")
+    assert result.returncode == 2
+    assert "no validation example has evidence" in result.stderr and "--validation_qrels_file" in result.stderr
+
     # a second start trains nothing and encodes nothing again
     shard = tmp_path / "run" / "embeddings" / "00000000.npy"
     made, before = shard.stat().st_mtime_ns, (tmp_path / "run" / "run.validation.trec").read_text()

@@ -142,15 +142,19 @@ class CorpusSearch:
         index: "flat", "ivf" or "hnsw"; of the latter two the log says how much they miss.
     """
 
-    def __init__(self, corpus: Corpus, folder: Path, weights_key: Callable[[], str], index: str, accelerator, log):
+    def __init__(self, corpus: Corpus, *, folder: Path, weights_key: Callable[[], str], index: str, accelerator, log):
         self.corpus, self.folder, self.weights_key, self.index = corpus, folder, weights_key, index
-        self.accelerator, self.log = accelerator, log
+        self.accelerator, self.log, self.checked = accelerator, log, ""
         self.lexical = bm25_index(corpus)
 
-    def bm25_rankings(self, examples: Sequence[Example], top_k: int, queries: Sequence[str] | None = None):
+    def bm25_rankings(
+        self, examples: Sequence[Example], top_k: int, queries: Sequence[str] | None = None
+    ) -> list[Ranking]:
         return bm25_search(self.lexical, queries or [example.query for example in examples], top_k)
 
-    def dense_rankings(self, examples: Sequence[Example], encode, top_k: int, queries: Sequence[str] | None = None):
+    def dense_rankings(
+        self, examples: Sequence[Example], encode, top_k: int, queries: Sequence[str] | None = None
+    ) -> list[Ranking]:
         """Called on all processes, as `encode(texts, kind)` is; the result is on all of them."""
         key = f"{self.corpus.id} {self.weights_key()} {self.accelerator.mixed_precision}"
         vectors = encode_corpus(self.corpus.passages, lambda texts: encode(texts, "passage"), self.folder,
@@ -159,7 +163,8 @@ class CorpusSearch:
         found = [None]
         if self.accelerator.is_main_process:
             found = [dense_search(query_vectors, vectors, top_k, index=self.index)]
-            if self.index != "flat":
+            if self.index != "flat" and self.checked != key:
+                self.checked = key
                 lost = recall_lost(query_vectors, vectors, top_k, index=self.index)
                 self.log.say(f"--index {self.index} misses {lost:.1f}% of the {top_k} passages that exact search finds")
         return broadcast_object_list(found)[0]

@@ -28,7 +28,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         dropped = round(self.p * 2**16)
-        if not self.training or type(x) is not torch.Tensor or x.device.type != "cpu" or not 0 < dropped < 2**16:
+        is_ours = self.training and not self.inplace and type(x) is torch.Tensor and x.device.type == "cpu"
+        if not is_ours or not 0 < dropped < 2**16:
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15

@@ -145,7 +145,7 @@ def _unseen(length: int, causal: bool, window: int | None, device) -> torch.Tens
 
 
 class _Attention(torch.autograd.Function):
-    """Softmax attention by matrix products of each group, in which weights stay in the cache; softmax in float32.
+    """Softmax attention by matrix products of each group, in which weights stay in the cache.
 
     On processors this is several times faster than PyTorch's fused kernel, above all in bf16 and backward.
     """
@@ -316,7 +316,7 @@ def is_packed(transformer) -> bool:
 
 @torch.no_grad()
 def remove_padding(retriever) -> bool:
-    """Packs the batches of a SentenceTransformer's encoder from now on, where that changes nothing in its outputs.
+    """Packs the batches of a SentenceTransformer's encoder from now on, where that changes no embedding.
 
     False, and the batches stay padded, for an encoder whose attention cannot be replaced, and for one that answers
     otherwise on three random texts, longer than its sliding window if it has one.

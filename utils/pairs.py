@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.data import Corpus, Example, read_drafts
+from utils.data import Corpus, Document, Example, read_drafts
 from utils.drafts import reference_draft
 from utils.retriever import tokenize
 from utils.search import Ranking, greedy_rouge_oracle, hard_negatives, search_text
@@ -55,14 +55,17 @@ class Pairs:
 
     Args:
         args: those of train_retrieve.py, of which the flags about positives, negatives, drafts and the teacher count.
+        documents: those of the examples, or the one corpus.
         lexical: `lexical(examples, top_k, queries)` ranks passages by BM25.
     """
 
-    def __init__(self, args, examples: Sequence[Example], retriever, *, lexical: Callable, accelerator):
-        self.args, self.retriever = args, retriever
-        self.documents = list({id(example.document): example.document for example in examples}.values())
-        first_keys = np.cumsum([0, *(len(document.passages) for document in self.documents)]).tolist()
-        first_key = dict(zip(map(id, self.documents), first_keys, strict=False))
+    def __init__(
+        self, args, examples: Sequence[Example], documents: list[Document], retriever, *, lexical, accelerator
+    ):
+        self.args, self.documents, self.retriever = args, documents, retriever
+        self.is_corpus = isinstance(documents[0], Corpus)
+        first_keys = np.cumsum([0, *(len(document.passages) for document in documents)]).tolist()
+        first_key = dict(zip(map(id, documents), first_keys, strict=False))
 
         drafts = read_drafts(args.drafts_file, examples) if args.drafts_file else [[] for _ in examples]
         searches = [[example.query] for example in examples]
@@ -70,7 +73,8 @@ class Pairs:
             if args.draft_share:
                 texts = [*example.summaries[:1], *(text for text, _ in those)]
                 of_hops.append(search_text(example.query, texts[-1] if texts else ""))
-        ranked = [lexical(examples, args.negatives_pool + 100, list(texts)) for texts in zip(*searches, strict=True)]
+        top_k = args.negatives_pool + 100 if self.is_corpus else None  # of a document all
+        ranked = [lexical(examples, top_k, list(texts)) for texts in zip(*searches, strict=True)]
         taught = self._ask_teacher(examples, ranked[0], accelerator) if args.teacher else {}
 
         query_tokens = tokenize(retriever, [example.query for example in examples], "query")
@@ -112,25 +116,30 @@ class Pairs:
 
     def _read_passages(self) -> None:
         """Tokenizes documents whole, and of a corpus the positives and hard negatives; each passage once."""
-        if isinstance(self.documents[0], Corpus):
-            passages = self.documents[0].passages
-            keys = {key for pair in self.rows for key in sum(pair.negatives, pair.evidence)}
-        else:
-            passages = [text for document in self.documents for text in document.passages]
-            keys = range(len(passages))
-        keys = sorted(set(keys) - self.passage_tokens.keys())
-        texts = [passages[key] for key in keys] if isinstance(passages, list) else passages[keys] if keys else []
+        texts, keys = [], []
+        if self.is_corpus:
+            wanted = {key for pair in self.rows for key in sum(pair.negatives, pair.evidence)}
+            if keys := sorted(wanted - self.passage_tokens.keys()):
+                texts = self.documents[0].passages[keys]
+        elif not self.passage_tokens:
+            texts = [text for document in self.documents for text in document.passages]
+            keys = range(len(texts))
         self.passage_tokens.update(zip(keys, tokenize(self.retriever, texts, "passage"), strict=True))
 
     def digest(self) -> str:
         """A checksum of what is trained on."""
         return digest([
             sorted(self.passage_tokens.items()),
-            [[pair.query, pair.evidence, pair.weights.tolist(), pair.negatives, pair.drafts] for pair in self.rows],
+            # a teacher's likelihoods are rounded otherwise on another card
+            [[pair.query, pair.evidence, pair.weights.round(4).tolist(), pair.negatives, pair.drafts]
+             for pair in self.rows],
         ])  # fmt: skip
 
     def lengths(self) -> list[list[int]]:
-        """(pairs, 2): tokens of the search text, and of positives and negatives, at most; each epoch draws others."""
+        """(pairs, 2): tokens of the search text, and of positives and negatives, at most; each epoch draws others.
+
+        Mined negatives may be longer: plans are made once, so that a run can go on from any step.
+        """
         drafts = [
             max((*pair.example.summaries, *(text for text, _ in pair.drafts)), key=len, default="")
             if self.args.draft_share else "" for pair in self.rows
@@ -179,14 +188,14 @@ class Pairs:
         `ranked(examples, top_k=..., queries=...)` ranks passages by the model.
         """
         args, mined = self.args, self.negatives()
-        # how many pairs' rankings are in memory
-        at_once = 2**13 if isinstance(self.documents[0], Corpus) else len(self.rows)
+        # of how many pairs the rankings are in memory, and how many passages of each
+        at_once, top_k = (2**13, 5 * args.negatives_pool + 100) if self.is_corpus else (len(self.rows), None)
         for first in range(0, len(self.rows), at_once):
             block = self.rows[first : first + at_once]
             queries = list(itertools.chain(*zip(*(pair.searches for pair in block), strict=True)))
             # all hops' together, so that each document is encoded once
             asking = [pair.example for pair in block] * (len(queries) // len(block))
-            for number, ranking in enumerate(ranked(asking, top_k=5 * args.negatives_pool + 100, queries=queries)):
+            for number, ranking in enumerate(ranked(asking, top_k=top_k, queries=queries)):
                 hop, place = divmod(number, len(block))
                 pair = block[place]
                 evidence = [key - pair.document for key in pair.evidence]

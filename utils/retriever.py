@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SimilarityFunction
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertModel
@@ -69,6 +69,9 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
         raise UsageError(
             f"{name_or_path}: no retriever could be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
+    is_unit = any(isinstance(module, Normalize) for module in retriever)
+    if not is_unit and retriever.similarity_fn_name == SimilarityFunction.COSINE.value:
+        retriever.append(Normalize())  # with which the dot product, of loss and search, is the cosine
     use_fast_layers(retriever)
     remove_padding(retriever)
     return retriever

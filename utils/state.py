@@ -239,24 +239,20 @@ class Checkpoints:
     def load_best(self, state: LoopState) -> bool:
         """Puts the weights of the best validation into the model, if it has later ones; called on all processes.
 
-        Raises UsageError if they cannot be read.
+        Where this run has no such checkpoint, or a damaged one, it warns and leaves the model as it is.
         """
-        found, tensors = [None], {}
-        best = self.folder / "best"
-        if self.accelerator.is_main_process and state.best_step != state.step and best.exists():
+        tensors = {}
+        if self.accelerator.is_main_process and state.best_step != state.step:
             try:
-                tensors, *_ = checkpoint.read(best.resolve())
-                found = [{"error": None}]
+                tensors, *_ = checkpoint.read((self.folder / "best").resolve())
             except (checkpoint.DamagedCheckpoint, OSError) as error:
-                found = [{"error": f"--load_best_model_at_end: {error}"}]
-        broadcast_object_list(found)
-        if found[0] is None:
-            return False
-        if found[0]["error"]:
-            raise UsageError(found[0]["error"])
-        checkpoint.restore_tensors(self.accelerator, self.model, self.optimizer, tensors, with_optimizer=False)
-        self.log.say(f"the model is that of step {state.best_step}, the best by --metric_for_best")
-        return True
+                self.log.warn(f"the model is the last one, in spite of --load_best_model_at_end: {error}")
+        is_found = [bool(tensors)]
+        broadcast_object_list(is_found)
+        if is_found[0]:
+            checkpoint.restore_tensors(self.accelerator, self.model, self.optimizer, tensors, with_optimizer=False)
+            self.log.say(f"the model is that of step {state.best_step}, the best by --metric_for_best")
+        return is_found[0]
 
 
 def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:

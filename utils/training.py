@@ -12,7 +12,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -146,17 +145,21 @@ def keep_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Returns to the system what is free in the heap, if two minutes have passed since it last did.
+    """Returns to the system what is free in the heap, if the process holds half as much again as a step needs.
 
-    Left alone, batches of many shapes break the heap into ever more pieces; more often, getting it again costs.
+    Called after each step: left alone, batches of many shapes break the heap into ever more pieces, and done each time,
+    getting it again costs. What a step needs is the most that the process held after a step that began without any.
     """
-    if time.monotonic() - _last_given_back[0] > 120:
-        _last_given_back[0] = time.monotonic()
-        with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, OSError):  # other systems
+        held = int(Path("/proc/self/statm").read_text().split()[1])  # pages
+        if _heap["is_fresh"]:
+            _heap["needed"], _heap["is_fresh"] = max(_heap["needed"], held), False
+        elif held > 1.5 * _heap["needed"]:
             ctypes.CDLL(None).malloc_trim(0)
+            _heap["is_fresh"] = True
 
 
-_last_given_back = [time.monotonic()]
+_heap = {"needed": 0, "is_fresh": True}
 
 
 def environment(accelerator) -> dict:
