@@ -11,19 +11,27 @@ batches and optimizer included, without the first epoch (here) or step (there). 
 
 Results, as printed (`--rows plain --steps 4 --repeats 1`):
 
-    2026-11-26, AMD EPYC (Zen 5), 2 cores, torch 2.13.0+cpu, 1 repeats, wall clock
+    2026-11-26, Intel Xeon with AMX, 2 cores, torch 2.13.0+cpu, 1 repeats, wall clock
 
     train_retrieve.py   peer                pairs/s: here  peer   ratio
+    float32             float32                     11.92  6.81   1.75
+    bf16                bf16                        27.97 12.64   2.21
+    bf16                float32                     27.97  6.81   4.11
+    float32, dropout    float32, dropout            11.82  3.88   3.05
+    bf16, dropout       float32, dropout            31.48  3.88   8.12
+    loss of one batch, float32: here 5.015557, peer 5.015557
+    loss of one batch, bf16: here 5.006592, peer 5.000000
+
+"dropout" is MiniLM's own, but train_retrieve.py leaves that of attention weights out unless it is asked for. On an AMD
+EPYC (Zen 5), the same day, before dropout and pooling were made faster here:
+
     float32             float32                     24.93  8.72   2.86
     bf16                bf16                        44.18 19.09   2.31
     bf16                float32                     44.18  8.72   5.07
     float32, dropout    float32, dropout            22.37  5.71   3.92
     bf16, dropout       float32, dropout            39.31  5.71   6.89
-    loss of one batch, float32: here 5.015556, peer 5.015556
-    loss of one batch, bf16: here 5.009277, peer 5.000000
 
-"dropout" is MiniLM's own, but train_retrieve.py leaves that of attention weights out unless it is asked for. Of one
-step of 512 pairs (`--rows cached --repeats 1`):
+and there of one step of 512 pairs (`--rows cached --repeats 1`):
 
     cached, bf16        cached, bf16                35.66 16.14   2.21
     cached, bf16        cached, float32             35.66  7.08   5.04
