@@ -8,8 +8,10 @@
 # Retriever, validation, 237 specific questions with evidence: share of gold words within 1,024 words, 95% bootstrap by
 # meeting: 62.3 [55.7, 68.3], BM25 37.6 [30.6, 44.2]; what each part adds: runs/ablation.py
 #   recall@5 44.3 (BM25 32.8), nDCG@10 57.4 (44.7) by the retriever's own scores, neither smoothed nor with BM25
-#   A batch is the questions about one meeting, each compared with all of its passages. One seed; the share of BM25 and
-#   the window were chosen on these meetings. With three BM25 negatives and one positive for each question, window 2 and
+#   Seed 43 (2026-11-26, an Intel Xeon with AMX): 62.3 [55.6, 68.4]; three BM25 negatives for each question, in a fifth of
+#   the time, 62.1 (runs/qmsum_parts.sh).
+#   A batch is the questions about one meeting, each compared with all of its passages. The share of BM25 and the window
+#   were chosen on these meetings. With three BM25 negatives and one positive for each question, window 2 and
 #   BM25 it was 58.8 (2026-11-22); another such run's model alone gave 48.5.
 # Summarizer, small BART from scratch, 3 epochs, only to show the pipeline whole (on the passages of 2026-11-22): training
 #   loss 10.51 -> 8.85 -> 8.40, validation loss 9.32 -> 8.77 -> 8.64 (bits a token, label-smoothed); ROUGE-1/2/L

@@ -4,6 +4,16 @@
 # as there.
 # usage: runs/qmsum_parts.sh FOLDER_OF_QMSUM [OUTPUT]
 #
+# 2026-11-26, one core of an Intel Xeon with AMX for each, bfloat16, torch 2.13.0, seed 43; training took 12, 11 and 56
+# minutes, the last stopped once and gone on with. Validation, 237 questions, 95% bootstrap by meeting:
+#
+# | training | gold words within 1,024 | difference | to |
+# | --- | ---: | ---: | --- |
+# | 1_bm25_negatives | 62.1 [55.2, 68.4] | 6.7 [3.9, 9.6] | zero-shot + BM25, smoothed |
+# | 2_mined_negatives | 62.4 [55.7, 68.3] | 0.3 [-1.1, 1.9] | 1_bm25_negatives |
+# | 3_whole_meetings | 62.3 [55.6, 68.4] | -0.1 [-2.3, 2.2] | 2_mined_negatives |
+#
+# The cheapest does as well as the others: what is left to gain is elsewhere.
 set -euo pipefail
 data=$(realpath "$1")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
