@@ -30,7 +30,7 @@ the share of BM25 and the window were chosen on these meetings, with the model a
 * Weight of BM25, window and decay chosen on one half of the meetings (of 0 to 1, 3 to 8, 0.5 to 0.8) and scored on the
   other, 50 times: 61.1, where the settings above have 62.2 on the same halves.
 * The mean of the standardized scores of two trained models: 62.9.
-* A loss on similarities that are smoothed as the ranking is: 59.6 after one epoch, where the same seed without has 61.8.
+* A loss on similarities that are smoothed as the ranking is: 59.6 after one epoch, the same seed without it 61.8.
 """
 
 import argparse
