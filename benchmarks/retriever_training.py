@@ -22,8 +22,9 @@ Results, as printed (`--rows plain --steps 4 --repeats 1`):
     loss of one batch, float32: here 5.015557, peer 5.015557
     loss of one batch, bf16: here 5.006592, peer 5.000000
 
-"dropout" is MiniLM's own, but train_retrieve.py leaves that of attention weights out unless it is asked for. On an AMD
-EPYC (Zen 5), the same day, before dropout and pooling were made faster here:
+"dropout" is MiniLM's own, but train_retrieve.py leaves that of attention weights out unless it is asked for, at no loss
+that runs/attention_dropout.sh could find. On an AMD EPYC (Zen 5), the same day, before dropout and pooling were made
+faster here:
 
     float32             float32                     24.93  8.72   2.86
     bf16                bf16                        44.18 19.09   2.31
