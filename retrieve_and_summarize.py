@@ -25,6 +25,8 @@ from utils.arguments import (
 
 @dataclass
 class HopArguments(ReadingArguments, RunArguments):
+    """The hops."""
+
     output_dir: str = flag("outputs/hops", "the run folder: predictions with every hop, scores by hop, arguments")
     input_file: str | None = flag(
         None, "examples in any form that the training scripts read; references and evidence are scored where they are"

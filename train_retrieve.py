@@ -13,6 +13,8 @@ from utils.arguments import DataArguments, TrainingArguments, UsageError, check_
 
 @dataclass
 class RetrieveArguments(TrainingArguments, DataArguments):
+    """The retriever."""
+
     output_dir: str = flag("outputs/retrieve", "the run folder: arguments, metrics, hand-over files and the model")
     metric_for_best: str = flag("ndcg@10", "validation score that decides which checkpoint is best, and patience")
     model_name_or_path: str | None = flag(

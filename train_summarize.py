@@ -25,6 +25,8 @@ from utils.arguments import (
 
 @dataclass
 class SummarizeArguments(GenerationArguments, TrainingArguments, DataArguments):
+    """The summarizer."""
+
     output_dir: str = flag("outputs/summarize", "the run folder: arguments, metrics, predictions and the model")
     metric_for_best: str = flag("rougeL", "validation score that decides which checkpoint is best, and patience")
     model_name_or_path: str | None = flag(None, "an encoder-decoder checkpoint [a small BART from scratch]")

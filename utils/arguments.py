@@ -1,24 +1,23 @@
-"""Flags that the scripts share, as dataclasses for `HfArgumentParser`; each script adds its own on top.
+"""Flags that the scripts share, as dataclasses; each script adds its own on top.
 
-Nothing here imports torch, so that ``--help`` and a mistyped flag answer at once.
+Nothing here imports torch or transformers, so that ``--help`` and a mistyped flag answer at once.
 """
 
+import argparse
 import dataclasses
 import difflib
+import inspect
 import json
 import os
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import HfArgumentParser
 
-
-def flag(default, text: str, **metadata):
-    """A dataclass field with a default and a help text; lists are copied for each instance."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
-    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+def flag(default, text: str):
+    """A dataclass field with a default and a help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -55,6 +54,8 @@ class ReadingArguments:
 
 @dataclass
 class DataArguments(ReadingArguments):
+    """What is trained on and validated with."""
+
     train_file: str | None = flag(
         None,
         "training examples: JSON Lines (.xz and .gz too), JSON, CSV, Parquet, a folder or a Hub name; "
@@ -108,6 +109,8 @@ class GenerationArguments:
 
 @dataclass
 class TrainingArguments(RunArguments):
+    """How a model is trained."""
+
     num_train_epochs: int = flag(3, "passes over the training examples; 0: no limit")
     max_train_steps: int = flag(0, "optimizer steps to train for; 0: no limit")
     stop_time_hours: float = flag(0.0, "hours to train for, over all resumed runs; 0: no limit")
@@ -224,7 +227,32 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise UsageError(f"{name} {value}: choose one of {', '.join(choices)}")
 
 
-class _Parser(HfArgumentParser):
+def parse(arguments_class, description: str):
+    """Parses the command line into `arguments_class`; a mistake ends the program with one line and exit code 2."""
+    parser = Parser(description=description.partition("\n\n")[0], usage="%(prog)s [flags]")
+    kinds, added = typing.get_type_hints(arguments_class), set()
+    fields = {field.name: field for field in dataclasses.fields(arguments_class)}
+    for owner in arguments_class.__mro__[:-1]:  # the script's own flags first
+        group = parser.add_argument_group(owner.__doc__.rstrip("."))
+        for name in inspect.get_annotations(owner):
+            if name not in added:
+                _add_flag(group, fields[name], kinds[name])
+                added.add(name)
+    known, unknown = parser.parse_known_args()
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        return arguments_class(**vars(known))
+    except UsageError as error:
+        parser.error(str(error))
+
+
+class Parser(argparse.ArgumentParser):
+    """One that takes no abbreviations and says what is wrong in one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str):
         """One line instead of a page of usage, with the flag that was probably meant."""
         known = [option for action in self._actions for option in action.option_strings]
@@ -236,13 +264,26 @@ class _Parser(HfArgumentParser):
         sys.exit(2)
 
 
-def parse(arguments_class, description: str):
-    """Parses the command line into `arguments_class`; a mistake ends the program with one line and exit code 2."""
-    parser = _Parser(arguments_class, description=description.partition("\n\n")[0], allow_abbrev=False)
-    try:
-        arguments, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    except UsageError as error:
-        parser.error(str(error))
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return arguments
+def _add_flag(group, field: dataclasses.Field, kind) -> None:
+    """`kind` is str, int, float or bool, or one of them or None."""
+    default, text = field.default, field.metadata["help"].replace("%", "%%")
+    kind = next(part for part in (*typing.get_args(kind), kind) if part is not type(None))
+    if default is not None:
+        text += f" [{str(default).lower() if kind is bool else default}]"
+    if kind is not bool:
+        group.add_argument(f"--{field.name}", type=kind, default=default, help=text, metavar=METAVARS[kind])
+        return
+    group.add_argument(
+        f"--{field.name}", type=_truth, nargs="?", const=True, default=default, help=text, metavar="true|false"
+    )
+    if default:
+        group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
+
+
+METAVARS = {str: "TEXT", int: "N", float: "X"}
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word}: true or false is wanted")
+    return word.lower() == "true"

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.arguments import Parser
 from utils.data import Example, load_examples, read_qrels
 from utils.rows import DataError
 from utils.search import Ranking, bm25_rankings
@@ -118,14 +119,8 @@ def _score(metric: str, *case) -> float:
 # the command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line instead of a page of usage."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser("python -m utils.compare", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = Parser(prog="python -m utils.compare", description=__doc__.partition("\n\n")[0])
     parser.add_argument("A", help="a hand-over file (*.jsonl), a TREC run, or bm25")
     parser.add_argument("B", nargs="?", help="likewise; without it A alone is scored")
     parser.add_argument(
