@@ -185,10 +185,9 @@ def test_trained_on_drafts_the_second_hop_finds_what_only_a_name_in_a_draft_lead
     files = [flag for split, name in (("train", ""), ("validation", "validation_"))
              for flag in (f"--{split}_file", tmp_path / f"{split}.jsonl",
                           f"--{name}drafts_file", tmp_path / f"{split}.jsonl")]  # fmt: skip
-    result = launch("train_retrieve.py", "--output_dir", tmp_path / "run", *files, "--draft_share", 0.7,
+    result = launch("train_retrieve.py", "--output_dir", tmp_path / "run", *files, "--draft_share", 0.9,
                     "--group_by_document", "--num_hard_negatives", 20, "--negatives_pool", 50,
-                    "--num_train_epochs", 10, "--eval_after_steps", 750, "--learning_rate", 2e-3,
-                    "--seed", 43)  # fmt: skip
+                    "--num_train_epochs", 6, "--eval_after_steps", 450, "--learning_rate", 2e-3)  # fmt: skip
     assert result.returncode == 0, result.stderr
     scores = events(tmp_path / "run", "validation")[-1]
     # all first-hop evidence is among the first five at either hop: what differs is that of the second hop
