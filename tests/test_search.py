@@ -85,6 +85,27 @@ def test_smoothing_averages_a_passage_with_its_neighbours():
     assert search.smooth(np.array([])).shape == (0,)
 
 
+def test_neighbours_share_what_stands_out_of_each_kind_of_score():
+    options = {"bm25_weight": 0.5, "smooth_window": 1, "smooth_decay": 0.5}
+    peak_and_plateau = np.array([0.0, 0, 0, 4, 0, 0, 0, 3, 3, 0, 0, 0])
+    assert search.smooth(peak_and_plateau, 1, 0.5).argmax() in (7, 8)
+    ranking = search.combine(search.rank(peak_and_plateau), None, **options)
+    assert ranking[0][0] == 3
+    assert search.combine(search.rank(100 * peak_and_plateau - 7), None, **options) == [
+        (passage, pytest.approx(score)) for passage, score in ranking
+    ]
+
+    dense, lexical = np.random.default_rng(2).normal(size=(2, 9))
+    shared = sum(
+        weight * np.exp(search.SHARPNESS * (scores - scores.mean()) / scores.std())
+        for weight, scores in ((1.0, dense), (0.5, lexical))
+    )
+    ranking = search.combine(search.rank(dense), search.rank(lexical), **options)
+    assert search.passage_scores(ranking) == pytest.approx(search.smooth(shared, 1, 0.5))
+    scores = [score for _, score in ranking]
+    assert scores == sorted(scores, reverse=True)
+
+
 # ---- BM25
 
 
@@ -216,7 +237,8 @@ def test_a_retriever_ranks_as_its_settings_say():
     hybrid = {"ranking": "hybrid", "bm25_weight": 0.7, "smooth_window": 0, "smooth_decay": 0.5}
     fused = [search.fuse_scores(*both, 0.7) for both in zip(dense, lexical, strict=True)]
     assert search.retriever_rankings(examples, encode, hybrid) == fused
-    smoothed = [search.rank(search.smooth(search.passage_scores(ranking), 1, 0.5)) for ranking in fused]
+    smoothed = [search.combine(*both, bm25_weight=0.7, smooth_window=1, smooth_decay=0.5)
+                for both in zip(dense, lexical, strict=True)]  # fmt: skip
     assert search.retriever_rankings(examples, encode, {**hybrid, "smooth_window": 1}) == smoothed != fused
     other = search.retriever_rankings(examples, encode, hybrid, queries=["bye", "paint"])
     assert other != fused
