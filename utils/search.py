@@ -22,9 +22,7 @@ from utils.data import Document, Example
 Ranking = list[tuple[int, float]]
 
 BM25_SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75}
-SHARPNESS = (
-    0.7  # of scores in deviations, before neighbours share them; chosen with MiniLM on QMSum's training meetings
-)
+SHARPNESS = 0.7  # of standardized scores, before neighbours share them; chosen on QMSum's training meetings
 
 
 # ----------------------------------------------------------------------------------------------------------------------
