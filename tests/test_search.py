@@ -1,5 +1,6 @@
 """Ranking passages: BM25, dense, fusion, the baselines and the ROUGE oracle, against plain re-computations."""
 
+import gc
 import math
 import random
 import time
@@ -173,6 +174,21 @@ def test_bm25_rankings_index_each_document_once_and_stay_with_their_examples(mon
     assert all(len(ranking) == 2 for ranking in rankings)
     assert search.bm25_rankings(examples, top_k=2) == rankings  # as a later hop does
     assert len(indexed) == 2
+
+
+def test_indexes_beyond_those_kept_are_made_anew_and_go_with_their_documents(monkeypatch):
+    gc.collect()  # documents of other tests
+    monkeypatch.setattr(search, "KEPT", len(search._kept) + 1)
+    documents = [Document(str(number), [f"paint number {number}", "yellow case"]) for number in range(3)]
+    examples = [make_example(str(number), "yellow", document) for number, document in enumerate(documents)]
+    rankings = search.bm25_rankings(examples)
+    assert [ranking[0][0] for ranking in rankings] == [1, 1, 1]
+    assert [document in search._kept for document in documents] == [True, False, False]
+    assert search.bm25_rankings(examples) == rankings
+    kept = len(search._kept)
+    del documents, examples, rankings
+    gc.collect()
+    assert len(search._kept) == kept - 1
 
 
 def test_search_texts_given_replace_the_queries():

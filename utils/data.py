@@ -44,7 +44,7 @@ from utils.rows import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Document:
     """A document as its passages; compared by identity, because examples about the same document share one object."""
 

@@ -15,7 +15,6 @@ from itertools import accumulate, groupby
 
 import numpy as np
 import torch
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -311,7 +310,8 @@ def _first_position(encoder) -> int:
 
 def is_packed(transformer) -> bool:
     """Whether batches go through this sentence-transformers `Transformer` module without their padding."""
-    return isinstance(transformer, Transformer) and transformer.auto_model.config._attn_implementation == NAME
+    encoder = getattr(transformer, "auto_model", None)
+    return encoder is not None and encoder.config._attn_implementation == NAME
 
 
 @torch.no_grad()
@@ -321,6 +321,9 @@ def remove_padding(retriever) -> bool:
     False, and the batches stay padded, for an encoder whose attention cannot be replaced, and for one that answers
     otherwise on three random texts, longer than its sliding window if it has one.
     """
+    # only for those who have one anyhow: it takes seconds
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
     transformer = retriever[0]
     if not isinstance(transformer, Transformer) or transformer.modality_config.keys() != {"text"}:
         return False

@@ -74,7 +74,10 @@ class Pairs:
                 texts = [*example.summaries[:1], *(text for text, _ in those)]
                 of_hops.append(search_text(example.query, texts[-1] if texts else ""))
         top_k = args.negatives_pool + 100 if self.is_corpus else None  # of a document all
-        ranked = [lexical(examples, top_k, list(texts)) for texts in zip(*searches, strict=True)]
+        hops = 2 if args.draft_share else 1  # in one call, so that each document is indexed once
+        asking = [example for example in examples for _ in range(hops)]
+        ranked = lexical(asking, top_k, list(itertools.chain(*searches)))
+        ranked = [ranked[hop::hops] for hop in range(hops)]
         taught = self._ask_teacher(examples, ranked[0], accelerator) if args.teacher else {}
 
         query_tokens = tokenize(retriever, [example.query for example in examples], "query")

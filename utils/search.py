@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from weakref import WeakKeyDictionary
 
 import bm25s
 import numpy as np
@@ -146,45 +147,53 @@ def bm25_scores(passages: Sequence[str], queries: Sequence[str], stopwords: str 
 
     Returns: (queries, passages), float32.
     """
-    return _scores_of(_index(passages, stopwords), len(passages), queries, stopwords)
+    return _scores_of(_index(search_words(passages, stopwords)), len(passages), search_words(queries, stopwords))
 
 
-def _index(passages: Sequence[str], stopwords: str = "en") -> bm25s.BM25 | None:
-    """None if no passage has a word."""
-    passage_words = search_words(passages, stopwords)
-    if not any(passage_words):
+def _index(words: Sequence[list[str]]) -> bm25s.BM25 | None:
+    """Of one document, from the words of each passage; None if no passage has a word."""
+    if not any(words):
         return None
     index = bm25s.BM25(**BM25_SETTINGS)
-    index.index(passage_words, show_progress=False)
+    index.index(words, show_progress=False)
     return index
 
 
-@functools.lru_cache(maxsize=512)
-def _document_index(document: Document) -> bm25s.BM25 | None:
-    """Kept, because a document is searched in each hop and each validation."""
-    return _index(document.passages)
-
-
-def _scores_of(index: bm25s.BM25 | None, passages: int, queries: Sequence[str], stopwords: str = "en") -> np.ndarray:
+def _scores_of(index: bm25s.BM25 | None, passages: int, queries: Sequence[list[str]]) -> np.ndarray:
+    """(queries, passages), from the words of each query."""
     scores = np.zeros((len(queries), passages), dtype=np.float32)
     if index is None:
         return scores
-    for row, words in enumerate(search_words(queries, stopwords)):
+    for row, words in enumerate(queries):
         scores[row] = index.get_scores_from_ids(index.get_tokens_ids(words))  # words that no passage has are left out
     return scores
+
+
+_kept: WeakKeyDictionary[Document, bm25s.BM25 | None] = WeakKeyDictionary()
+KEPT = 2000  # indexes, of 50 to 150 KB each for long documents; a document is searched in each hop and each validation
+
+
+def _indexes(documents: Sequence[Document]) -> list[bm25s.BM25 | None]:
+    new = [document for document in documents if document not in _kept]
+    words = iter(search_words([passage for document in new for passage in document.passages]))
+    made = {document: _index(list(itertools.islice(words, len(document.passages)))) for document in new}
+    _kept.update(itertools.islice(made.items(), max(0, KEPT - len(_kept))))
+    return [made[document] if document in made else _kept[document] for document in documents]
 
 
 def bm25_rankings(
     examples: Sequence[Example], top_k: int | None = None, queries: Sequence[str] | None = None
 ) -> list[Ranking]:
     """Ranks each example's passages by BM25 for its query, or for the search text given in `queries`."""
-    queries = _search_texts(examples, queries)
+    query_words = search_words(_search_texts(examples, queries))
     rankings: list[Ranking] = [[] for _ in examples]
-    for document, numbers in _examples_by_document(examples):
-        searches = [queries[number] for number in numbers]
-        scores = _scores_of(_document_index(document), len(document.passages), searches)
-        for number, row in zip(numbers, scores, strict=True):
-            rankings[number] = rank(row, top_k)
+    documents = _examples_by_document(examples)
+    for first in range(0, len(documents), 500):  # whose words are in memory at a time
+        block = documents[first : first + 500]
+        for (document, numbers), index in zip(block, _indexes([document for document, _ in block]), strict=True):
+            scores = _scores_of(index, len(document.passages), [query_words[number] for number in numbers])
+            for number, row in zip(numbers, scores, strict=True):
+                rankings[number] = rank(row, top_k)
     return rankings
 
 
