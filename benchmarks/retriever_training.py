@@ -77,7 +77,7 @@ ROWS = {  # here, there
         ("cached, bf16", "cached, float32"),
     ],
 }
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 4096
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 

@@ -3,12 +3,12 @@
 python benchmarks/start_up.py
 
 2026-11-26, Intel(R) Xeon(R) Processor, 2 cores, torch 2.13.0+cpu
-train_retrieve.py --help                     0.13 s (0.12 to 0.13)
-train_retrieve.py with a mistyped flag       0.12 s (0.12 to 0.12)
-train_retrieve.py, first step               23.13 s (19.56 to 25.01)
-train_summarize.py --help                    0.11 s (0.09 to 0.13)
-train_summarize.py with a mistyped flag      0.12 s (0.09 to 0.12)
-train_summarize.py, first step              21.03 s (20.60 to 22.14)
+train_retrieve.py --help                     0.12 s (0.09 to 0.13)
+train_retrieve.py with a mistyped flag       0.13 s (0.08 to 0.13)
+train_retrieve.py, first step               13.18 s (12.82 to 13.52)
+train_summarize.py --help                    0.12 s (0.08 to 0.13)
+train_summarize.py with a mistyped flag      0.12 s (0.12 to 0.12)
+train_summarize.py, first step              11.58 s (10.80 to 11.83)
 
 On an AMD EPYC, 2026-11-23: first steps after 7.87 s (7.79 to 9.69) and 7.82 s (7.49 to 9.59).
 """
