@@ -247,10 +247,10 @@ def test_dropout_keeps_everything_in_evaluation():
 # ---- the models
 
 
-def summarizer_and_batch():
+def summarizer_and_batch(dropout=0.0):
     torch.manual_seed(0)
     config = BartConfig(vocab_size=300, d_model=128, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-                        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, dropout=0.0)  # fmt: skip
+                        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, dropout=dropout)  # fmt: skip
     ids = torch.randint(4, 300, (6, 64)).tolist()
     return Summarizer(BartForConditionalGeneration(config)), collate([[row] for row in ids], ids, pad_token_id=1)
 
@@ -283,6 +283,24 @@ def test_a_summarizer_in_bf16_does_not():
         loss.backward()
 
     assert calls(forward_and_backward) == 0
+
+
+def test_dropout_of_a_summarizers_layers_is_the_fast_one_in_training_alone(monkeypatch):
+    summarizer, batch = summarizer_and_batch(dropout=0.2)
+    shapes, fast = [], cpu.dropout
+    monkeypatch.setattr(cpu, "dropout", lambda x, **options: shapes.append(tuple(x.shape)) or fast(x, **options))
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(train(summarizer, batch)[0])
+    assert losses[0] == losses[1] != losses[2]
+    # 384 tokens of source and of target: after the embeddings, and of a layer attention, GELU and output, and attention
+    # to the source
+    assert shapes == 3 * [(1, 384, width) for width in (128, 128, 256, 128, 128, 128, 128, 256, 128)]
+    shapes.clear()
+    summarizer.eval()
+    assert train(summarizer, batch)[0] == train(summarizer, batch)[0]
+    assert not shapes
 
 
 def test_a_summarizer_generates_through_onednn():

@@ -7,6 +7,7 @@ makes than Intel's, at half the speed. Dropout takes 16 random bits for each ele
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 IS_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 FEWEST = 2**21  # multiplications; with fewer, the call takes longer than it saves
@@ -23,17 +24,30 @@ def use_fast_layers(model: nn.Module) -> None:
             module.__class__ = FAST[type(module)]
 
 
-class Dropout(nn.Dropout):
-    """Of a probability rounded to a 65,536th, and the scale that belongs to it."""
+def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """That of a probability rounded to a 65,536th, and the scale that belongs to it."""
+    dropped = round(p * 2**16)
+    is_ours = training and not inplace and type(x) is torch.Tensor and x.device.type == "cpu"
+    if not is_ours or not 0 < dropped < 2**16:
+        return nn.functional.dropout(x, p, training, inplace)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
+
+class Dropout(nn.Dropout):
     def forward(self, x):
-        dropped = round(self.p * 2**16)
-        is_ours = self.training and not self.inplace and type(x) is torch.Tensor and x.device.type == "cpu"
-        if not is_ours or not 0 < dropped < 2**16:
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15
-        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+        return dropout(x, self.p, self.training, self.inplace)
+
+
+class FunctionalDropout(TorchFunctionMode):
+    """Within it `nn.functional.dropout`, which BART and its kin call, is the one here.
+
+    It must also span whatever computes the forward pass anew, such as activation checkpointing.
+    """
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        return (dropout if function is nn.functional.dropout else function)(*arguments, **(options or {}))
 
 
 class Linear(nn.Linear):

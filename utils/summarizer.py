@@ -5,6 +5,7 @@ every passage is a sequence with the query in front (``fid``). The encoder reads
 attends to all of an example's tokens at once, so ``concat`` is ``fid`` with a single sequence and one path serves both.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.arguments import UsageError, saved_arguments
-from utils.cpu import Linear, multiply, use_fast_layers
+from utils.cpu import FunctionalDropout, Linear, multiply, use_fast_layers
 from utils.generation import beam_search
 from utils.packing import laid_end_to_end, remove_padding_of_both
 from utils.tokenizer import tokenize
@@ -234,9 +235,10 @@ class Summarizer(nn.Module):
             if packs:  # all sequences end to end, so that no layer sees padding
                 lengths = attention_mask.sum(1).tolist()
                 sources = _tokens_per_example(attention_mask, sequences_per_example)
-                with laid_end_to_end(lengths):
+                fast_dropout = FunctionalDropout if labels.device.type == "cpu" and self.training else nullcontext
+                with laid_end_to_end(lengths), fast_dropout():
                     hidden = self.model.get_encoder()(input_ids=input_ids[attention_mask.bool()][None])
-                with laid_end_to_end(targets, sources):
+                with laid_end_to_end(targets, sources), fast_dropout():
                     output = self.model(
                         encoder_outputs=hidden, decoder_input_ids=decoder_ids[real][None], use_cache=False
                     )
