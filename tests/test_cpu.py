@@ -19,7 +19,8 @@ OPERATION = "mkldnn::_linear_pointwise"
 
 
 @pytest.fixture(autouse=True)
-def has_what_is_tested(request):
+def has_what_is_tested(request, monkeypatch):
+    monkeypatch.setattr(cpu, "IS_FASTER", True)  # on a processor of any make
     if not cpu.IS_AVAILABLE and "dropout" not in request.node.name:
         pytest.skip("this PyTorch has no oneDNN")
 
@@ -250,7 +251,8 @@ def test_dropout_keeps_everything_in_evaluation():
 def summarizer_and_batch(dropout=0.0):
     torch.manual_seed(0)
     config = BartConfig(vocab_size=300, d_model=128, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-                        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, dropout=dropout)  # fmt: skip
+                        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256,
+                        dropout=dropout)  # fmt: skip
     ids = torch.randint(4, 300, (6, 64)).tolist()
     return Summarizer(BartForConditionalGeneration(config)), collate([[row] for row in ids], ids, pad_token_id=1)
 
@@ -272,6 +274,12 @@ def test_a_summarizer_trains_through_onednn_with_the_same_loss_and_gradients(mon
     (our_loss, ours), (loss, theirs) = results
     torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=0)
     check_close(torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in theirs]))
+
+
+def test_a_summarizer_does_not_where_mkl_is_faster(monkeypatch):
+    summarizer, batch = summarizer_and_batch()
+    monkeypatch.setattr(cpu, "IS_FASTER", False)
+    assert calls(lambda: train(summarizer, batch)) == 0
 
 
 def test_a_summarizer_in_bf16_does_not():

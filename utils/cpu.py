@@ -1,8 +1,11 @@
 """Layers that PyTorch computes slowly on processors: float32 products of matrices, and dropout.
 
 Float32 products go through oneDNN, forward and backward: PyTorch's own way is MKL, which leaves AVX-512 unused on other
-makes than Intel's, at half the speed. Dropout takes 16 random bits for each element, where PyTorch draws a number.
+makes than Intel's, at half the speed; on those MKL stays, which is faster backward. Dropout takes 16 random bits for
+each element, where PyTorch draws a number.
 """
+
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 IS_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+CPUINFO = Path("/proc/cpuinfo")
+IS_FASTER = not (torch.backends.mkl.is_available() and CPUINFO.exists() and "GenuineIntel" in CPUINFO.read_text())
 FEWEST = 2**21  # multiplications; with fewer, the call takes longer than it saves
 ROWS_AT_ONCE = 1024  # so many at most are transposed at a time, and fit the cache
 
@@ -67,6 +72,7 @@ def _goes(x, weight) -> bool:
     """Whether oneDNN multiplies them, and faster."""
     return (
         IS_AVAILABLE
+        and IS_FASTER
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and x.numel() * len(weight) >= FEWEST
