@@ -30,7 +30,7 @@ def use_fast_layers(model: nn.Module) -> None:
 
 
 def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """That of a probability rounded to a 65,536th, and the scale that belongs to it."""
+    """Dropout of a probability rounded to a 65,536th, and the scale that belongs to it."""
     dropped = round(p * 2**16)
     is_ours = training and not inplace and type(x) is torch.Tensor and x.device.type == "cpu"
     if not is_ours or not 0 < dropped < 2**16:

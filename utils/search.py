@@ -170,7 +170,7 @@ def _scores_of(index: bm25s.BM25 | None, passages: int, queries: Sequence[list[s
 
 
 _kept: WeakKeyDictionary[Document, bm25s.BM25 | None] = WeakKeyDictionary()
-KEPT = 2000  # indexes, of 50 to 150 KB each for long documents; a document is searched in each hop and each validation
+KEPT = 2000  # indexes at most: a document is searched in each hop and each validation, but a collection may be large
 
 
 def _indexes(documents: Sequence[Document]) -> list[bm25s.BM25 | None]:
