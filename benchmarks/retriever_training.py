@@ -10,7 +10,7 @@ batches and optimizer included, without the first epoch (here) or step (there). 
 `--steps` batches; here batches are of similar length. The two losses at the end are of one and the same batch.
 
 Results, as printed (`--rows plain --steps 4 --repeats 1`, and `--rows cached --repeats 1`; bf16 differs from run to run
-on this machine, shared with others: the day before the rows of plain bf16 were 28.0 pairs/s, 2.21 and 4.11 times the
+on this machine, shared with others: in an earlier run the rows of plain bf16 were 28.0 pairs/s, 2.21 and 4.11 times the
 peer's, and with dropout 31.5, 8.12 times):
 
     2026-11-26, Intel Xeon with AMX, 2 cores, torch 2.13.0+cpu, 1 repeats, wall clock

@@ -146,3 +146,9 @@ def test_switches_can_be_switched_on_and_off(monkeypatch, capsys):
     _, error = parse_flags(monkeypatch, capsys, "--merge_passages", "maybe")
     check_one_line(error)
     assert "--merge_passages" in error and "maybe" in error
+
+
+def test_the_summarizer_is_there_without_sentence_transformers_whose_import_takes_seconds():
+    program = "import sys, utils.summarizer; print('sentence_transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "False\n", result.stderr[-2000:]
