@@ -22,14 +22,16 @@ turns; 128 new tokens of 16 examples for concat (`--fusion concat --examples 16`
 | fid | bfloat16 | 32.85 (31.59 to 40.44) | 7.25 (7.12 to 7.98) | 4.53 (4.44 to 5.07) | 5 of 8 | 1823 | 851 |
 
 2026-11-26; AMD EPYC (Zen 5), the same otherwise; 128 new tokens for concat and 64 for fid, of 8 examples, one turn
-(`--fusion fid --compute_dtype float32 --examples 8 --repeats 1`, and likewise concat):
+(`--fusion fid --examples 8 --repeats 1`, and likewise concat):
 
 | source | computed in | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |
 | --- | --- | --- | --- | --- | --- | ---: | ---: |
-| concat | float32 | 26.23 | 5.96 | 4.40 | 8 of 8 | 596 | 257 |
-| fid | float32 | 60.76 | 9.17 | 6.62 | 8 of 8 | 2870 | 817 |
+| concat | float32 | 27.20 | 6.49 | 4.19 | 8 of 8 | 604 | 257 |
+| concat | bfloat16 | 11.83 | 5.05 | 2.34 | 2 of 8 | 670 | 429 |
+| fid | float32 | 57.95 | 9.41 | 6.16 | 8 of 8 | 2870 | 817 |
+| fid | bfloat16 | 42.52 | 5.39 | 7.89 | 4 of 8 | 2057 | 739 |
 
-2026-11-26; an Intel Xeon, likewise:
+2026-11-26; an Intel Xeon, likewise (`--compute_dtype float32`):
 
 | source | computed in | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |
 | --- | --- | --- | --- | --- | --- | ---: | ---: |

@@ -9,13 +9,28 @@ MultipleNegativesRankingLoss, or at batch 512 CachedMultipleNegativesRankingLoss
 batches and optimizer included, without the first epoch (here) or step (there). Both sides compute all pairs of
 `--steps` batches; here batches are of similar length. The two losses at the end are of one and the same batch.
 
-Results, as printed (`--rows plain --steps 4 --repeats 1`, and `--rows cached --repeats 1`; bf16 differs from run to run
-on this machine, shared with others: in an earlier run the rows of plain bf16 were 28.0 pairs/s, 2.21 and 4.11 times the
-peer's, and with dropout 31.5, 8.12 times):
+Results, as printed (`--rows plain --steps 4 --repeats 1`, and `--rows cached --repeats 1`):
 
-    2026-11-26, Intel Xeon with AMX, 2 cores, torch 2.13.0+cpu, 1 repeats, wall clock
+    2026-11-26, AMD EPYC (Zen 5), 2 cores, torch 2.13.0+cpu, 1 repeats, wall clock
 
     train_retrieve.py   peer                pairs/s: here  peer   ratio
+    float32             float32                     25.91  7.21   3.59
+    bf16                bf16                        43.69 16.98   2.57
+    bf16                float32                     43.69  7.21   6.06
+    float32, dropout    float32, dropout            24.31  4.31   5.63
+    bf16, dropout       float32, dropout            41.39  4.31   9.59
+    cached, float32     cached, float32             19.15  6.75   2.84
+    cached, bf16        cached, bf16                33.74 15.04   2.24
+    cached, bf16        cached, float32             33.74  6.75   5.00
+    loss of one batch, float32: here 5.015556, peer 5.015556
+    loss of one batch, bf16: here 5.009277, peer 5.000000
+
+"dropout" is MiniLM's own, but train_retrieve.py leaves that of attention weights out unless it is asked for, at no loss
+that runs/attention_dropout.sh could find. On an Intel Xeon with AMX, the same day (bf16 differs from run to run on this
+machine, shared with others: in an earlier run the rows of plain bf16 were 28.0 pairs/s, 2.21 and 4.11 times the peer's,
+and with dropout 31.5, 8.12 times; the cached rows are from before float32 products stayed with MKL on Intel's
+processors):
+
     float32             float32                     13.37  6.74   1.98
     bf16                bf16                        19.60  9.54   2.05
     bf16                float32                     19.60  6.74   2.91
@@ -24,25 +39,6 @@ peer's, and with dropout 31.5, 8.12 times):
     cached, float32     cached, float32             10.35  6.51   1.59
     cached, bf16        cached, bf16                20.47  9.83   2.08
     cached, bf16        cached, float32             20.47  6.51   3.14
-    loss of one batch, float32: here 5.015557, peer 5.015557
-    loss of one batch, bf16: here 5.006592, peer 5.000000
-
-(The cached rows before float32 products stayed with MKL on Intel's processors.)
-
-"dropout" is MiniLM's own, but train_retrieve.py leaves that of attention weights out unless it is asked for, at no loss
-that runs/attention_dropout.sh could find. On an AMD EPYC (Zen 5), the same day, before dropout and pooling were made
-faster here:
-
-    float32             float32                     24.93  8.72   2.86
-    bf16                bf16                        44.18 19.09   2.31
-    bf16                float32                     44.18  8.72   5.07
-    float32, dropout    float32, dropout            22.37  5.71   3.92
-    bf16, dropout       float32, dropout            39.31  5.71   6.89
-
-and there of one step of 512 pairs, 8,192 tokens at a time where it is now 4,096:
-
-    cached, bf16        cached, bf16                35.66 16.14   2.21
-    cached, bf16        cached, float32             35.66  7.08   5.04
 """
 
 import argparse

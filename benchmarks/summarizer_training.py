@@ -9,18 +9,18 @@ log-normal around 280 tokens, up to 512, targets of 30 to 128. They take turns; 
 comes before the first step.
 
     2026-11-26, AMD EPYC (Zen 5), 2 cores, torch 2.13.0+cpu
-    BART of base size, 1 round: real tokens per second, padding
-    plain loop, float32               306    33.8%
-    plain loop, bf16                  682    33.8%
-    train_summarize.py, float32       866     0.0%
-    train_summarize.py, bf16         1454     0.0%
-    train_summarize.py, default      1426     0.0%
-    float32 against the plain loop in float32: 2.83x
-    bf16 against the plain loop in bf16: 2.13x
-    default against the plain loop in float32: 4.66x
-    (--size base --repeats 1 --examples 48)
+    BART of base size, 2 rounds: real tokens per second (lowest to highest), padding
+    plain loop, float32               259  (254 to 264)   33.8%
+    plain loop, bf16                  545  (539 to 551)   33.8%
+    train_summarize.py, float32       829  (810 to 847)    0.0%
+    train_summarize.py, bf16         1451  (1435 to 1468)    0.0%
+    train_summarize.py, default      1470  (1436 to 1505)    0.0%
+    float32 against the plain loop in float32: 3.20x
+    bf16 against the plain loop in bf16: 2.66x
+    default against the plain loop in float32: 5.67x
+    (--size base --repeats 2 --examples 48)
 
-On an Intel Xeon, the same day and command, before float32 products stayed with MKL there, which is fast on that make.
+On an Intel Xeon, the same day, one round, before float32 products stayed with MKL there, which is fast on that make.
 The default is bf16: what lies between the last two rows is the machine, shared with others.
 
     plain loop, float32               261    33.8%
