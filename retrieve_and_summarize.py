@@ -96,7 +96,7 @@ from utils.drafts import extract_drafts
 from utils.passages import split_document
 from utils.retriever import encode, load_retriever, weights_key
 from utils.rows import DataError, write_jsonl
-from utils.search import bm25_rankings, fuse_hops, remember_passages, retriever_rankings, saved_settings, search_text
+from utils.search import bm25_rankings, fuse_hops, remember_passages, retriever_rankings, search_text
 from utils.state import digest
 from utils.summarizer import Sources, Summarizer, collate, load_model_and_tokenizer
 from utils.training import Signals, end_run, precision, run_script, score_table, start
@@ -110,7 +110,7 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # set-up
 
-    of_retriever, of_summarizer = saved_settings(args.retriever), saved_arguments(args.summarizer)
+    of_retriever, of_summarizer = saved_arguments(args.retriever), saved_arguments(args.summarizer)
     models = [saved for name, saved in ((args.retriever, of_retriever), (args.summarizer, of_summarizer))
               if name not in ("bm25", "extract")]  # fmt: skip
     is_pretrained = any(not saved or saved.get("model_name_or_path") for saved in models)

@@ -96,7 +96,6 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 
 import copy
 import itertools
-import json
 import math
 import signal
 import time
@@ -119,7 +118,7 @@ from utils.corpus import CorpusSearch
 from utils.data import load_splits, read_drafts, write_retrieved
 from utils.pairs import Pair, Pairs, is_marked, positives
 from utils.retriever import build_small_encoder, count_tokens, encode, in_chunks, load_retriever, weights_key
-from utils.search import WORD_COUNTS, count_words, fuse_hops, search_text
+from utils.search import fuse_hops, search_text
 from utils.state import Checkpoints, schedule_steps, stop_reason
 from utils.training import (
     Interrupted,
@@ -270,11 +269,9 @@ def main():
     def encode_texts(texts: list[str], kind: str) -> np.ndarray:
         return encode(retriever, texts, kind, accelerator=accelerator, poll=lambda: signals.poll(accelerator))
 
-    counts = count_words(documents) if args.ranking == "hybrid" and not corpus else None
-
     def rankings(examples: list, queries: list[str] | None = None) -> list:
         """Each example's ranking for its query, or for the search text in `queries`."""
-        return search.retriever_rankings(examples, encode_texts, vars(args) | {"word_counts": counts}, queries)
+        return search.retriever_rankings(examples, encode_texts, vars(args), queries)
 
     def scores_of(ranked: list) -> dict:
         from utils.metrics import score_rankings  # imports `evaluate`, which takes seconds
@@ -493,13 +490,7 @@ def main():
         log.say(score_table(rows, columns))
         if whole is not retriever:
             whole.load_state_dict(weights)
-
-        def write_model(folder):
-            whole.save_pretrained(str(folder), create_model_card=False)
-            if counts:
-                (folder / WORD_COUNTS).write_text(json.dumps(counts, ensure_ascii=False), encoding="utf-8")
-
-        publish(run_folder, write_model)
+        publish(run_folder, lambda folder: whole.save_pretrained(str(folder), create_model_card=False))
     for split, examples in {"train": train, "validation": validation}.items():
         ranked = [ranking[: args.top_k] for ranking in rankings(examples)]
         if accelerator.is_main_process:

@@ -19,6 +19,7 @@ from utils.arguments import (
     check_choice,
     flag,
     parse,
+    saved_arguments,
 )
 
 
@@ -78,7 +79,7 @@ from utils.batching import StepBatches, eval_batches, plan_epoch
 from utils.checkpoint import publish
 from utils.data import load_splits
 from utils.rows import write_jsonl
-from utils.search import bm25_rankings, lead_ranking, oracle_ranking, random_ranking, retriever_rankings, saved_settings
+from utils.search import bm25_rankings, lead_ranking, oracle_ranking, random_ranking, retriever_rankings
 from utils.state import Checkpoints, digest, schedule_steps, stop_reason
 from utils.summarizer import (
     Sources,
@@ -173,7 +174,7 @@ def main():
             return [from_run[id(example)] for example in examples]
         return retriever_rankings(
             examples, lambda texts, kind: encode(retriever, texts, kind, accelerator=accelerator),
-            saved_settings(args.retriever),
+            saved_arguments(args.retriever),
         )  # fmt: skip
 
     def read(examples: list) -> list[dict]:

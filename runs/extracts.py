@@ -17,11 +17,12 @@ import numpy as np
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.arguments import saved_arguments
 from utils.compare import bootstrap_means
 from utils.data import load_examples
 from utils.metrics import rouge_scores
 from utils.retriever import encode, load_retriever
-from utils.search import bm25_rankings, greedy_rouge_oracle, retriever_rankings, saved_settings
+from utils.search import bm25_rankings, greedy_rouge_oracle, retriever_rankings
 from utils.summarizer import passage_likelihoods
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
@@ -41,7 +42,7 @@ for name, _, model in (retriever.partition("=") for retriever in args.retrievers
     else:
         encoder = load_retriever(model).to(accelerator.device)
         rankings = retriever_rankings(
-            examples, partial(encode, encoder, accelerator=accelerator), saved_settings(model)
+            examples, partial(encode, encoder, accelerator=accelerator), saved_arguments(model)
         )
     read = [sorted(passage for passage, _ in ranking[: args.top_k]) for ranking in rankings]
     scores = []

@@ -45,20 +45,14 @@ import numpy as np
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.arguments import saved_arguments
 from utils.compare import bootstrap_means
 from utils.data import load_examples
 from utils.drafts import extract_drafts
 from utils.metrics import retrieval_scores
 from utils.passages import split_sentences
 from utils.retriever import encode, load_retriever
-from utils.search import (
-    fuse_hops,
-    greedy_rouge_oracle,
-    remember_passages,
-    retriever_rankings,
-    saved_settings,
-    search_text,
-)
+from utils.search import fuse_hops, greedy_rouge_oracle, remember_passages, retriever_rankings, search_text
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument("qmsum", type=Path)
@@ -92,7 +86,7 @@ def best_extract(example, passages: list[int]) -> str:
     return " ".join(sentences[i] for i in sorted(greedy_rouge_oracle(sentences, example.summaries)))
 
 
-settings, own = saved_settings(args.retriever), encoder(args.retriever)
+settings, own = saved_arguments(args.retriever), encoder(args.retriever)
 first = retriever_rankings(examples, own, settings)
 read = [[passage for passage, _ in ranking[: args.top_k]] for ranking in first]
 drafts = {

@@ -1,7 +1,6 @@
 """Ranking passages: BM25, dense, fusion, the baselines and the ROUGE oracle, against plain re-computations."""
 
 import gc
-import json
 import math
 import random
 import time
@@ -14,7 +13,6 @@ from rouge_score import rouge_scorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from utils import search
-from utils.arguments import UsageError
 from utils.data import Document, Example
 
 COLOURS = Document(
@@ -260,50 +258,6 @@ def test_a_retriever_ranks_as_its_settings_say():
     assert search.retriever_rankings(examples, encode, {**hybrid, "smooth_window": 1}) == smoothed != fused
     other = search.retriever_rankings(examples, encode, hybrid, queries=["bye", "paint"])
     assert other != fused
-
-
-def test_words_count_in_bm25_by_how_rare_they_are_in_the_collection_too():
-    documents = [make_example("1", "", COLOURS).document, make_example("2", "", MONEY).document]
-    counts = search.count_words(documents)
-    texts = [*COLOURS.passages, *MONEY.passages]
-    words = search.search_words(texts)
-    assert counts["passages"] == len(texts)
-    assert counts["passages_with"] == dict(Counter(word for of_text in words for word in set(of_text)))
-    assert search.count_words(documents, most=1)["passages"] == len(COLOURS.passages)
-
-    query = "yellow case, yellow unheard"
-    (ranking,) = search.bm25_rankings([make_example("1", query, COLOURS)], counts=counts)
-    own_words = search.search_words(COLOURS.passages)
-    expected = np.zeros(len(own_words))
-    for word in search.search_words([query])[0]:
-        containing = sum(word in other for other in words)
-        rarity = math.log(1 + (len(words) - containing + 0.5) / (containing + 0.5))
-        assert search.rarity(word, counts) == pytest.approx(rarity)
-        expected += rarity * np.array(lucene_bm25(own_words, [word]))
-    assert expected.max() > 0
-    assert search.passage_scores(ranking) == pytest.approx(expected, rel=1e-5)
-    evenly = {"passages": 10, "passages_with": dict.fromkeys(search.search_words([query])[0], 1)}
-    (same,) = search.bm25_rankings([make_example("1", query, COLOURS)], counts=evenly)
-    (plain,) = search.bm25_rankings([make_example("1", query, COLOURS)])
-    assert [passage for passage, _ in same] == [passage for passage, _ in plain]
-
-
-def test_settings_of_a_retriever_hold_its_word_counts_and_damage_is_named(tmp_path):
-    assert search.saved_settings(tmp_path / "absent") == {}
-    (tmp_path / "arguments.json").write_text('{"ranking": "hybrid", "bm25_weight": 0.5}')
-    assert search.saved_settings(tmp_path) == {"ranking": "hybrid", "bm25_weight": 0.5}
-    counts = search.count_words([COLOURS])
-    (tmp_path / search.WORD_COUNTS).write_text(json.dumps(counts))
-    settings = search.saved_settings(tmp_path)
-    assert settings["word_counts"] == counts
-
-    examples = [make_example("1", "the yellow colour of a remote", COLOURS)]
-    ranked = search.retriever_rankings(examples, lambda texts, kind: np.ones((len(texts), 2)), settings)
-    lexical = search.bm25_rankings(examples, counts=counts)
-    assert ranked == [search.fuse_scores([(i, 1.0) for i in range(len(COLOURS.passages))], lexical[0], 0.5)]
-    (tmp_path / search.WORD_COUNTS).write_text('{"passages": ')
-    with pytest.raises(UsageError, match=r"word_counts\.json: cannot be read"):
-        search.saved_settings(tmp_path)
 
 
 # ---- baselines

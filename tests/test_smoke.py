@@ -153,35 +153,6 @@ def test_stage_2_takes_its_passages_from_any_retriever(smoke, tmp_path, retrieve
             assert len(read) == 5
 
 
-def test_later_scripts_rank_as_the_hybrid_retriever_did_that_counts_words_over_its_documents(tmp_path):
-    flags = ["--sample_documents", 10, "--max_train_steps", 1, "--max_eval_examples", 12]
-    result = launch("train_retrieve.py", *flags, "--output_dir", tmp_path / "one", "--ranking", "hybrid",
-                    "--smooth_window", 2)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    counts = json.loads((tmp_path / "one" / "word_counts.json").read_text())
-    documents = {id(example.document): example.document for example in sample_examples("train", 10)}.values()
-    assert (
-        counts["passages"] == sum(len(document.passages) for document in documents)
-        and len(counts["passages_with"]) > 100
-    )
-    written = {line["id"]: [entry["passage"] for entry in line["retrieved"]]
-               for line in read_jsonl(tmp_path / "one" / "retrieved.validation.jsonl")}  # fmt: skip
-
-    result = launch("train_summarize.py", *flags, "--retriever", tmp_path / "one", "--output_dir", tmp_path / "two",
-                    "--max_new_tokens", 4, "--num_beams", 1)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    read = {line["id"]: {entry["passage"] for entry in line["passages"]}
-            for line in read_jsonl(tmp_path / "two" / "predictions.validation.jsonl")}  # fmt: skip
-    assert read == {id: set(passages[:5]) for id, passages in written.items()}
-
-    result = launch("retrieve_and_summarize.py", "--retriever", tmp_path / "one", "--summarizer", "extract",
-                    "--num_hops", 1, "--max_examples", len(written), "--output_dir", tmp_path / "three")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    found = {line["id"]: [entry["passage"] for entry in line["retrieved"]]
-             for line in read_jsonl(tmp_path / "three" / "predictions.validation.jsonl")}  # fmt: skip
-    assert found == {id: passages[: len(found[id])] for id, passages in written.items()}
-
-
 def test_examples_without_evidence_are_supervised_by_the_rouge_oracle(tmp_path):
     sentences = ["The barn burned down.", "Nobody bought the red house.", "Ships came late.", "Cats slept all day."]
     record = {"query": "What happened?", "passages": sentences * 3, "summary": ["Nobody bought the house."]}

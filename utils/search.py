@@ -6,28 +6,23 @@ groups them by document, so that a document is indexed or encoded once however m
 
 import functools
 import itertools
-import json
 import math
-import os
 import random
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import bm25s
 import numpy as np
 import Stemmer
 
-from utils.arguments import UsageError, saved_arguments
 from utils.data import Document, Example
 
 Ranking = list[tuple[int, float]]
 
 BM25_SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75}
-WORD_COUNTS = "word_counts.json"  # of the training documents, in the folder of a retriever that ranks with BM25
 SHARPNESS = 0.7  # of standardized scores, before neighbours share them; chosen on QMSum's training meetings
 
 
@@ -164,44 +159,14 @@ def _index(words: Sequence[list[str]]) -> bm25s.BM25 | None:
     return index
 
 
-def _scores_of(
-    index: bm25s.BM25 | None, passages: int, queries: Sequence[list[str]], counts: dict | None = None
-) -> np.ndarray:
-    """(queries, passages), from the words of each query, each of which may count by its `rarity`."""
+def _scores_of(index: bm25s.BM25 | None, passages: int, queries: Sequence[list[str]]) -> np.ndarray:
+    """(queries, passages), from the words of each query."""
     scores = np.zeros((len(queries), passages), dtype=np.float32)
     if index is None:
         return scores
-    for row, words in zip(scores, queries, strict=True):
-        if not counts:
-            row[:] = index.get_scores_from_ids(index.get_tokens_ids(words))  # words that no passage has are left out
-            continue
-        starts, numbers, shares = (index.scores[name] for name in ("indptr", "indices", "data"))
-        for word in words:
-            if word in index.vocab_dict:
-                own = slice(*starts[index.vocab_dict[word] :][:2])
-                row[numbers[own]] += rarity(word, counts) * shares[own]
+    for row, words in enumerate(queries):
+        scores[row] = index.get_scores_from_ids(index.get_tokens_ids(words))  # words that no passage has are left out
     return scores
-
-
-def count_words(documents: Iterable[Document], most: int = 10_000) -> dict:
-    """In how many passages of a collection each word is, stemmed, for `rarity`; of its first `most` documents."""
-    counts, passages = Counter(), 0
-    documents = itertools.islice(documents, most)
-    while block := list(itertools.islice(documents, 500)):
-        texts = [passage for document in block for passage in document.passages]
-        passages += len(texts)
-        counts.update(itertools.chain.from_iterable(map(set, search_words(texts))))
-    return {"passages": passages, "passages_with": dict(sorted(counts.items()))}
-
-
-def rarity(word: str, counts: dict) -> float:
-    """The inverse document frequency of BM25 in the collection of `count_words`.
-
-    The score of a document's own passages is multiplied by it: a word that is rare in one meeting and in every meeting
-    tells more than one that is rare in this one only.
-    """
-    count = counts["passages_with"].get(word, 0)
-    return math.log(1 + (counts["passages"] - count + 0.5) / (count + 0.5))
 
 
 _kept: WeakKeyDictionary[Document, bm25s.BM25 | None] = WeakKeyDictionary()
@@ -217,22 +182,16 @@ def _indexes(documents: Sequence[Document]) -> list[bm25s.BM25 | None]:
 
 
 def bm25_rankings(
-    examples: Sequence[Example],
-    top_k: int | None = None,
-    queries: Sequence[str] | None = None,
-    counts: dict | None = None,
+    examples: Sequence[Example], top_k: int | None = None, queries: Sequence[str] | None = None
 ) -> list[Ranking]:
-    """Ranks each example's passages by BM25 for its query, or for the search text given in `queries`.
-
-    With `counts`, of `count_words`, each word counts by its `rarity` in that collection, too.
-    """
+    """Ranks each example's passages by BM25 for its query, or for the search text given in `queries`."""
     query_words = search_words(_search_texts(examples, queries))
     rankings: list[Ranking] = [[] for _ in examples]
     documents = _examples_by_document(examples)
     for first in range(0, len(documents), 500):  # whose words are in memory at a time
         block = documents[first : first + 500]
         for (document, numbers), index in zip(block, _indexes([document for document, _ in block]), strict=True):
-            scores = _scores_of(index, len(document.passages), [query_words[number] for number in numbers], counts)
+            scores = _scores_of(index, len(document.passages), [query_words[number] for number in numbers])
             for number, row in zip(numbers, scores, strict=True):
                 rankings[number] = rank(row, top_k)
     return rankings
@@ -286,33 +245,17 @@ def remember_passages(encode: Callable[[list[str], str], np.ndarray]) -> Callabl
 def retriever_rankings(examples: Sequence[Example], encode, settings: dict, queries=None) -> list[Ranking]:
     """`dense_rankings`, with BM25 and neighbours where the retriever's `settings` say so.
 
-    These are the flags of train_retrieve.py by name, of which those that are absent change nothing, and
-    "word_counts", those of `count_words`.
+    These are the flags of train_retrieve.py by name, of which those that are absent change nothing.
     """
     dense = dense_rankings(examples, encode, queries=queries)
     is_hybrid = settings.get("ranking") == "hybrid"
-    lexical = [None] * len(examples)
-    if is_hybrid:
-        lexical = bm25_rankings(examples, queries=queries, counts=settings.get("word_counts"))
+    lexical = bm25_rankings(examples, queries=queries) if is_hybrid else [None] * len(examples)
     weights = {
         "bm25_weight": settings.get("bm25_weight", 0.0),
         "smooth_window": settings.get("smooth_window", 0),
         "smooth_decay": settings.get("smooth_decay", 0.0),
     }
     return [combine(*both, **weights) for both in zip(dense, lexical, strict=True)]
-
-
-def saved_settings(folder: str | os.PathLike) -> dict:
-    """The `settings` of the run of train_retrieve.py that wrote a folder; empty where none wrote it."""
-    settings, file = saved_arguments(folder), Path(folder) / WORD_COUNTS
-    if file.is_file():
-        try:
-            settings["word_counts"] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{file}: cannot be read: {error}; the command that trained the retriever writes it anew"
-            ) from error
-    return settings
 
 
 def search_words(texts: Sequence[str], stopwords: str = "en") -> list[list[str]]:
