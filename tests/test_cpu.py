@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BartConfig, BartForConditionalGeneration
 
 from utils import cpu
-from utils.cpu import Linear, multiply, use_fast_layers
+from utils.cpu import HAS_BFLOAT16, Linear, laid_out_weights, multiply, use_fast_layers
 from utils.retriever import build_small_encoder, load_retriever
 from utils.summarizer import Summarizer, collate
 
@@ -330,3 +330,50 @@ def test_a_retriever_uses_onednn_when_built_and_when_loaded_and_saves_the_same(t
 
     assert [calls(lambda model=model: encode(model)) for model in (built, loaded)] == [6, 6]
     assert torch.equal(*embeddings)
+
+
+# ---- weights laid out once
+
+
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="oneDNN computes bfloat16 on processors with AVX-512 only")
+def test_laid_out_weights_give_what_autocast_gives_and_only_while_they_are(monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.GELU(), torch.nn.Linear(96, 40, bias=False))
+    use_fast_layers(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(3, 7, 48)
+    products = []
+    monkeypatch.setattr(cpu, "_times", lambda *given, times=cpu._times: products.append(1) or times(*given))
+
+    def run():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    expected = run()
+    assert not products and expected.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16), laid_out_weights(model):
+        assert torch.allclose(run().float(), expected.float(), rtol=1e-2, atol=1e-3)
+        assert len(products) == 2
+        loss = model(x).square().sum()  # with gradients the weights themselves are used
+        loss.backward()
+        assert len(products) == 2 and model[0].weight.grad.abs().sum() > 0
+        assert model.state_dict().keys() == before.keys()
+
+    with torch.no_grad():
+        model[2].weight.neg_()
+    assert torch.equal(run(), -expected)
+    assert len(products) == 2 and "laid_out" not in model[0].__dict__
+
+
+def test_weights_are_not_laid_out_in_float32_or_after_an_error():
+    model = torch.nn.Sequential(torch.nn.Linear(48, 96))
+    use_fast_layers(model)
+    x = torch.randn(5, 48)
+    with torch.no_grad(), laid_out_weights(model):
+        assert model[0].laid_out is None and torch.allclose(
+            model(x), torch.nn.functional.linear(x, *model.parameters())
+        )
+    with pytest.raises(ValueError, match="midway"), torch.autocast("cpu", torch.bfloat16), laid_out_weights(model):
+        assert (model[0].laid_out is not None) == HAS_BFLOAT16
+        raise ValueError("midway")
+    assert model[0].laid_out is None

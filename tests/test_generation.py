@@ -106,7 +106,7 @@ def test_every_listed_kind_of_model_is_searched_and_gives_the_same_tokens(kind, 
 @pytest.mark.parametrize("passages", [(1, 1, 1, 1), (3, 1, 2, 4), (2,)], ids=["concat", "fid", "one example"])
 @pytest.mark.parametrize("beams", [1, 4])
 def test_the_summarizer_gives_the_tokens_of_transformers(passages, beams, searched, monkeypatch):
-    monkeypatch.setattr("utils.summarizer.ENCODED_AT_ONCE", 30)  # several parts
+    monkeypatch.setattr("utils.summarizer.ENCODED_ON_CPU", 30)  # several parts
     summarizer = Summarizer(build("bart"))
     generator = torch.Generator().manual_seed(3)
     sources = [

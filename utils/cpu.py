@@ -1,10 +1,12 @@
-"""Layers that PyTorch computes slowly on processors: float32 products of matrices, and dropout.
+"""Layers that PyTorch computes slowly on processors: products of matrices, and dropout.
 
 Float32 products go through oneDNN, forward and backward: PyTorch's own way is MKL, which leaves AVX-512 unused on other
-makes than Intel's, at half the speed; on those MKL stays, which is faster backward. Dropout takes 16 random bits for
-each element, where PyTorch draws a number.
+makes than Intel's, at half the speed; on those MKL stays, which is faster backward. In bfloat16 weights that do not
+change are laid out once, not at each product. Dropout takes 16 random bits for each element, where PyTorch draws a
+number.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 IS_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_BFLOAT16 = IS_AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 CPUINFO = Path("/proc/cpuinfo")
 IS_FASTER = not (torch.backends.mkl.is_available() and CPUINFO.exists() and "GenuineIntel" in CPUINFO.read_text())
 FEWEST = 2**21  # multiplications; with fewer, the call takes longer than it saves
@@ -56,11 +59,34 @@ class FunctionalDropout(TorchFunctionMode):
 
 
 class Linear(nn.Linear):
+    laid_out = None  # bfloat16 weight and bias, within `laid_out_weights`
+
     def forward(self, x):
         weight, bias = self.weight, self.bias
+        if self.laid_out and not torch.is_grad_enabled():
+            return _times(x.to(torch.bfloat16), *self.laid_out)
         if not _goes(x, weight):
             return nn.functional.linear(x, weight, bias)
         return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _times(x, weight, bias)
+
+
+@contextmanager
+def laid_out_weights(model: nn.Module):
+    """Within it, weights of the model's linear layers do not change: autocast to bfloat16 casts and sorts them once.
+
+    Of use without gradients only; it takes no more memory than what autocast keeps.
+    """
+    layers = []
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 and HAS_BFLOAT16:
+        layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module.weight)]
+    try:
+        for layer in layers:
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(torch.bfloat16))
+            layer.laid_out = weight, None if layer.bias is None else layer.bias.detach().to(torch.bfloat16)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("laid_out", None)
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -73,15 +99,17 @@ def _goes(x, weight) -> bool:
     return (
         IS_AVAILABLE
         and IS_FASTER
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
         and x.numel() * len(weight) >= FEWEST
         and x.shape[-1] == weight.shape[-1]  # else it is for PyTorch to say what is wrong
         and not torch.is_autocast_enabled("cpu")
-        # not those that are sharded, or of another subclass
-        and type(x) in (torch.Tensor, nn.Parameter)
-        and type(weight) in (torch.Tensor, nn.Parameter)
+        and _is_plain(x)
+        and _is_plain(weight)
     )
+
+
+def _is_plain(x) -> bool:
+    """Whether it is float32 on a processor, neither sharded nor of another subclass."""
+    return type(x) in (torch.Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _times(x, weight, bias=None):

@@ -93,8 +93,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, position_bia
     if layer.view.positions is not None and position_bias is not None:
         scores = scores + position_bias[..., layer.view.positions]
     if layer.view.mask is not None:
-        scores = scores + layer.view.mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        scores = scores + layer.view.mask.to(scores.dtype)  # of what is seen 0: nothing is rounded
+    weights = scores.softmax(-1).to(value.dtype)  # computed in float32, also of bfloat16
     return (weights @ value).transpose(1, 2).reshape(rows, 1, heads, width), None
 
 

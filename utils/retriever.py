@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel
 
 from utils import tokenizer
 from utils.arguments import UsageError
-from utils.cpu import use_fast_layers
+from utils.cpu import laid_out_weights, use_fast_layers
 from utils.packing import is_packed, remove_padding
 
 PROMPTS = {"query": "query", "passage": "document"}  # the names that sentence-transformers looks up
@@ -143,18 +143,20 @@ def encode(
     kind: str,
     *,
     accelerator,
-    max_tokens: int = 8192,
+    max_tokens: int | None = None,
     poll=None,
     alone: bool = False,
     cost: dict | None = None,
 ) -> np.ndarray:
     """Embeddings (texts, hidden) in float32, the work divided over the processes and the result on all of them.
 
-    Sorted by length and batched by `max_tokens`, padding included. `poll()` is called before each batch, on all
-    processes equally often: it may raise. `alone`: this process encodes texts of its own, the others take no part.
+    Sorted by length and batched by `max_tokens`, padding included; without it 4,096 on processors, whose cache they
+    should fit, else 8,192. `poll()` is called before each batch, on all processes equally often: it may raise.
+    `alone`: this process encodes texts of its own, the others take no part.
     `cost["encoder_tokens"]` grows by the tokens of the texts.
     """
     token_ids = tokenize(model, texts, kind)
+    max_tokens = max_tokens or (4096 if accelerator.device.type == "cpu" else 8192)
     if cost is not None:
         cost["encoder_tokens"] += sum(map(len, token_ids))
     process, processes = (0, 1) if alone else (accelerator.process_index, accelerator.num_processes)
@@ -167,16 +169,16 @@ def encode(
     model.eval()
     numbers, parts = [], [np.empty((0, model.get_embedding_dimension()), dtype=np.float32)]
     try:
-        for first in range(0, len(batches), processes):
-            if poll:
-                poll()
-            # every process takes part, with a batch that is done already if need be: the model may be sharded
-            batch = batches[min(first + process, len(batches) - 1)]
-            features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
-            with accelerator.autocast():
+        with accelerator.autocast(), laid_out_weights(model):
+            for first in range(0, len(batches), processes):
+                if poll:
+                    poll()
+                # every process takes part, with a batch that is done already if need be: the model may be sharded
+                batch = batches[min(first + process, len(batches) - 1)]
+                features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
                 output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})
-            parts.append(output["sentence_embedding"].float().cpu().numpy())
-            numbers += batch
+                parts.append(output["sentence_embedding"].float().cpu().numpy())
+                numbers += batch
     finally:
         model.train(was_training)
     embeddings = np.empty((len(texts), model.get_embedding_dimension()), dtype=np.float32)

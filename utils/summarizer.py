@@ -27,12 +27,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.arguments import UsageError, saved_arguments
-from utils.cpu import FunctionalDropout, Linear, multiply, use_fast_layers
+from utils.cpu import FunctionalDropout, Linear, laid_out_weights, multiply, use_fast_layers
 from utils.generation import beam_search
 from utils.packing import laid_end_to_end, remove_padding_of_both
 from utils.tokenizer import tokenize
 
-ENCODED_AT_ONCE = 8192  # tokens, with their padding, in generation
+# tokens, with their padding, in generation: few on processors, whose cache they should fit
+ENCODED_ON_CPU, ENCODED_AT_ONCE = 2048, 8192
 
 
 def build_small_bart(
@@ -270,12 +271,18 @@ class Summarizer(nn.Module):
         Sequences are padded on their right. They are encoded in order of length and in parts, so that there is little
         padding among them and that memory does not grow with the number of passages; the search is `beam_search`.
         """
+        with laid_out_weights(self.model):
+            hidden, mask = self._encode_in_parts(input_ids, attention_mask, sequences_per_example)
+            return beam_search(self.model, hidden, mask, **generation)
+
+    def _encode_in_parts(self, input_ids, attention_mask, sequences_per_example):
         lengths = attention_mask.sum(1).tolist()
         longest_first = torch.tensor(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
         states = [None] * len(lengths)
+        at_once = max(1, (ENCODED_ON_CPU if input_ids.device.type == "cpu" else ENCODED_AT_ONCE) // input_ids.shape[1])
         # at once where layers are sharded over processes, which must then run them equally often
         is_sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
-        for part in longest_first.split(len(lengths) if is_sharded else max(1, ENCODED_AT_ONCE // input_ids.shape[1])):
+        for part in longest_first.split(len(lengths) if is_sharded else at_once):
             longest = lengths[part[0]]
             hidden = self.model.get_encoder()(
                 input_ids=input_ids[part, :longest], attention_mask=attention_mask[part, :longest]
@@ -286,9 +293,7 @@ class Summarizer(nn.Module):
         examples = [torch.cat(states[start:end]) for start, end in pairwise(starts)]
         hidden = nn.utils.rnn.pad_sequence(examples, batch_first=True)
         tokens = torch.tensor([len(example) for example in examples], device=hidden.device)
-        mask = (torch.arange(hidden.shape[1], device=hidden.device) < tokens[:, None]).long()
-        del states, examples
-        return beam_search(self.model, hidden, mask, **generation)
+        return hidden, (torch.arange(hidden.shape[1], device=hidden.device) < tokens[:, None]).long()
 
 
 def _tokens_per_example(attention_mask, sequences_per_example) -> list[int]:
