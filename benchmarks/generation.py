@@ -26,12 +26,12 @@ turns; 128 new tokens of 16 examples for concat (`--fusion concat --examples 16`
 
 | source | computed in | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |
 | --- | --- | --- | --- | --- | --- | ---: | ---: |
-| concat | float32 | 27.20 | 6.49 | 4.19 | 8 of 8 | 604 | 257 |
-| concat | bfloat16 | 11.83 | 5.05 | 2.34 | 2 of 8 | 670 | 429 |
-| fid | float32 | 57.95 | 9.41 | 6.16 | 8 of 8 | 2870 | 817 |
-| fid | bfloat16 | 42.52 | 5.39 | 7.89 | 4 of 8 | 2057 | 739 |
+| concat | float32 | 27.71 | 6.79 | 4.08 | 8 of 8 | 605 | 257 |
+| concat | bfloat16 | 10.90 | 3.78 | 2.88 | 2 of 8 | 823 | 426 |
+| fid | float32 | 61.49 | 8.66 | 7.10 | 8 of 8 | 2870 | 843 |
+| fid | bfloat16 | 42.45 | 4.65 | 9.13 | 5 of 8 | 1849 | 817 |
 
-2026-11-26; an Intel Xeon, likewise (`--compute_dtype float32`):
+2026-11-26; an Intel Xeon, likewise (`--compute_dtype float32`), before sources were encoded in smaller parts:
 
 | source | computed in | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |
 | --- | --- | --- | --- | --- | --- | ---: | ---: |

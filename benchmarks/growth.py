@@ -82,9 +82,9 @@ def retriever_point(folder: str, pairs: int, tokens: int) -> None:
 def summarizer(passages=(2, 4, 8, 16, 32)) -> None:
     """Training steps of 4 examples by both ways of reading, against the number of passages of 128 tokens.
 
-    2026-11-23, AMD EPYC, 2 cores: fid takes 0.258, 0.404, 0.764, 1.401 and 2.748 s with 2, 4, 8, 16 and 32 passages
-    (0.96 to 2.92 GB), so twice the passages at most 1.96 times as long; concat 0.283, 0.468, 1.030, 2.545 and 7.830 s
-    (0.98 to 3.38 GB), at last 3.1 times.
+    2026-11-26, AMD EPYC (Zen 5), 2 cores: fid takes 0.173, 0.284, 0.437, 0.843 and 1.627 s with 2, 4, 8, 16 and 32
+    passages (0.84 to 2.82 GB), so twice the passages at most 1.93 times as long; concat 0.167, 0.326, 0.737, 2.015 and
+    6.736 s (0.89 to 2.98 GB), at last 3.3 times.
     """
     points = {fusion: {} for fusion in ("fid", "concat")}
     for fusion, found in points.items():

@@ -10,7 +10,8 @@ train_summarize.py --help                    0.12 s (0.08 to 0.13)
 train_summarize.py with a mistyped flag      0.12 s (0.12 to 0.12)
 train_summarize.py, first step              11.58 s (10.80 to 11.83)
 
-On an AMD EPYC, 2026-11-23: first steps after 7.87 s (7.79 to 9.69) and 7.82 s (7.49 to 9.59).
+On an AMD EPYC (Zen 5), the same day: `--help` 0.05 s, first steps after 8.47 s (8.13 to 10.18) and 7.04 s (6.70 to
+8.33).
 """
 
 import json
