@@ -26,10 +26,10 @@ Results, as printed (`--rows plain --steps 4 --repeats 1`, and `--rows cached --
     loss of one batch, bf16: here 5.009277, peer 5.000000
 
 "dropout" is MiniLM's own, but train_retrieve.py leaves that of attention weights out unless it is asked for, at no loss
-that runs/attention_dropout.sh could find; runs/peer.sh compares what both sides' defaults learn. On an Intel Xeon with AMX, the same day (bf16 differs from run to run on this
-machine, shared with others: in an earlier run the rows of plain bf16 were 28.0 pairs/s, 2.21 and 4.11 times the peer's,
-and with dropout 31.5, 8.12 times; the cached rows are from before float32 products stayed with MKL on Intel's
-processors):
+that runs/attention_dropout.sh could find; runs/peer.sh compares what both sides' defaults learn. On an Intel Xeon with
+AMX, the same day (bf16 differs from run to run on this machine, shared with others: in an earlier run the rows of plain
+bf16 were 28.0 pairs/s, 2.21 and 4.11 times the peer's, and with dropout 31.5, 8.12 times; the cached rows are from
+before float32 products stayed with MKL on Intel's processors):
 
     float32             float32                     13.37  6.74   1.98
     bf16                bf16                        19.60  9.54   2.05
