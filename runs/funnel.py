@@ -8,19 +8,19 @@ both splits are searched. QMSum's turns are merged into chunks of 200 words, SQu
 
 Results
 
-2026-11-24, two cores of an AMD EPYC (Zen 4), bfloat16, MiniLM as it comes; many of QMSum's questions name no subject
+2026-11-27, two cores of an AMD EPYC (Zen 5), bfloat16, MiniLM as it comes; many of QMSum's questions name no subject
 ("Summarize the whole meeting.").
 
     272 documents, 15573 passages
     questions               search    recall@10  recall@100  nDCG@10  first is right
     QMSum (272)             BM25            2.0         8.5     16.7            27.2
-    QMSum (272)             dense           1.6         8.0     14.0            19.1
+    QMSum (272)             dense           1.7         8.0     14.0            19.1
     QMSum (272)             hybrid          2.2         9.4     17.6            27.6
     SQuALITY (125)          BM25            5.9        21.4     37.8            48.0
-    SQuALITY (125)          dense           5.9        18.1     38.3            49.6
-    SQuALITY (125)          hybrid          6.9        23.1     43.5            49.6
+    SQuALITY (125)          dense           5.9        18.1     38.2            49.6
+    SQuALITY (125)          hybrid          6.9        23.0     43.5            49.6
     both (397)              BM25            3.2        12.5     23.4            33.8
-    both (397)              dense           3.0        11.2     21.6            28.7
+    both (397)              dense           3.0        11.1     21.6            28.7
     both (397)              hybrid          3.7        13.7     25.7            34.5
 """
 

@@ -5,7 +5,7 @@
 #
 # 2026-11-26, one core of an Intel Xeon with AMX, bfloat16, torch 2.13.0, seed 42; the retriever's training 24 minutes
 # beside other work. Retriever, validation, 237 specific questions with evidence: share of gold words within 1,024 words,
-# 95% bootstrap by meeting: 61.4 [53.2, 68.4], BM25 37.6 [30.6, 44.2]; what each part adds,
+# 95% bootstrap by meeting: 61.4 [53.2, 68.4] (61.6 on an AMD EPYC), BM25 37.6 [30.6, 44.2]; what each part adds,
 # and what else was tried: runs/ablation.py
 # Two epochs on whole meetings (the last of runs/qmsum_parts.sh), with the smoothing of that time: 62.3 [55.7, 68.3].
 # Summarizer, small BART from scratch, 3 epochs, only to show the pipeline whole (on the passages of 2026-11-22): training
