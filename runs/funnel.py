@@ -8,7 +8,7 @@ both splits are searched. QMSum's turns are merged into chunks of 200 words, SQu
 
 Results
 
-2026-11-27, two cores of an AMD EPYC (Zen 5), bfloat16, MiniLM as it comes; many of QMSum's questions name no subject
+2026-11-27, two cores of an AMD EPYC (Zen 5), float32, MiniLM as it comes; many of QMSum's questions name no subject
 ("Summarize the whole meeting.").
 
     272 documents, 15573 passages

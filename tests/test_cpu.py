@@ -357,6 +357,8 @@ def test_laid_out_weights_give_what_autocast_gives_and_only_while_they_are(monke
         loss = model(x).square().sum()  # with gradients the weights themselves are used
         loss.backward()
         assert len(products) == 2 and model[0].weight.grad.abs().sum() > 0
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # as a model may ask for some of its layers
+            assert model(x).dtype == torch.float32
         assert model.state_dict().keys() == before.keys()
 
     with torch.no_grad():

@@ -63,7 +63,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         weight, bias = self.weight, self.bias
-        if self.laid_out and not torch.is_grad_enabled():
+        if self.laid_out and torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled():
             return _times(x.to(torch.bfloat16), *self.laid_out)
         if not _goes(x, weight):
             return nn.functional.linear(x, weight, bias)
