@@ -18,9 +18,9 @@ Results
 | bf16 | 145.3 | 101.2 | 1.44 (1.38 to 1.48) | 0.9999 |
 
 In another run with 400 passages bf16 was at 156.8 and 119.6, 1.31 times (1.31 to 1.33): the other side varies more.
-There is little padding there, for both sort by length. In float32 products of matrices go through oneDNN
-here; in bf16 half of the time is products on both sides, at the speed of the processor. The defaults, bf16 here and
-float32 there, are 3.1 times apart. Computing GELU within the product before it gained 5% more: not kept.
+There is little padding there, for both sort by length. In float32 products of matrices go through oneDNN here; in bf16
+half of the time here is in products, which are those of the other side. The defaults, bf16 here and float32 there, are
+3.1 times apart. GELU computed within the product before it gained 5% more: not kept.
 """
 
 import argparse
