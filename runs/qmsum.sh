@@ -22,7 +22,7 @@ python train_retrieve.py --output_dir "$out/retrieve" --model_name_or_path "$min
     --train_file "$data/train.jsonl.xz" --validation_file "$data/validation.jsonl" --merge_passages --passage_words 200 \
     --draft_share 0 --max_seq_length 384 --per_device_train_batch_size 8 --num_hard_negatives 3 --learning_rate 1e-4 \
     --num_train_epochs 3 --log_steps 20 \
-    --ranking hybrid --bm25_weight 0.5 --smooth_window 8 --smooth_decay 0.7 --metric_for_best gold_words@1024
+    --ranking hybrid --bm25_weight 0.5 --smooth_window 8 --smooth_decay 0.75 --metric_for_best gold_words@1024
 python -m utils.compare "$out/retrieve/retrieved.validation.jsonl" bm25 --draws 2000
 python train_summarize.py --output_dir "$out/summarize" --max_source_length 1024 --num_train_epochs 3 --log_steps 20 \
     --train_file "$out/retrieve/retrieved.train.jsonl" --validation_file "$out/retrieve/retrieved.validation.jsonl"

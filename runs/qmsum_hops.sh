@@ -27,7 +27,7 @@ python train_retrieve.py --output_dir "$out/retrieve" --model_name_or_path "$min
     --num_hard_negatives 100 --negatives_pool 1000 --per_device_train_batch_size 8 --learning_rate 1e-4 \
     --num_train_epochs 2 --log_steps 10 --drafts_file "$out/drafts/predictions.train.jsonl" \
     --validation_drafts_file "$out/drafts/predictions.validation.jsonl" \
-    --ranking hybrid --bm25_weight 0.5 --smooth_window 8 --smooth_decay 0.7 --metric_for_best gold_words@1024
+    --ranking hybrid --bm25_weight 0.5 --smooth_window 8 --smooth_decay 0.75 --metric_for_best gold_words@1024
 python train_retrieve.py --output_dir "$out/selector" --model_name_or_path "$minilm" "${files[@]}" \
     --supervision rouge --draft_share 0 --max_seq_length 128 --group_by_document --num_positives 4 \
     --num_hard_negatives 40 --negatives_pool 300 --per_device_train_batch_size 8 --learning_rate 1e-4 \

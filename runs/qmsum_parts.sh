@@ -25,7 +25,7 @@ train() {
     python train_retrieve.py --output_dir "$out/$1" --model_name_or_path "$minilm" --train_file "$data/train.jsonl.xz" \
         --validation_file "$data/validation.jsonl" --merge_passages --passage_words 200 --max_seq_length 384 \
         --draft_share 0 --learning_rate 1e-4 --num_train_epochs 2 --seed 43 --log_steps 20 --top_k 1 \
-        --ranking hybrid --bm25_weight 0.5 --smooth_window 8 --smooth_decay 0.7 "${@:2}"
+        --ranking hybrid --bm25_weight 0.5 --smooth_window 8 --smooth_decay 0.75 "${@:2}"
 }
 train 1_bm25_negatives --per_device_train_batch_size 8 --num_hard_negatives 3
 train 2_mined_negatives --per_device_train_batch_size 8 --num_hard_negatives 3 --mine_negatives_every 1

@@ -72,16 +72,17 @@ def test_hops_are_fused_so_that_what_one_draft_alone_finds_comes_before_what_is_
     assert dict(third)[9] == pytest.approx(1 / 20 + 1 / 11 + 2 / 20)
 
 
-def test_smoothing_averages_a_passage_with_its_neighbours():
-    assert search.smooth(np.array([1.0, 0.0, 0.0, 4.0]), window=1, decay=0.5) == pytest.approx(
-        [1 / 1.5, 0.5 / 2, 2 / 2, 4 / 1.5]
-    )
+def test_smoothing_shares_scores_with_neighbours_and_further_with_those_that_follow():
+    assert search.smooth(np.array([0.0, 0.0, 4.0, 0.0, 0.0]), window=2, decay=0.5).tolist() == [0.25, 1, 4, 2, 1]
+    assert search.smooth(np.array([1.0, 0.0, 0.0, 4.0]), window=1, decay=0.5).tolist() == [1, 0.5, 1, 4]
     scores = np.random.default_rng(1).normal(size=9)
     for window in (0, 1, 3, 20):
-        expected = []
-        for here in range(9):
-            weights = [0.7 ** abs(here - there) * (abs(here - there) <= window) for there in range(9)]
-            expected.append(np.average(scores, weights=weights))
+        expected = [
+            sum(
+                (0.7 ** (here - there) if there <= here else 0.49 ** (there - here)) * scores[there]
+                for there in range(9) if abs(here - there) <= window
+            ) for here in range(9)
+        ]  # fmt: skip
         assert search.smooth(scores, window=window, decay=0.7) == pytest.approx(expected)
     assert search.smooth(np.array([])).shape == (0,)
 
