@@ -10,9 +10,8 @@ two thirds of the gold words.
 Results
 
 2026-11-26, one core of an AMD EPYC (Zen 5), bfloat16, the models of runs/qmsum_hops.sh, one seed, an earlier smoothing.
-Five points were
-hoped for; even the best extract of what was read gives little more. k and the weight of the last hop in the fusion were
-chosen on the embedded data.
+Five points were hoped for; even the best extract of what was read gives little more. k and the weight of the last hop
+in the fusion were chosen on the embedded data.
 
 hop 1: 60.2; more than two thirds on 113 of 237 questions
 
