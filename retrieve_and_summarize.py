@@ -10,17 +10,8 @@ summary goes to standard output and what led to it to standard error.
 
 from dataclasses import dataclass
 
-from utils.arguments import (
-    GenerationArguments,
-    ReadingArguments,
-    RunArguments,
-    UsageError,
-    check_at_least,
-    check_choice,
-    flag,
-    parse,
-    saved_arguments,
-)
+from utils.cli.arguments import GenerationArguments, ReadingArguments, RunArguments, flag, parse
+from utils.errors import DataError, UsageError
 
 
 @dataclass
@@ -28,11 +19,9 @@ class HopArguments(ReadingArguments, RunArguments):
     """The hops."""
 
     output_dir: str = flag("outputs/hops", "the run folder: predictions with every hop, scores by hop, arguments")
-    input_file: str | None = flag(
-        None, "examples in any form that the training scripts read; references and evidence are scored where they are"
-    )
+    input_file: str | None = flag(None, "examples, as for training; those with references or evidence are scored")
     split: str = flag("validation", "names the predictions' file, and the part of a folder, Hub or embedded data set")
-    max_examples: int | None = flag(None, "read the first N examples only")
+    max_examples: int | None = flag(None, "read the first N examples only", at_least=1)
     document: str | None = flag(None, "one document: a text file, or - for standard input")
     query: str = flag("", "with --document: the question")
     retriever: str = flag("outputs/retrieve", "what searches: a folder of train_retrieve.py, a Hub name, or bm25")
@@ -41,32 +30,29 @@ class HopArguments(ReadingArguments, RunArguments):
         "what writes: a folder of train_summarize.py, a Hub name, or extract (sentences as they are)",
     )
     drafter: str | None = flag(
-        None, "what writes the drafts to search with: extract, or a retriever that scores sentences [the summarizer]"
+        None, "what writes the drafts: extract, or a retriever that scores sentences [the summarizer]"
     )
-    draft_words: int = flag(30, "words of an extracted draft at most")
-    num_hops: int = flag(2, "rounds of retrieving and summarizing at most; fewer where one brings nothing new")
-    top_k: int | None = flag(None, "passages that are read at each hop [those that the summarizer was trained on]")
-    fusion: str | None = flag(None, "concat or fid [the summarizer's]")
-    passage_order: str | None = flag(None, "order of the passages in the source: document or rank [the summarizer's]")
-    max_source_length: int | None = flag(None, "tokens of a source or of each passage [the summarizer's]")
-    num_beams: int | None = flag(None, "beams in generation; 1: greedy [as the summarizer was trained]")
-    length_penalty: float | None = flag(None, "exponent of the length by which beam scores are divided [likewise]")
-    min_new_tokens: int | None = flag(None, "tokens generated at least [likewise]")
-    max_new_tokens: int | None = flag(None, "tokens generated at most [likewise]")
+    draft_words: int = flag(30, "words of an extracted draft at most", at_least=1)
+    num_hops: int = flag(2, "hops at most; the search ends early when a hop brings nothing new", at_least=1)
+    top_k: int | None = flag(None, "passages read at each hop [the summarizer's]", at_least=1)
+    fusion: str | None = flag(None, "concat or fid [the summarizer's]", choices=("concat", "fid"))
+    passage_order: str | None = flag(
+        None, "order of the passages in the source [the summarizer's]", choices=("document", "rank")
+    )
+    max_source_length: int | None = flag(
+        None, "tokens of a source; with fid, of each passage and the query [the summarizer's]", at_least=16
+    )
+    num_beams: int | None = flag(None, "beams in generation; 1: greedy [the summarizer's]", at_least=1)
+    length_penalty: float | None = flag(None, "exponent of the length in a beam's score [the summarizer's]")
+    min_new_tokens: int | None = flag(None, "tokens generated at least [the summarizer's]", at_least=0)
+    max_new_tokens: int | None = flag(None, "tokens generated at most [the summarizer's]", at_least=1)
     no_repeat_ngram_size: int | None = flag(
-        None, "n-grams of this size are generated once only; 0: no limit [likewise]"
+        None, "n-grams of this size are generated once only; 0: no limit [the summarizer's]", at_least=0
     )
-    per_device_eval_batch_size: int = flag(32, "examples that are worked on at a time on each device")
+    per_device_eval_batch_size: int = flag(32, "examples that are worked on at a time on each device", at_least=1)
 
     def __post_init__(self):
         super().__post_init__()
-        GenerationArguments.check_generation(self)
-        check_at_least(1, self, "num_hops", "top_k", "draft_words", "per_device_eval_batch_size", "max_examples",
-                       "passage_words")  # fmt: skip
-        check_at_least(16, self, "max_source_length")
-        for name, choices in {"fusion": ("concat", "fid"), "passage_order": ("document", "rank")}.items():
-            if getattr(self, name) is not None:
-                check_choice(f"--{name}", getattr(self, name), choices)
         if self.document and self.input_file:
             raise UsageError("--document and --input_file: give one of them")
         if self.query and not self.document:
@@ -78,229 +64,234 @@ class HopArguments(ReadingArguments, RunArguments):
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
     arguments = parse(HopArguments, __doc__)
 
-import itertools
 import json
-import shutil
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
-from utils.batching import eval_batches
-from utils.data import Document, Example, Hop, hops_record, load_examples
-from utils.drafts import extract_drafts
-from utils.passages import split_document
-from utils.retriever import encode, load_retriever, weights_key
-from utils.rows import DataError, write_jsonl
-from utils.search import bm25_rankings, fuse_hops, remember_passages, retriever_rankings, search_text
-from utils.state import digest
-from utils.summarizer import Sources, Summarizer, collate, load_model_and_tokenizer
-from utils.training import Signals, end_run, precision, run_script, score_table, start
+from utils.cli.script import end_run, precision, run_script, start
+from utils.data.examples import Document, Example, Hop
+from utils.data.hand_over import hops_record
+from utils.data.loading import load_examples
+from utils.data.parts import read_parts, write_parts
+from utils.data.passages import split_document
+from utils.data.sample import sample_examples
+from utils.evaluation.hops import score_hop
+from utils.files import digest, write_jsonl
+from utils.models.encoder import encode, load_retriever, weights_key
+from utils.models.encoder_decoder import Summarizer, load_model_and_tokenizer
+from utils.models.settings import saved_arguments
+from utils.models.sources import Sources, collate
+from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.dense import remember_passages, retriever_rankings
+from utils.retrieval.drafts import extract_drafts
+from utils.retrieval.ranking import examples_by_document, fuse_hops, search_text
+from utils.training.batching import eval_batches
+from utils.training.log import score_table
+from utils.training.signals import Signals
 
 RANKED = 100  # passages of a hop's ranking that are written out
 
 
-def main():
-    args = arguments
+# ---- what is read, and what searches and writes
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # set-up
 
-    of_retriever, of_summarizer = saved_arguments(args.retriever), saved_arguments(args.summarizer)
-    models = [saved for name, saved in ((args.retriever, of_retriever), (args.summarizer, of_summarizer))
-              if name not in ("bm25", "extract")]  # fmt: skip
-    is_pretrained = any(not saved or saved.get("model_name_or_path") for saved in models)
-    accelerator = Accelerator(mixed_precision=precision(args, is_pretrained))
-    run_folder = start(accelerator, args)
-    signals = Signals()
-
-    def say(text: str) -> None:
-        if accelerator.is_main_process:
-            print(text, file=sys.stderr if args.document else sys.stdout, flush=True)
-
-    if args.document:
-        try:
-            text = sys.stdin.read() if args.document == "-" else Path(args.document).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--document {args.document}: cannot be read as UTF-8 text: {error}") from error
-        if not text.strip():
-            raise DataError(f"--document {args.document}: is empty; there is nothing to summarize")
-        document = Document("document", split_document(text, args.passage_words))
-        examples, split = [Example("document", args.query, document, [], None, None, None)], "document"
-    elif args.input_file:
-        rejected = run_folder / "rejected.jsonl" if accelerator.is_main_process else None
-        examples, split = load_examples(
+def read_input(args, rejected_file: Path | None) -> tuple[list[Example], str]:
+    """The examples, and the name of their split: those of a file, one document, or the embedded ones."""
+    if args.input_file:
+        examples = load_examples(
             args.input_file, split=args.split, documents_file=args.documents_file, require_summary=False,
-            max_examples=args.max_examples, rejected_file=rejected, **args.reading_options(),
-        ), args.split  # fmt: skip
-    else:
-        from utils.sample import sample_examples
+            max_examples=args.max_examples, rejected_file=rejected_file, **args.reading_options(),
+        )  # fmt: skip
+        return examples, args.split
+    if not args.document:
+        return sample_examples(args.split, 50)[: args.max_examples], args.split
+    try:
+        text = sys.stdin.read() if args.document == "-" else Path(args.document).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--document {args.document}: cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise DataError(f"--document {args.document}: is empty; there is nothing to summarize")
+    document = Document("document", split_document(text, args.passage_words))
+    return [Example("document", args.query, document, [], None, None, None)], "document"
 
-        examples, split = sample_examples(args.split, 50)[: args.max_examples], args.split
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # models, with the settings that they were trained with
+@dataclass
+class Models:
+    """What searches and what writes, with the settings that they were trained with."""
 
+    retriever: object | None  # None: BM25
+    ranking: dict  # how the retriever ranks
+    summarizer: Summarizer | None  # None: summaries are extracts
+    sources: Sources | None
+    generation: dict
+    top_k: int
+    sentence_scorer: object | None  # a retriever that extracts drafts; None: the summarizer writes them
+
+    def key(self) -> list:
+        """What is another if weights or settings are."""
+        weights = [weights_key(m) for m in (self.retriever, self.summarizer, self.sentence_scorer) if m is not None]
+        sources = self.sources
+        reading = [sources.fusion, sources.max_source_length, sources.passage_order] if sources else []
+        return [weights, self.ranking, reading, self.generation, self.top_k]
+
+
+def load_models(args, accelerator) -> Models:
+    """The models that the flags name; a flag that is not set is what the summarizer was trained with."""
     for flag_name, name, script in (("retriever", args.retriever, "train_retrieve.py"),
                                     ("summarizer", args.summarizer, "train_summarize.py")):  # fmt: skip
         if name.startswith("outputs/") and not Path(name).is_dir():  # no name to ask the Hub for
             raise UsageError(f"--{flag_name} {name}: no such folder; {script} makes it, or name another")
     retriever = None if args.retriever == "bm25" else load_retriever(args.retriever).to(accelerator.device)
-    summarizer = tokenizer = sentence_scorer = None
+    saved = saved_arguments(args.summarizer)
+    settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5}
+    settings |= asdict(GenerationArguments())
+    for name, default in settings.items():
+        settings[name] = saved.get(name, default) if getattr(args, name) is None else getattr(args, name)
+    summarizer = sources = scorer = None
     if args.summarizer != "extract":
         model, tokenizer = load_model_and_tokenizer(args.summarizer, name="--summarizer")
         summarizer = Summarizer(model).to(accelerator.device).eval()
-    reading = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5}
-    generation = asdict(GenerationArguments())
-    for settings in (reading, generation):
-        for name, default in settings.items():
-            own = getattr(args, name)
-            settings[name] = of_summarizer.get(name, default) if own is None else own
-    top_k = reading.pop("top_k")
-    sources = Sources(tokenizer, **reading) if summarizer else None
+        sources = Sources(tokenizer, settings["fusion"], settings["max_source_length"], settings["passage_order"])
 
     drafter = args.drafter or ("extract" if summarizer is None else "summarizer")
     if drafter == "extract":
         if retriever is None:
             raise UsageError("--retriever bm25 cannot choose sentences: name a --drafter, or a --summarizer")
-        sentence_scorer = retriever
+        scorer = retriever
     elif drafter != "summarizer":
-        sentence_scorer = load_retriever(drafter).to(accelerator.device)
+        scorer = load_retriever(drafter).to(accelerator.device)
     elif summarizer is None:
         raise UsageError("--drafter summarizer needs a --summarizer")
+    generation = {name: settings[name] for name in asdict(GenerationArguments())}
+    return Models(
+        retriever, saved_arguments(args.retriever), summarizer, sources, generation, settings["top_k"], scorer
+    )
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # hops
 
-    spent = Counter()  # tokens, examples and seconds since it was last emptied
+# ---- the hops of some examples, on one process
 
-    def poll() -> None:
-        if accelerator.num_processes == 1:  # several agree between two blocks
-            signals.poll(accelerator)
 
-    def encode_with(model):
-        return remember_passages(
-            lambda texts, kind: encode(model, texts, kind, accelerator=accelerator, alone=True, poll=poll, cost=spent)
-        )
+def write_summaries(examples: list, read: list[list[int]], models: Models, spent: Counter, *, batch_size: int,
+                    accelerator, poll) -> list[str]:  # fmt: skip
+    """A summary of each example, from the passages whose numbers are in `read`; adds what it costs to `spent`."""
+    sources, pad_token_id = models.sources, models.sources.tokenizer.pad_token_id
+    built = [sources.build(e.query, e.document, passages)[0] for e, passages in zip(examples, read, strict=True)]
+    summaries = [""] * len(examples)
+    for numbers in eval_batches([sum(map(len, source)) for source in built], batch_size=batch_size):
+        poll()
+        batch = collate([built[i] for i in numbers], [[]] * len(numbers), pad_token_id).to(accelerator.device)
+        del batch["labels"]
+        with accelerator.autocast():
+            ids = models.summarizer.generate(**batch, **models.generation, do_sample=False)
+        spent["source_tokens"] += int(batch["attention_mask"].sum())
+        spent["generated_tokens"] += int((ids[:, 1:] != pad_token_id).sum())
+        for i, text in zip(numbers, sources.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+            summaries[i] = text.strip()
+    return summaries
 
-    def write(examples: list, read: list[list[int]]) -> list[str]:
-        """A summary of each example from the passages that are read."""
-        built = [sources.build(e.query, e.document, passages)[0] for e, passages in zip(examples, read, strict=True)]
-        summaries = [""] * len(examples)
-        batches = eval_batches([sum(map(len, s)) for s in built], batch_size=args.per_device_eval_batch_size)
-        for numbers in batches:
-            poll()
-            batch = collate([built[i] for i in numbers], [[]] * len(numbers), tokenizer.pad_token_id)
-            del batch["labels"]
-            with accelerator.autocast():
-                ids = summarizer.generate(**batch.to(accelerator.device), **generation, do_sample=False)
-            spent["source_tokens"] += int(batch["attention_mask"].sum())
-            spent["generated_tokens"] += int((ids[:, 1:] != tokenizer.pad_token_id).sum())
-            for i, text in zip(numbers, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-                summaries[i] = text.strip()
-        return summaries
 
-    def run_hops(examples: list) -> tuple[list[list[Hop]], list[str], list[dict]]:
-        """The hops of each example, its summary, and what was spent at each hop."""
-        encode_once, score_sentences = encode_with(retriever), encode_with(sentence_scorer)
-        searched: list[list] = [[] for _ in examples]  # each hop's own ranking
-        hops: list[list[Hop]] = [[] for _ in examples]
-        costs, searching = [], list(range(len(examples)))
-        while searching and len(costs) < args.num_hops:
-            began = time.perf_counter()
-            asking = [examples[i] for i in searching]
-            searches = [search_text(examples[i].query, hops[i][-1].draft if hops[i] else "") for i in searching]
-            if retriever is None:
-                ranked = bm25_rankings(asking, queries=searches)
-            else:
-                ranked = retriever_rankings(asking, encode_once, of_retriever, searches)
-            spent["examples"] += len(searching)
+def run_hops(
+    examples: list, models: Models, *, args, accelerator, poll
+) -> tuple[list[list[Hop]], list[str], list[dict]]:
+    """The hops of each example, its summary, and what was spent at each hop."""
+    spent = Counter()  # tokens, examples and seconds of this hop
+    write = partial(write_summaries, models=models, spent=spent, batch_size=args.per_device_eval_batch_size,
+                    accelerator=accelerator, poll=poll)  # fmt: skip
+    encode_with = partial(encode, accelerator=accelerator, alone=True, poll=poll, cost=spent)
+    encode_once = remember_passages(partial(encode_with, models.retriever))
+    score_sentences = remember_passages(partial(encode_with, models.sentence_scorer))
+    rankings: list[list] = [[] for _ in examples]  # each hop's own
+    hops: list[list[Hop]] = [[] for _ in examples]
+    costs, searching = [], list(range(len(examples)))
+    while searching and len(costs) < args.num_hops:
+        began = time.perf_counter()
+        asking = [examples[i] for i in searching]
+        searches = [search_text(examples[i].query, hops[i][-1].draft if hops[i] else "") for i in searching]
+        if models.retriever is None:
+            ranked = bm25_rankings(asking, queries=searches)
+        else:
+            ranked = retriever_rankings(asking, encode_once, models.ranking, searches)
+        spent["examples"] += len(searching)
 
-            fused = {}
-            for i, ranking in zip(searching, ranked, strict=True):
-                searched[i].append(ranking)
-                fused[i] = fuse_hops(searched[i])
-                if hops[i] and {passage for passage, _ in fused[i][:top_k]} == set(hops[i][-1].read):
-                    del fused[i]  # this hop brings nothing new: the search is over
-            searching = list(fused)
+        fused = {}
+        for i, ranking in zip(searching, ranked, strict=True):
+            rankings[i].append(ranking)
+            fused[i] = fuse_hops(rankings[i])
+            if hops[i] and {passage for passage, _ in fused[i][: models.top_k]} == set(hops[i][-1].read):
+                del fused[i]  # this hop brings nothing new: the search is over
+        searching = list(fused)
 
-            asking = [examples[i] for i in searching]
-            read = [[passage for passage, _ in ranking[:top_k]] for ranking in fused.values()]
-            if drafter == "summarizer":
-                drafts = write(asking, read)
-            else:
-                drafts = extract_drafts(asking, read, score_sentences, args.draft_words)
-            for i, passages, draft in zip(searching, read, drafts, strict=True):
-                hops[i].append(Hop(draft, passages, fused[i][:RANKED]))
-            if summarizer and drafter != "summarizer" and (not searching or len(costs) + 1 == args.num_hops):
-                summaries = write(examples, [of_example[-1].read for of_example in hops])
-            spent["seconds"] += time.perf_counter() - began
-            costs.append(dict(spent))
-            spent.clear()
-        if not summarizer or drafter == "summarizer":
-            summaries = [of_example[-1].draft for of_example in hops]
-        return hops, summaries, costs
+        asking = [examples[i] for i in searching]
+        read = [[passage for passage, _ in ranking[: models.top_k]] for ranking in fused.values()]
+        if models.sentence_scorer is None:
+            drafts = write(asking, read)
+        else:
+            drafts = extract_drafts(asking, read, score_sentences, args.draft_words)
+        for i, passages, draft in zip(searching, read, drafts, strict=True):
+            hops[i].append(Hop(draft, passages, fused[i][:RANKED]))
+        is_last = not searching or len(costs) + 1 == args.num_hops
+        if models.summarizer and models.sentence_scorer and is_last:
+            summaries = write(examples, [of_example[-1].read for of_example in hops])
+        spent["seconds"] += time.perf_counter() - began
+        costs.append(dict(spent))
+        spent.clear()
+    if not (models.summarizer and models.sentence_scorer):
+        summaries = [of_example[-1].draft for of_example in hops]
+    return costs, list(map(hops_record, examples, hops, summaries))
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # blocks of whole documents, divided over the processes; those that are done are not done again
 
-    by_document: dict = {}
-    for number, example in enumerate(examples):
-        by_document.setdefault(example.document, []).append(number)
+# ---- all examples
+
+
+def in_blocks(examples: list, size: int) -> list[list[int]]:
+    """Numbers of examples, at least `size` in each block but the last; those about one document stay together."""
     blocks: list[list[int]] = []
-    for numbers in by_document.values():
-        if not blocks or len(blocks[-1]) >= args.per_device_eval_batch_size:
+    for _, numbers in examples_by_document(examples):
+        if not blocks or len(blocks[-1]) >= size:
             blocks.append([])
         blocks[-1] += numbers
+    return blocks
+
+
+def main():
+    args = arguments
+    saved = [saved_arguments(name) for name in (args.retriever, args.summarizer) if name not in ("bm25", "extract")]
+    is_pretrained = any(not settings or settings.get("model_name_or_path") for settings in saved)
+    accelerator = Accelerator(mixed_precision=precision(args, is_pretrained))
+    run_folder = start(accelerator, args)
+    poll = partial(Signals().poll, accelerator)
+
+    def say(text: str) -> None:
+        if accelerator.is_main_process:
+            print(text, file=sys.stderr if args.document else sys.stdout, flush=True)
+
+    examples, split = read_input(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
+    models = load_models(args, accelerator)
     key = digest([
         sorted((name, value) for name, value in vars(args).items() if name not in ("output_dir", "deterministic")),
-        [weights_key(model) for model in (retriever, summarizer, sentence_scorer) if model is not None],
-        [of_retriever, reading, generation, top_k, accelerator.mixed_precision],
+        [*models.key(), accelerator.mixed_precision],
         *([example.id, example.query, example.summaries, example.document.passages] for example in examples),
     ])  # fmt: skip
-    parts = run_folder / f"parts.{split}.{key}"
-    if accelerator.is_main_process:
-        for other in run_folder.glob(f"parts.{split}.*"):  # of other models, flags or examples
-            if other != parts:
-                shutil.rmtree(other)
-        parts.mkdir(exist_ok=True)
-    accelerator.wait_for_everyone()
-    remaining = [number for number in range(len(blocks)) if not (parts / f"{number}.jsonl").exists()]
-    if len(remaining) < len(blocks):
-        say(f"{len(blocks) - len(remaining)} of {len(blocks)} parts were done before")
-    accelerator.wait_for_everyone()  # before any of them writes another
-    processes = accelerator.num_processes
-    is_shown = accelerator.is_main_process and sys.stderr.isatty() and not args.document
-    for first in tqdm(range(0, len(remaining), processes), disable=not is_shown):
-        signals.poll(accelerator)
-        if first + accelerator.process_index < len(remaining):
-            number = remaining[first + accelerator.process_index]
-            of_block = [examples[i] for i in blocks[number]]
-            hops, summaries, costs = run_hops(of_block)
-            records = map(hops_record, of_block, hops, summaries)
-            write_jsonl(parts / f"{number}.jsonl", itertools.chain([{"costs": costs}], records))
-    accelerator.wait_for_everyone()
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # all of them in the examples' order, and scores by hop
+    blocks, parts = in_blocks(examples, args.per_device_eval_batch_size), run_folder / f"parts.{split}.{key}"
+    is_alone = accelerator.num_processes == 1  # several processes agree on signals between two blocks only
+    work = partial(run_hops, models=models, args=args, accelerator=accelerator,
+                      poll=poll if is_alone else lambda: None)  # fmt: skip
+    show_bar = accelerator.is_main_process and sys.stderr.isatty() and not args.document
+    write_parts(parts, examples, blocks, work, say=say, accelerator=accelerator, poll=poll, show_bar=show_bar)
 
     if accelerator.is_main_process:
-        records, costs = [None] * len(examples), [Counter() for _ in range(args.num_hops)]
-        for number, numbers in enumerate(blocks):
-            with (parts / f"{number}.jsonl").open(encoding="utf-8") as lines:
-                for total, cost in zip(costs, json.loads(next(lines))["costs"], strict=False):
-                    total.update(cost)
-                for i, line in zip(numbers, lines, strict=True):
-                    records[i] = json.loads(line)
+        records, costs = read_parts(parts, blocks, args.num_hops)
         write_jsonl(run_folder / f"predictions.{split}.jsonl", records)
         if args.document:
             show(records[0], say)
         else:
-            of_hops = [{"hop": hop, **scores_of(examples, records, hop), **dict(cost)}
+            of_hops = [{"hop": hop, **score_hop(examples, records, hop), **dict(cost)}
                        for hop, cost in enumerate(costs, 1) if cost]  # fmt: skip
             (run_folder / f"hops.{split}.json").write_text(json.dumps(of_hops, indent=2) + "\n", encoding="utf-8")
             columns = tuple(name for name in SHOWN if all(name in row for row in of_hops))
@@ -311,25 +302,6 @@ def main():
 
 SHOWN = ("recall@5", "ndcg@10", "gold_words@1024", "rouge1", "rouge2", "rougeL", "examples", "encoder_tokens",
          "source_tokens", "generated_tokens", "seconds")  # fmt: skip
-
-
-def scores_of(examples: list, records: list[dict], number: int) -> dict:
-    """What is known after a hop: of the passages found, and of the drafts, where there is evidence or a reference.
-
-    An example whose search ended earlier counts with its last hop.
-    """
-    from utils.metrics import Rouge, score_rankings  # imports `evaluate`, which takes seconds
-
-    hops = [record["hops"][:number][-1] for record in records]
-    found = [[(entry["passage"], entry["score"]) for entry in hop["retrieved"]] for hop in hops]
-    evidence = [example.evidence for example in examples]
-    scores = score_rankings(examples, found, evidence) if any(evidence) else {}
-    scores.pop("examples", None)
-    if all(example.summaries for example in examples):
-        is_last = all(len(record["hops"]) <= number for record in records)
-        texts = [record["prediction"] if is_last else hop["draft"] for record, hop in zip(records, hops, strict=True)]
-        scores |= Rouge().compute(predictions=texts, references=[example.summaries for example in examples])
-    return scores
 
 
 def show(record: dict, say) -> None:

@@ -29,9 +29,13 @@ from accelerate import Accelerator
 from transformers import BartConfig, BartForConditionalGeneration, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.state import Checkpoints, LoopState
-from utils.summarizer import Summarizer, collate
-from utils.training import hardware, keep_memory, parameter_groups
+from utils.cli.script import hardware
+from utils.models.encoder_decoder import Summarizer
+from utils.models.sources import collate
+from utils.training.checkpoints import Checkpoints
+from utils.training.loop_state import LoopState
+from utils.training.memory import keep_memory
+from utils.training.step import parameter_groups
 
 
 def main():

@@ -47,8 +47,8 @@ from accelerate.state import AcceleratorState
 from sentence_transformers import SentenceTransformer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.retriever import encode, load_retriever
-from utils.training import hardware
+from utils.cli.script import hardware
+from utils.models.encoder import encode, load_retriever
 
 
 def main():

@@ -54,9 +54,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from transformers import BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-import utils.cpu
-from utils.summarizer import Summarizer, collate
-from utils.training import hardware
+from utils.cli.script import hardware
+from utils.fast import cpu
+from utils.models.encoder_decoder import Summarizer
+from utils.models.sources import collate
 
 EOS, PAD = 2, 1
 NEW_TOKENS = {"concat": 128, "fid": 64}
@@ -147,7 +148,7 @@ def without_padding(rows):
 def setting(args, fusion: str, dtype: str):
     """The summarizer, the sources, the settings of generation, and the context to generate in."""
     if args.no_onednn:
-        utils.cpu.IS_AVAILABLE = False
+        cpu.IS_AVAILABLE = False
     generation = {"num_beams": 4, "max_new_tokens": args.max_new_tokens or NEW_TOKENS[fusion], "do_sample": False}
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=dtype == "bfloat16")
     return build(args), make_sources(fusion, args.examples), generation, autocast

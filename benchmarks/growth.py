@@ -25,9 +25,11 @@ import torch
 from retriever_training import find_minilm, run_here, write_data
 from transformers import BartConfig, BartForConditionalGeneration
 
-from utils import training
-from utils.summarizer import Summarizer, collate
-from utils.training import hardware
+from utils.cli.script import hardware
+from utils.models.encoder_decoder import Summarizer
+from utils.models.sources import collate
+from utils.training.memory import keep_memory
+from utils.training.step import parameter_groups
 
 FOLDER = Path(__file__).parent
 CHUNK_TOKENS = 4096
@@ -105,7 +107,7 @@ def summarizer(passages=(2, 4, 8, 16, 32)) -> None:
 
 def summarizer_point(fusion: str, passages: int) -> None:
     """In a child: the median of five steps after two."""
-    training.keep_memory()
+    keep_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     config = BartConfig(
@@ -113,7 +115,7 @@ def summarizer_point(fusion: str, passages: int) -> None:
         decoder_attention_heads=4, encoder_ffn_dim=1024, decoder_ffn_dim=1024, max_position_embeddings=8192,
     )  # fmt: skip
     model = Summarizer(BartForConditionalGeneration(config)).train()
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, 0.01), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), fused=True)
     texts = torch.randint(5, 8000, (4, passages, 128)).tolist()
     sources = texts if fusion == "fid" else [[[token for passage in text for token in passage]] for text in texts]
     batch = collate(sources, torch.randint(5, 8000, (4, 64)).tolist(), pad_token_id=1)

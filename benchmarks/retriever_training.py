@@ -119,7 +119,7 @@ def write_data(folder: Path, model: Path, pairs: int) -> None:
 
 def run_here(folder: Path, pairs: int, done, *, dropout: bool, gradient_cache_tokens: int, epochs: int = 2) -> None:
     """train_retrieve.py for some epochs, the last timed from its start to the end of its last step."""
-    from utils.training import RunLog
+    from utils.training.log import RunLog
 
     steps = len((folder / "train.jsonl").read_text().splitlines()) // pairs
     times, start_epoch = [], RunLog.start_epoch
@@ -199,8 +199,8 @@ def losses(folder: Path, precision: str) -> tuple[float, float]:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from utils.contrastive import contrastive_loss, embed
-    from utils.retriever import in_chunks, load_retriever, tokenize
+    from utils.models.contrastive import contrastive_loss, embed
+    from utils.models.encoder import in_chunks, load_retriever, tokenize
 
     records = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()][:64]
     queries, passages = [r["query"] for r in records], [r["passages"][0] for r in records]
@@ -261,7 +261,7 @@ def main():
                 print(f"repeat {repeat + 1}: {side:5} {setting:18} {rates[side, setting][-1]:7.2f}", flush=True)
         compared = {precision: losses(folder, precision) for precision in ("no", "bf16")}
 
-    from utils.training import hardware  # here, because children measure imports of their own
+    from utils.cli.script import hardware  # here, because children measure imports of their own
 
     print(f"\n{hardware()}, {args.repeats} repeats, {args.clock} clock\n")
     print(f"{'train_retrieve.py':18}  {'peer':18}  pairs/s: here  peer   ratio (range)")

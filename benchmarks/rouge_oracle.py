@@ -33,9 +33,10 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils import search
-from utils.metrics import RougeWords
-from utils.training import hardware
+from utils.cli.script import hardware
+from utils.data.words import _porter_stem, rouge_words
+from utils.evaluation.rouge import RougeWords
+from utils.retrieval.oracle import greedy_rouge_oracle
 
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
 ENDINGS = ["", "", "s", "ed", "ing", "ation", "ly"]  # which the stemmer takes off
@@ -82,8 +83,8 @@ def rouge_score_oracle(passages: Sequence[str], summary: str, tokenizer=None) ->
 
 
 def forget_words() -> None:
-    search.rouge_words.cache_clear()
-    search._porter_stem.cache_clear()
+    rouge_words.cache_clear()
+    _porter_stem.cache_clear()
 
 
 def time_it(choose: Callable[[], list[int]], is_cold: bool, repeats: int) -> tuple[list[float], list[int]]:
@@ -100,10 +101,10 @@ def time_it(choose: Callable[[], list[int]], is_cold: bool, repeats: int) -> tup
 def main():
     args = parse()
     passages, summary = make_document(args.turns, args.summary_words, args.seed)
-    search.greedy_rouge_oracle(passages[:1], "running")  # imports nltk
+    greedy_rouge_oracle(passages[:1], "running")  # imports nltk
 
     def ours() -> list[int]:
-        return search.greedy_rouge_oracle(passages, summary)
+        return greedy_rouge_oracle(passages, summary)
 
     rows = {  # how it is chosen, whether cold, how often
         "greedy_rouge_oracle, cold": (ours, True, args.repeats),

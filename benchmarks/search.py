@@ -80,10 +80,12 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.corpus import Vectors, bm25_index, bm25_search, dense_search, encode_corpus
-from utils.data import Corpus, load_corpus
-from utils.search import BM25_SETTINGS
-from utils.training import hardware
+from utils.cli.script import hardware
+from utils.data.corpus import load_corpus
+from utils.data.examples import Corpus
+from utils.retrieval.bm25 import BM25_SETTINGS, bm25_index, bm25_search
+from utils.retrieval.exact_search import dense_search
+from utils.retrieval.vectors import Vectors, encode_corpus
 
 TOP_K, DIMENSION, SHARD = 100, 384, 2**14
 VOCABULARY = 200_000

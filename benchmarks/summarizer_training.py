@@ -50,9 +50,9 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.rows import write_jsonl
-from utils.tokenizer import train_tokenizer
-from utils.training import hardware
+from utils.cli.script import hardware
+from utils.files import write_jsonl
+from utils.models.tokenizer import train_tokenizer
 
 SIZES = {"small": {"d_model": 256, "layers": 4, "heads": 4}, "base": {"d_model": 768, "layers": 6, "heads": 12}}
 WARM_UP = 2  # steps that are not counted

@@ -79,10 +79,13 @@ import numpy as np
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.compare import bootstrap_means, score_examples
-from utils.data import load_examples
-from utils.retriever import encode, load_retriever
-from utils.search import bm25_rankings, combine, dense_rankings, remember_passages
+from utils.data.loading import load_examples
+from utils.evaluation.compare import score_examples
+from utils.evaluation.intervals import bootstrap_means
+from utils.models.encoder import encode, load_retriever
+from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.dense import dense_rankings, remember_passages
+from utils.retrieval.ranking import combine
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument("qmsum", type=Path)

@@ -17,13 +17,15 @@ import numpy as np
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.arguments import saved_arguments
-from utils.compare import bootstrap_means
-from utils.data import load_examples
-from utils.metrics import rouge_scores
-from utils.retriever import encode, load_retriever
-from utils.search import bm25_rankings, greedy_rouge_oracle, retriever_rankings
-from utils.summarizer import passage_likelihoods
+from utils.data.loading import load_examples
+from utils.evaluation.intervals import bootstrap_means
+from utils.evaluation.rouge import rouge_scores
+from utils.models.encoder import encode, load_retriever
+from utils.models.settings import saved_arguments
+from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.dense import retriever_rankings
+from utils.retrieval.oracle import greedy_rouge_oracle
+from utils.retrieval.teacher import passage_likelihoods
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument("examples", type=Path)

@@ -34,12 +34,15 @@ import numpy as np
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.corpus import bm25_index, bm25_search, dense_search, encode_corpus
-from utils.data import load_corpus, load_examples
-from utils.metrics import retrieval_scores
-from utils.retriever import encode, load_retriever, weights_key
-from utils.rows import write_jsonl
-from utils.search import reciprocal_rank_fusion
+from utils.data.corpus import load_corpus
+from utils.data.loading import load_examples
+from utils.evaluation.retrieval import retrieval_scores
+from utils.files import write_jsonl
+from utils.models.encoder import encode, load_retriever, weights_key
+from utils.retrieval.bm25 import bm25_index, bm25_search
+from utils.retrieval.exact_search import dense_search
+from utils.retrieval.ranking import reciprocal_rank_fusion
+from utils.retrieval.vectors import encode_corpus
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument("qmsum", type=Path)

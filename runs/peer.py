@@ -18,7 +18,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.data import load_examples
+from utils.data.loading import load_examples
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument("train_file")

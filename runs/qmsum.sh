@@ -24,7 +24,7 @@ for seed in 42 43 44; do
         --num_hard_negatives 3 --learning_rate 1e-4 --num_train_epochs 3 --log_steps 20 \
         --ranking hybrid --bm25_weight 0.5 --smooth_window 8 --smooth_decay 0.75 --metric_for_best gold_words@1024
 done
-python -m utils.compare "$out/retrieve_42/retrieved.validation.jsonl" bm25 --draws 2000
+python -m utils.evaluation.compare "$out/retrieve_42/retrieved.validation.jsonl" bm25 --draws 2000
 python runs/ablation.py "$data" "$out"/retrieve_*
 python train_summarize.py --output_dir "$out/summarize" --max_source_length 1024 --num_train_epochs 3 --log_steps 20 \
     --train_file "$out/retrieve_42/retrieved.train.jsonl" --validation_file "$out/retrieve_42/retrieved.validation.jsonl"

@@ -50,13 +50,16 @@ import numpy as np
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.arguments import saved_arguments
-from utils.compare import bootstrap_means, score_examples
-from utils.data import load_examples
-from utils.drafts import extract_drafts
-from utils.passages import split_sentences
-from utils.retriever import encode, load_retriever
-from utils.search import fuse_hops, greedy_rouge_oracle, remember_passages, retriever_rankings, search_text
+from utils.data.loading import load_examples
+from utils.data.passages import split_sentences
+from utils.evaluation.compare import score_examples
+from utils.evaluation.intervals import bootstrap_means
+from utils.models.encoder import encode, load_retriever
+from utils.models.settings import saved_arguments
+from utils.retrieval.dense import remember_passages, retriever_rankings
+from utils.retrieval.drafts import extract_drafts
+from utils.retrieval.oracle import greedy_rouge_oracle
+from utils.retrieval.ranking import fuse_hops, search_text
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument("qmsum", type=Path)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.metrics import rouge_scores
-from utils.sample import sample_records
+from utils.data.sample import sample_records
+from utils.evaluation.rouge import rouge_scores
 
 second = {
     record["id"]: hops[1][0]

@@ -15,10 +15,11 @@ import numpy as np
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.compare import bootstrap_means, score_examples
-from utils.data import load_examples
-from utils.retriever import encode, load_retriever
-from utils.search import dense_rankings
+from utils.data.loading import load_examples
+from utils.evaluation.compare import score_examples
+from utils.evaluation.intervals import bootstrap_means
+from utils.models.encoder import encode, load_retriever
+from utils.retrieval.dense import dense_rankings
 
 METRICS = ("gold_words@1024", "ndcg@10")
 

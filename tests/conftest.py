@@ -145,10 +145,10 @@ def inject(folder, script: str, target: str, when: str, what: str) -> Path:
 
 
 # what an injection of both scripts can stand before
-LOSS = {"train_retrieve.py": "utils.contrastive:contrastive_loss",
-        "train_summarize.py": "utils.summarizer:vocabulary_loss"}  # fmt: skip
+LOSS = {"train_retrieve.py": "utils.models.contrastive:contrastive_loss",
+        "train_summarize.py": "utils.models.encoder_decoder:vocabulary_loss"}  # fmt: skip
 FORWARD = {"train_retrieve.py": "sentence_transformers:SentenceTransformer.forward",
-           "train_summarize.py": "utils.summarizer:Summarizer.forward"}  # fmt: skip
+           "train_summarize.py": "utils.models.encoder_decoder:Summarizer.forward"}  # fmt: skip
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

@@ -32,8 +32,8 @@ KILLS = int(os.environ.get("KILLS", 20))  # fewer to develop with
 def sample(path, documents: int):
     """A file of the embedded data, six examples for each document."""
     with path.open("w") as file:
-        subprocess.run([sys.executable, "-m", "utils.sample", "--documents", str(documents)], cwd=ROOT, stdout=file,
-                       check=True)  # fmt: skip
+        command = [sys.executable, "-m", "utils.data.sample", "--documents", str(documents)]
+        subprocess.run(command, cwd=ROOT, stdout=file, check=True)
     return path
 
 
@@ -183,7 +183,7 @@ def test_a_finished_run_trains_nothing_more_and_another_shape_or_data_is_refused
 
 
 VALIDATION = {"train_retrieve.py": FORWARD["train_retrieve.py"],
-              "train_summarize.py": "utils.summarizer:Summarizer.generate"}  # fmt: skip
+              "train_summarize.py": "utils.models.encoder_decoder:Summarizer.generate"}  # fmt: skip
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path):

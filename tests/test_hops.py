@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from conftest import OFFLINE, ROOT, command, events, launch, read_jsonl
 
-from utils.data import load_examples
-from utils.metrics import retrieval_scores, rouge_scores
-from utils.rows import write_jsonl
-from utils.sample import sample_records
+from utils.data.loading import load_examples
+from utils.data.sample import sample_records
+from utils.evaluation.retrieval import retrieval_scores
+from utils.evaluation.rouge import rouge_scores
+from utils.files import write_jsonl
 
 SCRIPT = "retrieve_and_summarize.py"
 

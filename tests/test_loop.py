@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import FORWARD, LOSS, SCRIPTS, assert_close, events, inject, read_jsonl, run, weights
 
-from utils.state import LoopState, stop_reason
+from utils.training.loop_state import LoopState, stop_reason
 
 
 @pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
@@ -105,7 +105,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_run_goes_on(script, t
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_processes_that_disagree_on_the_gradient_stop_unless_told_not_to(script, tmp_path):
-    wrapper = inject(tmp_path, script, "utils.training:check_grad_norm", "rank == 1", "args = (args[0], 2 * args[1])")
+    wrapper = inject(
+        tmp_path, script, "utils.training.step:check_grad_norm", "rank == 1", "args = (args[0], 2 * args[1])"
+    )
     result = run(wrapper, tmp_path / "run", processes=2, expect=1)  # the launcher's code
     assert "the processes disagree on the gradient norm" in result.stderr
     assert re.search(r"exitcode +: 3\b", result.stderr)
@@ -156,10 +158,10 @@ def test_each_stop_rule_ends_the_run_when_it_is_met_and_not_before(flags, before
 def test_a_tie_is_no_improvement_and_patience_counts_anew_after_one():
     best = SimpleNamespace(metric_for_best="rougeL", greater_is_better=None)
     state = LoopState(step=1)
-    assert state.note_validation(best, {"rougeL": 1.0})
-    assert not state.note_validation(best, {"rougeL": 1.0})
+    assert state.note_validation(best, 1.0)
+    assert not state.note_validation(best, 1.0)
     assert state.validations_without_improvement == 1
-    assert state.note_validation(best, {"rougeL": 1.5})
+    assert state.note_validation(best, 1.5)
     assert (state.best, state.validations_without_improvement) == (1.5, 0)
 
 
@@ -167,8 +169,8 @@ def test_a_tie_is_no_improvement_and_patience_counts_anew_after_one():
 def test_lower_is_better_for_a_loss_or_if_the_flag_says_so(metric, greater_is_better):
     best = SimpleNamespace(metric_for_best=metric, greater_is_better=greater_is_better)
     state = LoopState(step=1, best=1.0)
-    assert not state.note_validation(best, {metric: 2.0})
-    assert state.note_validation(best, {metric: 0.5})
+    assert not state.note_validation(best, 2.0)
+    assert state.note_validation(best, 0.5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -8,11 +8,12 @@ import pytrec_eval
 import torch
 from conftest import ROOT, events, launch, read_jsonl
 
-from utils.data import load_examples, read_qrels
-from utils.metrics import retrieval_scores, rouge_scores
-from utils.rows import write_jsonl
-from utils.sample import sample_examples, sample_records
-from utils.trec import read_run
+from utils.data.loading import load_examples
+from utils.data.sample import sample_examples, sample_records
+from utils.data.trec import read_qrels, read_run
+from utils.evaluation.retrieval import retrieval_scores
+from utils.evaluation.rouge import rouge_scores
+from utils.files import write_jsonl
 
 
 def test_the_retriever_learns_and_beats_bm25(smoke):
@@ -228,7 +229,7 @@ def test_the_embedded_data_set_prints_as_files_that_load(tmp_path):
     import subprocess
     import sys
 
-    lines = subprocess.run([sys.executable, "-m", "utils.sample", "--documents", "2"], cwd=ROOT, text=True,
+    lines = subprocess.run([sys.executable, "-m", "utils.data.sample", "--documents", "2"], cwd=ROOT, text=True,
                            capture_output=True, check=True).stdout  # fmt: skip
     (tmp_path / "sample.jsonl").write_text(lines)
     assert len(load_examples(tmp_path / "sample.jsonl")) == 12

@@ -1,1 +1,1 @@
-"""Parts shared by the scripts: data, batching, search, models, metrics and training state."""
+"""What the scripts are made of, in rooms; imports run downwards only (tests/test_rooms.py has the order)."""

@@ -1,0 +1,154 @@
+"""Flags as users mistype them: one line, exit code 2, at once; and --help without the imports that take seconds."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ["train_retrieve.py", "train_summarize.py"]
+
+
+def run(script, *flags, cwd=ROOT):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / script), *flags]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def parse_flags(monkeypatch, capsys, *flags, script="train_summarize"):
+    """Parses flags within this process: (arguments, what was printed to standard error)."""
+    module = pytest.importorskip(script)
+    arguments_class = {"train_summarize": "SummarizeArguments", "train_retrieve": "RetrieveArguments"}[script]
+    from utils.cli.arguments import parse
+
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    try:
+        return parse(getattr(module, arguments_class), module.__doc__), ""
+    except SystemExit as leaving:
+        assert leaving.code == 2
+        return None, capsys.readouterr().err
+
+
+def check_one_line(error: str):
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert "usage" not in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_mistyped_flag_is_answered_at_once_with_the_flag_that_was_meant(script, tmp_path):
+    started = time.perf_counter()
+    result = run(script, "--learning_rat", "1e-3", cwd=tmp_path)
+    assert time.perf_counter() - started < 5
+    assert result.returncode == 2
+    assert result.stdout == ""
+    check_one_line(result.stderr)
+    assert result.stderr.startswith(f"{script}: error: ")
+    assert "did you mean --learning_rate?" in result.stderr
+    assert not list(tmp_path.iterdir())  # and nothing was written
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_every_flag_without_imports_that_take_seconds(script):
+    program = f"""if True:
+        import runpy, sys
+        sys.argv = ["{script}", "--help"]
+        try:
+            runpy.run_path(r"{ROOT / script}", run_name="__main__")
+        except SystemExit as leaving:
+            slow = ("torch", "transformers", "accelerate")
+            print("code", leaving.code, [name for name in slow if name in sys.modules])
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout.endswith("code 0 []\n"), result.stdout[-200:] + result.stderr[-2000:]
+    for flag in ("--train_file", "--output_dir", "--num_train_epochs", "--max_tokens", "--seed", "--top_k"):
+        assert f"{flag} " in result.stdout
+    assert ("--num_beams " in result.stdout) == (script == "train_summarize.py")
+    assert ("--temperature " in result.stdout) == (script == "train_retrieve.py")
+
+
+@pytest.mark.parametrize("flag", ["--learn", "--learning_r", "--num_train", "--output"])
+def test_abbreviations_are_refused(monkeypatch, capsys, flag):
+    arguments, error = parse_flags(monkeypatch, capsys, flag, "3")
+    assert arguments is None
+    check_one_line(error)
+    assert flag in error
+
+
+def test_a_stray_word_is_refused(monkeypatch, capsys):
+    _, error = parse_flags(monkeypatch, capsys, "--learning_rate", "0.1", "stray")
+    check_one_line(error)
+    assert "stray" in error
+
+
+@pytest.mark.parametrize("script", ["train_summarize", "train_retrieve"])
+def test_a_run_that_nothing_would_end_is_refused(monkeypatch, capsys, script):
+    _, error = parse_flags(monkeypatch, capsys, "--num_train_epochs", "0", script=script)
+    check_one_line(error)
+    assert "--num_train_epochs" in error
+    assert "--max_train_steps" in error
+    arguments, _ = parse_flags(monkeypatch, capsys, "--num_train_epochs", "0", "--max_train_steps", "5")
+    assert (arguments.num_train_epochs, arguments.max_train_steps) == (0, 5)
+
+
+@pytest.mark.parametrize("flag", ["per_device_train_batch_size", "per_device_eval_batch_size",
+                                  "gradient_accumulation_steps", "log_steps"])  # fmt: skip
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_counts_below_one_are_refused_by_name(monkeypatch, capsys, flag, value):
+    _, error = parse_flags(monkeypatch, capsys, f"--{flag}", value)
+    check_one_line(error)
+    assert f"--{flag} {value}" in error
+
+
+@pytest.mark.parametrize("flag", ["num_train_epochs", "max_train_steps", "max_tokens", "num_warmup_steps",
+                                  "max_grad_norm", "learning_rate", "weight_decay", "eval_steps",
+                                  "dataloader_num_workers", "seed"])  # fmt: skip
+def test_negative_values_are_refused_by_name(monkeypatch, capsys, flag):
+    _, error = parse_flags(monkeypatch, capsys, f"--{flag}", "-1")
+    check_one_line(error)
+    assert f"--{flag} -1" in error
+
+
+@pytest.mark.parametrize(("script", "flag", "choice"), [
+    ("train_summarize", "fusion", "fid"), ("train_summarize", "passage_order", "rank"),
+    ("train_summarize", "log_format", "json"), ("train_retrieve", "ranking", "hybrid"),
+])  # fmt: skip
+def test_an_unknown_choice_is_refused_with_the_known_ones(monkeypatch, capsys, script, flag, choice):
+    _, error = parse_flags(monkeypatch, capsys, f"--{flag}", "nonsense", script=script)
+    check_one_line(error)
+    assert f"--{flag} nonsense" in error
+    assert choice in error
+    arguments, _ = parse_flags(monkeypatch, capsys, f"--{flag}", choice, script=script)
+    assert getattr(arguments, flag) == choice
+
+
+def test_a_value_of_the_wrong_type_is_refused_by_name(monkeypatch, capsys):
+    _, error = parse_flags(monkeypatch, capsys, "--top_k", "many")
+    check_one_line(error)
+    assert "--top_k" in error
+    assert "many" in error
+
+
+def test_switches_can_be_switched_on_and_off(monkeypatch, capsys):
+    assert parse_flags(monkeypatch, capsys)[0].merge_passages is False
+    assert parse_flags(monkeypatch, capsys, "--merge_passages")[0].merge_passages is True
+    assert parse_flags(monkeypatch, capsys, "--merge_passages", "False")[0].merge_passages is False
+    assert parse_flags(monkeypatch, capsys)[0].nan_detector is True
+    assert parse_flags(monkeypatch, capsys, "--no_nan_detector")[0].nan_detector is False
+    assert parse_flags(monkeypatch, capsys)[0].greater_is_better is None
+    assert parse_flags(monkeypatch, capsys, "--greater_is_better", "true")[0].greater_is_better is True
+    _, error = parse_flags(monkeypatch, capsys, "--merge_passages", "maybe")
+    check_one_line(error)
+    assert "--merge_passages" in error and "maybe" in error
+
+
+def test_the_summarizer_is_there_without_sentence_transformers_whose_import_takes_seconds():
+    program = "import sys, utils.models.encoder_decoder; print('sentence_transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "False\n", result.stderr[-2000:]

@@ -1,0 +1,94 @@
+"""Texts split into passages and sentences, and passages merged into longer ones."""
+
+import random
+
+import pytest
+
+from utils.data.passages import _sentences, merge_passages, split_document
+
+
+@pytest.mark.parametrize(
+    "text, sentences",
+    [
+        ("He met Mr. Smith. They talked.", ["He met Mr. Smith.", "They talked."]),
+        (
+            "J. K. Rowling of the U.S. Army wrote, e.g. Books. Yes.",
+            ["J. K. Rowling of the U.S. Army wrote, e.g. Books.", "Yes."],
+        ),
+        ("See No. 5 and Fig. 2 there. No. He left.", ["See No. 5 and Fig. 2 there.", "No.", "He left."]),
+        (
+            'He said "Stop." Then he left. (Really.) Yes?! Well… So',
+            ['He said "Stop."', "Then he left.", "(Really.)", "Yes?!", "Well…", "So"],
+        ),
+        ('"Go!" he said. "Now?" she asked.', ['"Go!" he said.', '"Now?" she asked.']),
+        ("OK , we 're on . So um ... yeah . and then ?", ["OK , we 're on .", "So um ... yeah .", "and then ?"]),
+        ("`` I know . '' He left .", ["`` I know . ''", "He left ."]),
+        ("no capitals here. none at all. mr. jones left.", ["no capitals here.", "none at all.", "mr. jones left."]),
+        ("It cost 3.5 dollars. 7 were sold.", ["It cost 3.5 dollars.", "7 were sold."]),
+        ("1. Introduction\n2. Methods", ["1. Introduction", "2. Methods"]),
+        ("First turn\n\nSecond turn", ["First turn", "Second turn"]),
+    ],
+)
+def test_text_is_split_at_sentence_and_line_ends_only(text, sentences):
+    longest = max(len(sentence.split()) for sentence in sentences)
+    pieces = set()
+    for passage_words in range(longest, longest + 3):
+        passages = split_document(text, passage_words)
+        assert " ".join(passages).split() == text.split()
+        # any passage is a run of whole sentences
+        runs = {
+            " ".join(" ".join(sentences[i:j]).split())
+            for i in range(len(sentences))
+            for j in range(i + 1, len(sentences) + 1)
+        }
+        pieces |= {" ".join(passage.split()) for passage in passages}
+        assert pieces <= runs
+
+    found = [" ".join(words) for line in text.splitlines() for words in _sentences(line.split(), text.islower())]
+    assert found == sentences
+
+
+def test_passages_are_filled_and_a_line_is_kept_whole_when_it_costs_little():
+    assert split_document("A b c. D e f.\nG h.", 8) == ["A b c. D e f.\nG h."]
+    assert split_document("A b c d e.\nF g h. I j k.", 8) == ["A b c d e.", "F g h. I j k."]
+    assert split_document("A b.\nC d e. F g h.", 6) == ["A b.\nC d e.", "F g h."]
+
+
+def test_only_a_sentence_longer_than_a_passage_is_cut():
+    assert split_document("Short one. " + "W " * 5 + "end.", 3) == ["Short one.", "W W W", "W W end."]
+
+
+def test_no_word_is_lost_and_no_passage_is_too_long():
+    generator = random.Random(0)
+    tokens = [
+        "a",
+        "B",
+        "x.",
+        "Y.",
+        ".",
+        "?",
+        "...",
+        ")",
+        '"',
+        "''",
+        "Mr.",
+        "1.",
+        "no.",
+        "\n",
+        "\n\n",
+        "\u2028",
+        "é\x1c",
+        "。",
+    ]
+    for _ in range(300):
+        text = " ".join(generator.choices(tokens, k=generator.randint(0, 60)))
+        size = generator.randint(1, 12)
+        passages = split_document(text, size)
+        assert [word for passage in passages for word in passage.split()] == text.split()
+        assert all(0 < len(passage.split()) <= size for passage in passages)
+
+
+def test_merging_keeps_all_words_and_says_where_they_went():
+    chunks, placed = merge_passages(["a b", "c", "D e f. G h i.", "j k"], 4)
+    assert chunks == ["a b\nc", "D e f.", "G h i.", "j k"]
+    assert placed == [{0: 2}, {0: 1}, {1: 3, 2: 3}, {3: 2}]

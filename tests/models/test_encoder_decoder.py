@@ -1,0 +1,393 @@
+"""The summarizer against Transformers' own forward, loss and generation; sources; the tokenizer; saving."""
+
+from collections import Counter
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    PegasusConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from utils.data.examples import Document, Example
+from utils.models.encoder_decoder import Summarizer, build_small_bart, save_pretrained
+from utils.models.losses import label_smoothed_loss, vocabulary_loss
+from utils.models.sources import Sources, collate
+from utils.models.tokenizer import train_tokenizer
+from utils.retrieval.teacher import passage_likelihoods
+
+TEXTS = [f"The committee {verb} the {noun} in {month}." for verb in ("saw", "sold", "mended", "painted")
+         for noun in ("old mill", "green bridge", "town hall") for month in ("May", "June", "July")]  # fmt: skip
+VOCABULARY = 60
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS * 3, vocab_size=400)
+
+
+@pytest.fixture(params=["bart", "t5", "pegasus"])
+def summarizer(request):
+    """A tiny model with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    tokens = {"pad_token_id": 1, "eos_token_id": 2, "vocab_size": VOCABULARY}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+              "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64, "d_model": 16}  # fmt: skip
+    config = {
+        "bart": lambda: BartConfig(**tokens, **layers, bos_token_id=0, decoder_start_token_id=2, init_std=0.3,
+                                   forced_eos_token_id=2),
+        "t5": lambda: T5Config(**tokens, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                               decoder_start_token_id=1, initializer_factor=1.5),
+        "pegasus": lambda: PegasusConfig(**tokens, **layers, decoder_start_token_id=1, init_std=0.3),
+    }[request.param]()  # fmt: skip
+    return Summarizer(AutoModelForSeq2SeqLM.from_config(config)).eval()
+
+
+def random_ids(count, longest, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def examples(passages=(1, 3, 2), seed=0):
+    """Sources with as many sequences as `passages` says, and targets of other lengths."""
+    sequences = iter(random_ids(sum(passages), 12, seed))
+    return [[next(sequences) for _ in range(count)] for count in passages], random_ids(len(passages), 9, seed + 1)
+
+
+def encode_each(model, source):
+    """Fusion-in-Decoder by hand: each sequence alone, without padding; (1, tokens of the example, hidden)."""
+    return torch.cat([model.get_encoder()(input_ids=torch.tensor([s])).last_hidden_state for s in source], dim=1)
+
+
+def reference_logits(model, source, target):
+    """Transformers' own forward for one example; (target tokens, vocabulary)."""
+    return model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=encode_each(model, source)), labels=torch.tensor([target])
+    ).logits[0]
+
+
+# ---- forward and loss
+
+
+@torch.no_grad()
+def test_one_sequence_for_each_example_equals_the_models_own_forward(summarizer):
+    sources, targets = examples((1, 1, 1))
+    batch = collate(sources, targets, pad_token_id=1)
+    labels = batch["labels"]
+    full = summarizer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
+    logits = summarizer(**batch)
+    assert logits.shape == (sum(map(len, targets)), VOCABULARY)
+    torch.testing.assert_close(logits, full.logits[labels != -100])  # real positions, in order
+    loss, nll = label_smoothed_loss(logits, labels[labels != -100], 0.0)
+    assert loss == nll
+    assert (loss / (labels != -100).sum()).item() == pytest.approx(full.loss.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_several_sequences_equal_encoding_each_alone_and_laying_them_end_to_end(summarizer):
+    sources, targets = examples()
+    batch = collate(sources, targets, pad_token_id=1)
+    logits = summarizer(**batch)
+    expected = torch.cat([reference_logits(summarizer.model, *pair) for pair in zip(sources, targets, strict=True)])
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    flat = torch.tensor([token for target in targets for token in target])
+    loss, _ = label_smoothed_loss(logits, flat, 0.1)
+    smoothed = cross_entropy(expected, flat, label_smoothing=0.1, reduction="sum")
+    assert loss.item() == pytest.approx(smoothed.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_padding_and_batch_mates_change_no_logits(summarizer):
+    sources, targets = examples((2, 1, 4), seed=4)
+    targets[1] = targets[1] * 3
+    together = summarizer(**collate(sources, targets, pad_token_id=1)).split([len(target) for target in targets])
+    for source, target, logits in zip(sources, targets, together, strict=True):
+        alone = summarizer(**collate([source], [target], pad_token_id=1))
+        torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dummy_batch_has_a_loss_of_zero_and_zero_gradients_everywhere(summarizer):
+    batch = collate(*examples(), pad_token_id=1)
+    batch["labels"].fill_(-100)
+    loss, nll = label_smoothed_loss(summarizer(**batch), batch["labels"][batch["labels"] != -100], 0.1)
+    loss.backward()
+    assert loss.item() == nll.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in summarizer.parameters() if p.requires_grad)
+
+
+def test_the_models_output_layer_is_left_as_it_was(summarizer):
+    summarizer(**collate(*examples(), pad_token_id=1))
+    assert not summarizer.model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 10**6], ids=["a token at a time", "in chunks", "at once"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
+def test_the_loss_without_kept_logits_and_its_gradients_are_those_with_them(monkeypatch, chunk, dtype, tolerance):
+    monkeypatch.setattr("utils.models.losses._VocabularyLoss.LOGITS", chunk)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(37, 24).requires_grad_(), torch.randn(101, 24).requires_grad_()
+    bias, targets = torch.randn(1, 101), torch.randint(101, (37,))
+    results = []
+    for fused in (True, False):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            if fused:
+                loss, nll = vocabulary_loss(hidden, targets, 0.1, weight, bias)
+            else:
+                loss, nll = label_smoothed_loss(torch.nn.functional.linear(hidden, weight) + bias, targets, 0.1)
+        results.append([loss.detach(), nll, *torch.autograd.grad(loss / 37, (hidden, weight))])
+    for ours, plain in zip(*results, strict=True):
+        assert torch.linalg.norm(ours - plain) <= tolerance * torch.linalg.norm(plain)
+    with torch.no_grad():  # as in validation
+        assert vocabulary_loss(hidden, targets, 0.1, weight, bias)[0] == pytest.approx(
+            results[0][0].item(), rel=tolerance
+        )
+
+
+def test_in_fp16_the_gradient_of_well_predicted_tokens_does_not_vanish():
+    hidden, weight, targets = (8 * torch.eye(4)).requires_grad_(), (2 * torch.eye(4)).requires_grad_(), torch.arange(4)
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            loss, _ = vocabulary_loss(hidden, targets, 0.0, weight)
+        gradients.append(torch.autograd.grad(loss, weight)[0])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=0)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_logits(summarizer):
+    sources, targets = [[[4, 5, 6, 7]], [[4, 8]]], [[5, 6, 2], [7, 2]]
+    batch = collate(sources, targets, pad_token_id=1)
+    if hasattr(summarizer.model, "final_logits_bias"):
+        summarizer.model.final_logits_bias.normal_()
+    expected = label_smoothed_loss(summarizer(**batch), torch.tensor([5, 6, 2, 7, 2]), 0.1)
+    torch.testing.assert_close(summarizer(**batch, label_smoothing_factor=0.1), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothed_loss_and_its_gradient_equal_torchs(smoothing):
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(37, 101)).requires_grad_()
+    targets = torch.randint(0, 101, (37,))
+    loss, nll = label_smoothed_loss(logits, targets, smoothing)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(nll, cross_entropy(logits, targets, reduction="sum"))
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert not nll.requires_grad
+
+
+# ---- generation
+
+GENERATION = {"max_new_tokens": 12, "min_new_tokens": 4, "do_sample": False}
+
+
+def without_padding(ids):
+    return [[token for token in row if token != 1] for row in ids.tolist()]
+
+
+@pytest.mark.parametrize("beams", [{"num_beams": 1}, {"num_beams": 3, "length_penalty": 0.8}], ids=["greedy", "beam"])
+def test_generation_equals_transformers_with_each_passage_encoded_by_hand(summarizer, beams):
+    sources, targets = examples((3, 1, 2))
+    batch = collate(sources, targets, pad_token_id=1)
+    del batch["labels"]
+    generated = without_padding(summarizer.generate(**batch, **GENERATION, **beams))
+    with torch.no_grad():
+        expected = [
+            summarizer.model.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=encode_each(summarizer.model, source)),
+                **GENERATION,
+                **beams,
+            )
+            for source in sources
+        ]
+    assert generated == [without_padding(ids)[0] for ids in expected]  # each alone: batch mates change nothing
+    assert len(set(map(tuple, generated))) > 1  # and the sources matter
+    assert all(len(row) >= 4 for row in generated)
+
+
+# ---- sources
+
+
+def whole(tokenizer, text):
+    return tokenizer(text)["input_ids"]
+
+
+def bare(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def t5_tokenizer():
+    """Words as tokens, only EOS at the end and no separator, as T5 has it."""
+    words = sorted({word for text in TEXTS for word in text.replace(".", "").split()})
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", "a", *words])}
+    wordlevel = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    wordlevel.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wordlevel.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=wordlevel, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+DOCUMENT = Document("d", ["The committee saw the mill", "Old town hall", "green bridge in May", "June July"])
+
+
+@pytest.mark.parametrize("fusion", ["concat", "fid"])
+@pytest.mark.parametrize("kind", ["trained", "t5"])
+def test_sources_wrap_query_and_passages_in_the_tokenizers_own_special_tokens(tokenizer, t5_tokenizer, kind, fusion):
+    tokenizer, start, end = (tokenizer, [0], [2]) if kind == "trained" else (t5_tokenizer, [], [1])
+    assert whole(tokenizer, "The mill") == start + bare(tokenizer, "The mill") + end
+    query, passages = bare(tokenizer, "sold in June"), [bare(tokenizer, text) for text in DOCUMENT.passages]
+    sequences, numbers = Sources(tokenizer, fusion, 100, "rank").build("sold in June", DOCUMENT, [2, 0])
+    assert numbers == [2, 0]
+    if fusion == "concat":
+        assert sequences == [start + query + end + passages[2] + end + passages[0] + end]
+    else:
+        assert sequences == [start + query + end + passages[i] + end for i in (2, 0)]
+
+
+@pytest.mark.parametrize("fusion", ["concat", "fid"])
+def test_passages_stand_in_document_or_rank_order(tokenizer, fusion):
+    by_rank, ranked = Sources(tokenizer, fusion, 100, "rank").build("May", DOCUMENT, [3, 0, 2])
+    by_document, ordered = Sources(tokenizer, fusion, 100, "document").build("May", DOCUMENT, [3, 0, 2])
+    assert (ranked, ordered) == ([3, 0, 2], [0, 2, 3])
+    if fusion == "fid":
+        assert by_document == [by_rank[1], by_rank[2], by_rank[0]]
+    else:
+        assert sorted(by_document[0]) == sorted(by_rank[0])
+        assert tokenizer.decode(by_document[0]).index("mill") < tokenizer.decode(by_document[0]).index("June")
+        assert tokenizer.decode(by_rank[0]).index("mill") > tokenizer.decode(by_rank[0]).index("June")
+
+
+@pytest.mark.parametrize("order", ["rank", "document"])
+def test_concatenated_passages_fill_the_budget_best_first_and_the_last_is_cut(tokenizer, order):
+    lengths = [len(bare(tokenizer, text)) for text in DOCUMENT.passages]
+    query = len(bare(tokenizer, "May"))
+    for budget in range(12, sum(lengths) + query + 10):
+        (sequence,), numbers = Sources(tokenizer, "concat", budget, order).build("May", DOCUMENT, [2, 0, 3, 1])
+        needed, kept = 2 + query, []
+        for number in (2, 0, 3, 1):
+            if needed + 1 >= budget:
+                break
+            kept.append(number)
+            needed = min(budget, needed + 1 + lengths[number])
+        assert len(sequence) == needed
+        assert numbers == (kept if order == "rank" else sorted(kept))
+        assert sequence[0] == 0
+        assert sequence[-1] == 2
+
+
+def test_fused_passages_are_each_cut_and_none_is_left_out(tokenizer):
+    long = Document("long", [" ".join(TEXTS), *DOCUMENT.passages])
+    sequences, numbers = Sources(tokenizer, "fid", 20, "rank").build("May", long, [1, 0, 2])
+    assert numbers == [1, 0, 2]
+    assert len(sequences[1]) == 20
+    query = bare(tokenizer, "May")
+    assert sequences[1] == [0, *query, 2, *bare(tokenizer, long.passages[0])[: 20 - 3 - len(query)], 2]
+    assert max(map(len, sequences)) == 20
+
+
+@pytest.mark.parametrize("fusion", ["concat", "fid"])
+def test_a_long_query_takes_half_of_the_source_at_most(tokenizer, fusion):
+    query = " ".join(TEXTS)
+    sequences, _ = Sources(tokenizer, fusion, 32, "rank").build(query, DOCUMENT, [0])
+    assert sequences[0][:17] == [0, *bare(tokenizer, query)[:15], 2]
+    assert len(sequences[0]) <= 32
+    assert sequences[0][17:-1] == bare(tokenizer, DOCUMENT.passages[0])[: len(sequences[0]) - 18]
+
+
+def test_a_document_is_tokenized_once_however_many_its_queries(tokenizer):
+    calls = Counter()
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts, **options):
+            calls.update([texts] if isinstance(texts, str) else texts)
+            return tokenizer(texts, **options)
+
+    sources = Sources(Counting(), "fid", 100, "rank")
+    twin = Document("twin", ["Another text"])
+    for query in ("May", "June", "July"):
+        sources.build(query, DOCUMENT, [0, 1])
+        sources.build(query, twin, [0])
+    assert [calls[text] for text in (*DOCUMENT.passages, *twin.passages)] == [1] * 5
+
+
+# ---- tokenizer and files
+
+
+@pytest.mark.parametrize(
+    "text", ["Zürich kostet 5 € – naïve café", "会議は十二時です。", "привет 🙂 a , b .", "two  spaces\nline"]
+)
+def test_the_trained_tokenizer_loses_no_character(tokenizer, text):
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True).removeprefix(" ") == text
+
+
+def test_the_small_bart_and_its_tokenizer_load_in_plain_transformers_with_the_same_logits(tokenizer, tmp_path):
+    torch.manual_seed(1)
+    model = build_small_bart(tokenizer, d_model=32).eval()
+    save_pretrained(Summarizer(model), tokenizer, tmp_path, Summarizer(model).state_dict())
+    loaded, loaded_tokenizer = AutoModelForSeq2SeqLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "Das Café and the green bridge in May."
+    assert loaded_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    batch = loaded_tokenizer([text, "June"], padding=True, return_tensors="pt")
+    assert batch["attention_mask"].sum(1).tolist() == [len(whole(tokenizer, text)), len(whole(tokenizer, "June"))]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+        for beams in (1, 3):
+            assert torch.equal(
+                loaded.generate(**inputs, num_beams=beams, max_new_tokens=9),
+                model.generate(**inputs, num_beams=beams, max_new_tokens=9),
+            )
+    state = {**model.state_dict()}
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+
+def test_the_small_bart_starts_and_ends_with_its_tokenizers_tokens(tokenizer):
+    model = build_small_bart(tokenizer, d_model=32)
+    assert model.config.vocab_size == len(tokenizer)
+    generated = model.generate(torch.tensor([whole(tokenizer, "May")]), max_new_tokens=7, do_sample=False)
+    assert generated[0, 0] == tokenizer.eos_token_id  # BART's decoder starts with the end token
+    assert generated[0, -1] == tokenizer.eos_token_id
+
+
+# ---- a teacher for the retriever
+
+
+def test_passage_likelihoods_are_those_of_plain_transformers(tokenizer, tmp_path):
+    from accelerate import Accelerator
+
+    torch.manual_seed(0)
+    model = build_small_bart(tokenizer, d_model=32, layers=1, heads=2).eval()
+    save_pretrained(Summarizer(model), tokenizer, tmp_path, {f"model.{k}": v for k, v in model.state_dict().items()})
+    document = Document("d", TEXTS[:4])
+    examples = [Example("a", "Who saw it?", document, ["The committee saw it.", "It saw the old mill."], *[None] * 3),
+                Example("b", "", document, ["The town hall."], *[None] * 3)]  # fmt: skip
+    candidates = [[0, 3], [2]]
+    found = passage_likelihoods(tmp_path, examples, candidates, Accelerator(cpu=True), batch_size=2)
+    plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    for example, passages, likelihoods in zip(examples, candidates, found, strict=True):
+        for passage, likelihood in zip(passages, likelihoods, strict=True):
+            parts = [text for text in (example.query, document.passages[passage]) if text]
+            source = tokenizer(tokenizer.sep_token.join(parts), return_tensors="pt", return_token_type_ids=False)
+            with torch.no_grad():
+                losses = [
+                    plain(**source, labels=tokenizer(text, return_tensors="pt")["input_ids"]).loss.item()
+                    for text in example.summaries
+                ]
+            assert likelihood == pytest.approx(-sum(losses) / len(losses), rel=1e-4)

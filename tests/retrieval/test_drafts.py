@@ -1,0 +1,111 @@
+"""Drafts for training and without a summarizer, and files of drafts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from utils.data.examples import Document, Example
+from utils.data.hand_over import read_drafts
+from utils.errors import DataError
+from utils.retrieval.drafts import extract_drafts, reference_draft
+
+SUMMARY = "The group chose red paint. Ann will pay for it. They meet again in May, after the holidays."
+
+
+def make_example(id, query, passages):
+    return Example(id, query, Document(id, passages), ["a summary"], None, None, None)
+
+
+def is_subsequence(words, of):
+    left = iter(of)
+    return all(word in left for word in words)
+
+
+def test_reference_drafts_are_parts_of_one_reference_in_its_order():
+    drafts = [reference_draft([SUMMARY, "Zoe left."], np.random.default_rng(seed)) for seed in range(200)]
+    of_first = [draft for draft in drafts if "Zoe" not in draft and "left." not in draft]
+    assert 50 < len(of_first) < 150  # each reference in turn
+    assert all(is_subsequence(draft.split(), SUMMARY.split()) for draft in of_first)
+    # whole sentences go: about half of them, never all
+    lacks_may = sum("May" not in draft for draft in of_first) / len(of_first)
+    assert 0.3 < lacks_may < 0.8
+    lengths = [len(draft.split()) for draft in of_first]
+    assert len(set(lengths)) > 5 and max(lengths) <= len(SUMMARY.split())
+    assert drafts[3] == reference_draft([SUMMARY, "Zoe left."], np.random.default_rng(3))
+
+
+def bag_of_words(texts, kind):
+    """(texts, 3) how often each word of interest is in a text."""
+    return np.array([[text.lower().count(word) for word in ("mill", "bridge", "coffee")] for text in texts], float)
+
+
+def test_extracted_drafts_are_the_sentences_nearest_the_query_in_the_documents_order():
+    passages = [
+        "Ann: The coffee is cold again. The old mill was sold.",
+        "Bob: Yes.\nBob: Our mill burned down, the mill.",
+        "Cid: Mill, mill, mill and mill.",
+    ]
+    examples = [make_example("a", "the mill?", passages), make_example("b", "a bridge?", ["Ann: no word of it here"])]
+    draft, other = extract_drafts(examples, [[1, 0], [0]], bag_of_words, max_words=12)
+    assert draft == "The old mill was sold. Bob: Our mill burned down, the mill."  # passage 2 was not read
+    assert other == "Ann: no word of it here"
+    one, _ = extract_drafts(examples, [[0, 1], []], bag_of_words, max_words=3)
+    assert one == "Bob: Our mill burned down, the mill."  # one sentence at least
+    assert _ == ""
+
+
+def test_each_sentence_is_encoded_once_for_all_questions():
+    encoded = []
+
+    def encode(texts, kind):
+        encoded.extend(texts)
+        return bag_of_words(texts, kind)
+
+    passages = ["Ann: The coffee is cold. Ann likes the old mill."]
+    examples = [make_example(str(number), f"mill {number}", passages) for number in range(3)]
+    extract_drafts(examples, [[0]] * 3, encode, max_words=50)
+    assert len(encoded) == 2 + 3
+
+
+# ---- files
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_drafts_are_matched_by_id_from_hops_or_from_any_tools_predictions(tmp_path):
+    examples = [make_example(id, "q", ["one", "two", "three"]) for id in ("a", "b", "c", "d")]
+    hops = [{"draft": "first", "read": [2, 0]}, {"draft": " ", "read": []}, {"draft": "second"}]
+    path = write(tmp_path / "d.jsonl", {"id": "b", "prediction": "theirs"}, {"id": "a", "hops": hops},
+                 {"id": "d", "draft": "mine"}, {"id": "zzz", "draft": "of another file"})  # fmt: skip
+    assert read_drafts(path, examples) == [
+        [("first", [2, 0]), ("second", [])],
+        [("theirs", [])],
+        [],
+        [("mine", [])],
+    ]
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"id": "a"}, "d.jsonl:2: no 'draft', nor 'prediction' or 'hops' with drafts"),
+        ({"draft": "x"}, "d.jsonl:2: no 'id'"),
+        ({"id": "a", "hops": "x"}, "d.jsonl:2: 'hops' must be a list of"),
+        ({"id": "a", "hops": [{"draft": "x", "read": [1]}]}, "d.jsonl:2: 'read' holds 1, but there is 1 passage"),
+    ],
+)
+def test_a_bad_draft_is_named_with_its_line(tmp_path, bad, message):
+    path = write(tmp_path / "d.jsonl", {"id": "b", "draft": "good"}, bad)
+    with pytest.raises(DataError) as error:
+        read_drafts(path, [make_example("a", "q", ["one"]), make_example("b", "q", ["one"])])
+    assert message in str(error.value)
+
+
+def test_a_file_without_a_draft_for_any_example_is_refused(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"id": "x", "draft": "good"})
+    with pytest.raises(DataError, match="no draft for any of 1 examples, such as 'a'"):
+        read_drafts(path, [make_example("a", "q", ["one"])])

@@ -1,0 +1,127 @@
+"""Positives, negatives and drafts of the retriever's training pairs, as they are drawn."""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from utils.data.examples import Document, Example
+from utils.models.encoder import build_small_encoder, tokenize
+from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.pairs import Pairs, positives
+
+PASSAGES = ["the mill was sold", "a bridge over the river", "coffee for Ann", "the mill burned down", "nothing at all"]
+SECOND = ["tea for Bob", "the bridge is closed", "a long talk about the price of the bridge and of the mill"]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return build_small_encoder([*PASSAGES, *SECOND, "what about it?"], vocab_size=300, hidden_size=32, layers=1)
+
+
+def make_pairs(encoder, **flags):
+    documents = [Document("d1", PASSAGES), Document("d2", SECOND)]
+    examples = [
+        Example("a", "the mill", documents[0], ["The mill burned down."], [0, 3], [1, 3], None),
+        Example("b", "the bridge", documents[1], ["The bridge is closed."], None, None, None),
+        Example("c", "who left?", documents[0], ["Zoe!"], None, None, None),  # nothing to be learned from
+        Example("d", "coffee", documents[0], ["Coffee is for Ann."], [2], [3], None),
+    ]
+    defaults = {"seed": 1, "draft_share": 0.0, "drafts_file": None, "found_weight": 0.5, "negatives_pool": 2,
+                "num_positives": 1, "num_hard_negatives": 1, "negatives_margin": 0.05, "supervision": "evidence",
+                "oracle_passages": 5, "teacher": None}  # fmt: skip
+    args = SimpleNamespace(**defaults | flags)
+    return Pairs(args, examples, documents, encoder, lexical=bm25_rankings, accelerator=None)
+
+
+def draws(pairs, number, epochs=400):
+    return [pairs.draw(pairs.rows[number], epoch) for epoch in range(epochs)]
+
+
+def test_positives_are_marked_evidence_or_what_the_oracle_chooses(encoder):
+    pairs = make_pairs(encoder).rows
+    assert [pair.example.id for pair in pairs] == ["a", "b", "d"]
+    assert [pair.number for pair in pairs] == [0, 1, 2]
+    # numbered through both documents; those of the second begin at 5
+    assert [pair.document for pair in pairs] == [0, 5, 0]
+    assert [pair.evidence for pair in pairs] == [[0, 3], [6], [2]]
+    chosen = make_pairs(encoder, supervision="rouge").rows
+    assert [pair.evidence for pair in chosen] == [[3], [6], [2]]
+    example = pairs[0].example
+    assert positives(example, "evidence", 1) == ([0, 3], [1, 3])
+    assert positives(example, "rouge", 1) == ([3], [1])
+
+
+def test_each_epoch_draws_positives_by_their_gold_words_and_negatives_that_are_no_evidence(encoder):
+    pairs = make_pairs(encoder)
+    drawn = draws(pairs, 0)
+    assert all(search == pairs.rows[0].query for search, *_ in drawn)
+    positive, negative = zip(*(keys for *_, keys in drawn), strict=True)
+    shares = {key: times / len(drawn) for key, times in Counter(positive).items()}
+    assert shares == pytest.approx({0: 0.25, 3: 0.75}, abs=0.07)
+    assert set(negative) == set(pairs.rows[0].negatives[0]) and len(set(negative)) == 2
+    assert not {0, 3} & set(negative)
+    assert str(pairs.draw(pairs.rows[0], 7)) == str(make_pairs(encoder).draw(pairs.rows[0], 7))
+    assert str(drawn[:20]) != str([make_pairs(encoder, seed=2).draw(pairs.rows[0], epoch) for epoch in range(20)])
+    both = make_pairs(encoder, num_positives=4, num_hard_negatives=0)
+    assert {tuple(sorted(keys)) for *_, keys in draws(both, 0, 9)} == {(0, 3)}
+
+
+def test_drafts_of_the_references_are_searched_with_in_their_share(encoder):
+    pairs = make_pairs(encoder, draft_share=0.3)
+    drawn = draws(pairs, 0)
+    with_draft = [search for search, *_ in drawn if search != pairs.rows[0].query]
+    assert len(with_draft) / len(drawn) == pytest.approx(0.3, abs=0.07)
+    query, full = tokenize(encoder, ["the mill", "the mill The mill burned down."], "query")
+    assert all(search[: len(query) - 1] == query[:-1] and len(search) <= len(full) for search in with_draft)
+    # hard negatives are those of what is searched with
+    assert pairs.rows[0].searches == ["the mill", "the mill The mill burned down."]
+    pairs.set_negatives([[[1], [2]]] * 3)
+    drawn = draws(pairs, 0)
+    assert {keys[-1] for search, _, keys in drawn if search != pairs.rows[0].query} == {2}
+    assert sum(keys[-1] == 1 for *_, keys in drawn) / len(drawn) == pytest.approx(0.7, abs=0.07)
+
+
+def test_real_drafts_turn_the_weights_to_what_they_were_not_written_from(encoder, tmp_path):
+    path = tmp_path / "drafts.jsonl"
+    path.write_text("".join(
+        json.dumps({"id": id, "hops": [{"draft": "It was sold.", "read": [0]}]}) + "\n" for id in "abd"
+    ))  # fmt: skip
+    pairs = make_pairs(encoder, draft_share=1.0, drafts_file=str(path), found_weight=0.5)
+    search, weights, _ = pairs.draw(pairs.rows[0], 0)
+    assert search == tokenize(encoder, ["the mill It was sold."], "query")[0]
+    assert weights == pytest.approx(np.array([0.25 * 0.5, 0.75]) / 0.875)
+    assert pairs.draw(pairs.rows[2], 0)[1] == pytest.approx([1.0])  # its evidence is missing whole
+
+
+def test_mined_negatives_are_the_models_best_and_can_be_set_back(encoder):
+    pairs, asked = make_pairs(encoder, draft_share=0.5), []
+
+    def ranked(examples, top_k, queries):
+        assert top_k is None  # evidence may rank anywhere, and sets the limit
+        asked.extend(queries)
+        rankings = {  # what scores 4.9 is too close to the evidence that scores 5
+            "a": [(0, 5.0), (1, 4.9), (4, 3.0), (3, 2.0), (2, 1.0)],
+            "b": [(1, 5.0), (2, 4.0), (0, 3.0)],
+            "d": [(4, 6.0), (2, 5.0), (1, 4.9), (3, 2.0), (0, 1.0)],
+        }
+        return [rankings[example.id] for example in examples]
+
+    before = pairs.negatives()
+    pairs.mine(ranked)
+    assert asked == ["the mill", "the bridge", "coffee", "the mill The mill burned down.",
+                     "the bridge The bridge is closed.", "coffee Coffee is for Ann."]  # fmt: skip
+    assert pairs.negatives() == [[[4, 2]] * 2, [[7, 5]] * 2, [[3, 0]] * 2]
+    pairs.set_negatives(before)
+    assert pairs.negatives() == before
+
+
+def test_lengths_are_those_of_the_longest_that_any_epoch_draws(encoder):
+    pairs = make_pairs(encoder, draft_share=0.5, num_hard_negatives=2)
+    for number, (longest_search, longest_passages) in enumerate(pairs.lengths()):
+        drawn = draws(pairs, number, 100)
+        assert max(len(search) for search, *_ in drawn) <= longest_search
+        totals = [sum(len(pairs.passage_tokens[key]) for key in keys) for *_, keys in drawn]
+        assert max(totals) <= longest_passages

@@ -1,0 +1,1 @@
+"""Command line: flags, and how a script starts and ends."""

@@ -1,0 +1,1 @@
+"""Data: reading and checking examples, documents and corpora; writing the hand-over."""

@@ -1,0 +1,180 @@
+"""Reading and checking examples.
+
+`load_examples` reads one example a record, `{"id", "query", "passages" or "document", "summary", "evidence"}`, from
+JSON Lines, JSON, CSV, Parquet, a folder or the Hub. Examples about the same document share one `Document`, so that
+whatever is computed for a document is computed once.
+"""
+
+import itertools
+import os
+from pathlib import Path
+
+from utils.data.corpus import load_corpus
+from utils.data.documents import Shelf, Source, read_identifier
+from utils.data.examples import Corpus, Example, blocks
+from utils.data.fields import number_evidence, read_evidence, read_hops, read_ranking, read_summaries
+from utils.data.rows import Row, build_all, read_rows, shown
+from utils.data.trec import read_qrels
+from utils.errors import BadRecord, DataError
+
+
+def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[list[Example], list[Example]]:
+    """Training and validation examples as the flags of `DataArguments` say; without files, the embedded data set.
+
+    A folder or Hub name as `train_file` brings its own validation split. `rejected_file` as in `load_examples`. With
+    `corpus_file` all examples of both splits share one `Corpus`.
+    """
+    for name in ("train_qrels_file", "validation_qrels_file"):
+        if getattr(args, name) and not args.corpus_file:
+            raise DataError(f"--{name} needs --corpus_file, whose passages it names")
+    for name in ("documents_file", "validation_documents_file"):
+        if getattr(args, name) and args.corpus_file:
+            raise DataError(f"--{name} is not for examples that search a corpus; leave it out, or --corpus_file")
+    if args.corpus_file and not args.train_file:
+        raise DataError("--corpus_file needs --train_file, whose queries search it")
+    if not args.train_file:
+        if args.validation_file:
+            raise DataError("--validation_file needs --train_file")
+        from utils.data.sample import sample_examples
+
+        train = sample_examples("train", args.sample_documents)
+        validation = sample_examples("validation", max(1, min(50, args.sample_documents // 10)))
+        return train[: args.max_train_examples], validation[: args.max_eval_examples]
+    has_splits = Path(args.train_file).is_dir() or not Path(args.train_file).exists()
+    if not args.validation_file and not has_splits:
+        raise DataError("--train_file needs --validation_file")
+    options = args.reading_options()
+    if args.corpus_file:
+        options["corpus"] = load_corpus(
+            args.corpus_file, skip_bad_examples=args.skip_bad_examples, rejected_file=rejected_file
+        )
+    train = load_examples(
+        args.train_file,
+        split="train",
+        documents_file=args.documents_file,
+        qrels_file=args.train_qrels_file,
+        max_examples=args.max_train_examples,
+        rejected_file=rejected_file,
+        **options,
+    )
+    validation = load_examples(
+        args.validation_file or args.train_file,
+        split="validation",
+        documents_file=args.validation_documents_file or args.documents_file,
+        qrels_file=args.validation_qrels_file,
+        max_examples=args.max_eval_examples,
+        rejected_file=rejected_file,
+        **options,
+    )
+    return train, validation
+
+
+def load_examples(
+    path: str | os.PathLike,
+    *,
+    split: str = "train",
+    documents_file: str | os.PathLike | None = None,
+    corpus: Corpus | None = None,
+    qrels_file: str | os.PathLike | None = None,
+    dataset_config_name: str | None = None,
+    id_column: str = "id",
+    query_column: str = "query",
+    document_column: str = "document",
+    passages_column: str = "passages",
+    summary_column: str = "summary",
+    evidence_column: str = "evidence",
+    doc_id_column: str = "doc_id",
+    passage_words: int = 100,
+    merge_passages: bool = False,
+    require_summary: bool = True,
+    skip_bad_examples: bool = False,
+    rejected_file: str | os.PathLike | None = None,
+    max_examples: int | None = None,
+) -> list[Example]:
+    """Reads and checks the examples of a file, a folder or a Hub data set; raises DataError for anything unusable.
+
+    `split` and `dataset_config_name` matter for folders and Hub names only: a file is one split. With `documents_file`
+    the text comes from there, by doc_id; without it each record holds its own `passages` or, failing them, `document`.
+    With a `corpus` the records hold none: a query is wanted, a summary is not, and evidence is a list of the corpus's
+    ids; for records without, that of `qrels_file` (see `read_qrels`), by the records' ids.
+    `skip_bad_examples` goes on without bad records and writes them with reasons to `rejected_file`, which keeps what
+    other loaded files have there. `max_examples` (None or 0: all) stops reading after that many good examples.
+    """
+    if passage_words < 1:
+        raise DataError(f"--passage_words is {passage_words}, but a passage needs at least 1 word")
+    if corpus is not None and documents_file is not None:
+        raise DataError("--documents_file is not for examples that search a corpus; leave it out, or --corpus_file")
+    if corpus is not None and merge_passages:
+        raise DataError("--merge_passages is not for a corpus, whose passages are found by their ids; leave it out")
+    if corpus is None and qrels_file is not None:
+        raise DataError(f"{qrels_file}: evidence by the ids of a corpus needs --corpus_file")
+    columns = {
+        "id": id_column,
+        "query": query_column,
+        "document": document_column,
+        "passages": passages_column,
+        "summary": summary_column,
+        "evidence": evidence_column,
+        "doc_id": doc_id_column,
+    }
+    list_columns = (passages_column, evidence_column, "evidence_words", "retrieved", "hops")
+    rejection = {"skip": skip_bad_examples, "rejected_file": rejected_file}
+    shelf = Shelf(columns, passage_words, merge_passages)
+    own_text = documents_file is None and corpus is None
+    require_summary = require_summary and corpus is None
+    numbers: dict[str, int] = {}  # of the corpus's passages
+    qrels: dict[str, dict[str, int]] = {}
+
+    if corpus is not None:
+        numbers = {key: number for number, key in enumerate(itertools.chain.from_iterable(blocks(corpus.ids)))}
+        whole_corpus = Source(corpus, len(numbers), None)
+        if qrels_file is not None:
+            qrels = read_qrels(qrels_file, known_passages=numbers, **rejection)
+    elif not own_text:
+        rows = read_rows(documents_file, split, dataset_config_name, list_columns)
+        used = {field: columns[field] for field in ("doc_id", "document", "passages")}
+        build_all(rows, str(documents_file), shelf.add, used, [("doc_id",), ("document", "passages")], **rejection)
+
+    first_places: dict[str, str] = {}
+
+    def build_example(row: Row) -> Example:
+        record = row.record
+        # the ids of a qrels file are never row numbers, which would match by chance
+        example_id = read_identifier(record, id_column, **({} if qrels else {"default": str(row.number)}))
+        if example_id in first_places:
+            raise BadRecord(f"'{id_column}' is '{example_id}', as at {first_places[example_id]}; it must be unique")
+        query = record.get(query_column, "")
+        if not isinstance(query, str):
+            raise BadRecord(f"'{query_column}' must be a string, not {shown(query)}")
+        summaries = read_summaries(record, summary_column, require_summary)
+        if corpus is not None:
+            if not query.strip():
+                raise BadRecord(f"no '{query_column}' or an empty one; without a query a corpus cannot be searched")
+            source = whole_corpus
+            record = number_evidence(record, evidence_column, numbers, qrels.get(example_id, {}))
+        else:
+            source = shelf.take(row) if own_text else shelf.find(record, str(documents_file))
+        evidence, evidence_words = read_evidence(record, evidence_column, passages_column, source)
+        retrieved = read_ranking(record, passages_column, source)
+        hops = read_hops(record, passages_column, source)
+        first_places[example_id] = row.place
+        return Example(example_id, query, source.document, summaries, evidence, evidence_words, retrieved, hops)
+
+    rows = read_rows(path, split, dataset_config_name, list_columns)
+    text_fields = ("document", "passages") if own_text else ()
+    used = {field: columns[field] for field in ("id", "query", "summary", "evidence", "doc_id", *text_fields)}
+    required = [text_fields if own_text else ("doc_id",)]
+    if corpus is not None:
+        del used["doc_id"]
+        required = [("query",), ("id",)] if qrels else [("query",)]
+    if require_summary:
+        required.append(("summary",))
+    else:
+        del used["summary"]  # a file to be summarized need not have the column that the training file has
+    examples = build_all(rows, str(path), build_example, used, required, max_built=max_examples, **rejection)
+    if qrels and not max_examples and not any(example.id in qrels for example in examples):
+        raise DataError(
+            f"{qrels_file}: none of its queries, such as '{next(iter(qrels))}', is among the examples of {path}, such "
+            f"as '{examples[0].id}'; name the field of their ids with --id_column"
+        )
+    return examples

@@ -1,0 +1,69 @@
+"""A long output made in parts: each is kept once it is done, so that a run that was stopped continues.
+
+A part is a JSON Lines file: what it cost, then a record for each example of its block.
+"""
+
+import itertools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.data.examples import Example
+from utils.files import write_jsonl
+
+
+def write_parts(
+    parts: Path,
+    examples: Sequence[Example],
+    blocks: Sequence[list[int]],
+    work: Callable,
+    *,
+    say: Callable,
+    accelerator,
+    poll: Callable,
+    show_bar: bool = False,
+) -> None:
+    """Writes a part for each block of example numbers, those that are not there yet; called on all processes.
+
+    Args:
+        parts: the folder, whose name ends with a dot and a key of all that decides what is written. Folders of the same
+            name with other keys are removed.
+        work: `work(examples)` returns what they cost, by hop, and their records; each process calls it for blocks of
+            its own.
+        say: says a line to the user.
+        poll: called on all processes between two blocks; may raise.
+    """
+    if accelerator.is_main_process:
+        for other in parts.parent.glob(f"{parts.stem}.*"):
+            if other != parts:
+                shutil.rmtree(other)
+        parts.mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+    remaining = [number for number in range(len(blocks)) if not (parts / f"{number}.jsonl").exists()]
+    if len(remaining) < len(blocks):
+        say(f"{len(blocks) - len(remaining)} of {len(blocks)} parts were done before")
+    accelerator.wait_for_everyone()  # before any of them writes another
+    processes = accelerator.num_processes
+    for first in tqdm(range(0, len(remaining), processes), disable=not show_bar):
+        poll()
+        if first + accelerator.process_index < len(remaining):
+            number = remaining[first + accelerator.process_index]
+            costs, records = work([examples[i] for i in blocks[number]])
+            write_jsonl(parts / f"{number}.jsonl", itertools.chain([{"costs": costs}], records))
+    accelerator.wait_for_everyone()
+
+
+def read_parts(parts: Path, blocks: Sequence[list[int]], num_hops: int) -> tuple[list[dict], list[Counter]]:
+    """The records of all blocks, in the examples' order, and the sum of what each hop cost."""
+    records, costs = [None] * sum(map(len, blocks)), [Counter() for _ in range(num_hops)]
+    for number, numbers in enumerate(blocks):
+        with (parts / f"{number}.jsonl").open(encoding="utf-8") as lines:
+            for total, cost in zip(costs, json.loads(next(lines))["costs"], strict=False):
+                total.update(cost)
+            for i, line in zip(numbers, lines, strict=True):
+                records[i] = json.loads(line)
+    return records, costs

@@ -1,0 +1,46 @@
+"""Words of a text, as BM25 counts them and as ROUGE counts them.
+
+Importing this module is fast; `rouge_score` and `evaluate` take seconds.
+"""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import bm25s
+import Stemmer
+
+
+def search_words(texts: Sequence[str], stopwords: str = "en") -> list[list[str]]:
+    """The words that BM25 counts in each text: those of two characters and more, lower-cased, stemmed, no stopwords."""
+    # a stemmer of PyStemmer must not be shared between threads, and costs nothing to make
+    stemmer = Stemmer.Stemmer("english")
+    return bm25s.tokenize(list(texts), stopwords=stopwords, stemmer=stemmer, return_ids=False, show_progress=False)
+
+
+# Scripts written without spaces (kana, Han): each character is a word.
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+ROUGE_WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
+
+
+@functools.lru_cache(maxsize=2**14)
+def rouge_words(text: str) -> tuple[str, ...]:
+    """Lower-cased, stemmed words; of ASCII text exactly those of rouge-score with `use_stemmer=True`.
+
+    rouge-score drops every character but a-z and 0-9; here letters and digits of all scripts count.
+    """
+    words = ROUGE_WORD.findall(unicodedata.normalize("NFC", text.lower()))
+    return tuple(_porter_stem(word) if len(word) > 3 else word for word in words)
+
+
+@functools.lru_cache(maxsize=2**17)
+def _porter_stem(word: str) -> str:
+    return _porter_stemmer().stem(word)
+
+
+@functools.cache
+def _porter_stemmer():
+    from nltk.stem.porter import PorterStemmer  # here: importing nltk takes more than a second
+
+    return PorterStemmer()

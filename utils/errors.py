@@ -1,0 +1,50 @@
+"""The exceptions that end a script with a readable line; `exit_code` is what the script then exits with."""
+
+import signal
+
+
+class UsageError(ValueError):
+    """Flags or files that a run cannot start from; the message is one line and names the remedy."""
+
+    exit_code = 2
+
+
+class DataError(ValueError):
+    """Data that cannot be used; `str(error)` is the complete message, with place and remedy."""
+
+    exit_code = 2
+
+
+class BadRecord(Exception):
+    """What is wrong with one record; caught where the file and the line are known."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be used; names the folder, the file and what is wrong with it."""
+
+    exit_code = 2
+
+
+class Diverged(Exception):
+    """Training cannot continue: too many dropped steps, a loss scale below its floor, or processes that disagree."""
+
+    exit_code = 3
+
+
+class CheckpointError(Exception):
+    """A write failed, for example because the disk is full; everything written before is intact."""
+
+    exit_code = 74
+
+
+class Interrupted(Exception):
+    """One of the processes received a signal where no step can be finished and saved.
+
+    Attributes:
+        number: the signal's number.
+        exit_code: 128 + number.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"{signal.Signals(number).name}; the same command goes on from here")
+        self.number, self.exit_code = number, 128 + number

@@ -1,0 +1,1 @@
+"""Evaluation: ROUGE, retrieval scores and confidence intervals."""

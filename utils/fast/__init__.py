@@ -1,0 +1,1 @@
+"""Optional accelerations; without this room the suite runs, slower."""

@@ -1,0 +1,450 @@
+"""Padding removed inside an encoder: the sequences of a batch laid end to end, with attention within each.
+
+`remove_padding(retriever)` hooks the packing around the encoder of a SentenceTransformer: its token-wise layers see
+(1, real tokens, hidden). What goes in stays padded (texts, tokens), and so does what comes out, unless a processor
+pools it next: then it is flat, in sentence-transformers' own way. `remove_padding_of_both(model)` lets an
+encoder-decoder take sequences that are `laid_end_to_end`, which must also span whatever computes the forward pass anew,
+such as activation checkpointing. Nothing of either is saved with the model.
+The idea is that of "Efficient Sequence Packing without Cross-contamination" (Krell et al., 2021, arXiv:2107.02027).
+"""
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+
+import numpy as np
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+logger = logging.getLogger(__name__)
+LONGEST_KEPT = 512  # tokens; attention weights of longer sequences are computed anew in the backward pass
+NAME = "packed"
+
+
+@dataclass
+class Packing:
+    """Where the tokens of a batch lie.
+
+    Attributes:
+        shape: (texts, tokens) of the padded batch.
+        index: (real tokens,) their places in the flattened padded batch, text by text; then, on processors, copies of
+            one that round a large batch's number of tokens up, and are a text to themselves.
+        real: how many are no such copies.
+        lengths: tokens of each text.
+        layouts: how they lie for attention, once computed.
+        features: the padded batch.
+    """
+
+    shape: tuple[int, int]
+    index: torch.Tensor
+    real: int
+    lengths: list[int]
+    layouts: dict = field(default_factory=dict)
+    features: dict = field(default_factory=dict)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(texts, tokens, ...) -> (1, real tokens, ...)"""
+        return tensor.flatten(0, 1).index_select(0, self.index)[None]
+
+    def unpack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(1, real tokens, ...) -> (texts, tokens, ...), zeros as padding."""
+        texts, tokens = self.shape
+        rows = tensor.new_zeros(texts * tokens, *tensor.shape[2:])
+        return rows.index_copy(0, self.index[: self.real], tensor[0, : self.real]).unflatten(0, (texts, tokens))
+
+
+def plan_packing(attention_mask: torch.Tensor) -> Packing:
+    """The packing of a batch whose `attention_mask` (texts, tokens) is 1 at real tokens."""
+    lengths = attention_mask.sum(1).tolist()
+    index = attention_mask.flatten().nonzero()[:, 0]
+    count = len(index)
+    # a new number of rows has oneDNN compile new kernels, milliseconds and a megabyte for each layer
+    extra = -count % 64 if count >= 2048 and index.device.type == "cpu" else 0
+    index = torch.cat([index, index[-1:].expand(extra)])
+    lengths += [extra] * bool(extra)
+    return Packing(tuple(attention_mask.shape), index, count, lengths)
+
+
+@dataclass
+class Layout:
+    """How sequences lie for attention on a processor: heads apart, lengths rounded up, those of equal length together.
+
+    Attributes:
+        groups: sequences that attend side by side, few enough for the processor's cache. Each is (first row of the
+            queries, first row of the keys, sequences times heads, queries, keys, what hides the keys' padding or None).
+        rows, key_rows: (rows,) where each row is in (tokens * heads, d).
+        places, key_places: (tokens * heads,) where each row came to lie.
+        padding: (padded rows,) of the queries.
+    """
+
+    groups: list[tuple[int, int, int, int, int, torch.Tensor | None]]
+    rows: torch.Tensor
+    key_rows: torch.Tensor
+    places: torch.Tensor
+    key_places: torch.Tensor
+    padding: torch.Tensor
+
+
+STEP = 16  # to which lengths are rounded up: oneDNN compiles a kernel for each shape that it meets
+
+
+def lay_out(lengths: list[int], key_lengths: list[int], heads: int) -> Layout:
+    """The layout of sequences of queries, end to end, each with its own sequence of keys."""
+    shapes = [(-(-length // STEP) * STEP, -(-keys // STEP) * STEP) for length, keys in zip(lengths, key_lengths,
+                                                                                          strict=True)]  # fmt: skip
+    if any(keys and not length for length, keys in zip(lengths, key_lengths, strict=True)):
+        raise ValueError("a sequence without a query has keys")
+    starts, key_starts = np.cumsum([0, *lengths]), np.cumsum([0, *key_lengths])
+    groups, rows, key_rows, real, key_real = [], [], [], [], []
+    at = key_at = 0
+    by_shape = sorted((i for i, length in enumerate(lengths) if length), key=shapes.__getitem__)
+    for (longest, longest_key), run in groupby(by_shape, key=shapes.__getitem__):
+        run = list(run)
+        while run:
+            count = 1 << (min(len(run), max(1, 128 // max(longest, longest_key))).bit_length() - 1)
+            part, run = run[:count], run[count:]
+            here = _rows(starts[part], np.take(lengths, part), longest, heads)
+            there = _rows(key_starts[part], np.take(key_lengths, part), longest_key, heads)
+            hidden = None
+            if not there[1].all():
+                hidden = torch.zeros(count * heads, 1, longest_key)
+                hidden[torch.from_numpy(~there[1]).view(-1, 1, longest_key)] = float("-inf")
+            groups.append((at, key_at, count * heads, longest, longest_key, hidden))
+            for every, one in zip((rows, real, key_rows, key_real), (*here, *there), strict=True):
+                every.append(one)
+            at, key_at = at + len(here[0]), key_at + len(there[0])
+    rows, real, key_rows, key_real = map(np.concatenate, (rows, real, key_rows, key_real))
+    places, key_places = np.empty(starts[-1] * heads, dtype=np.int64), np.empty(key_starts[-1] * heads, dtype=np.int64)
+    places[rows[real]], key_places[key_rows[key_real]] = real.nonzero()[0], key_real.nonzero()[0]
+    tensors = (rows, key_rows, places, key_places, (~real).nonzero()[0])
+    return Layout(groups, *map(torch.from_numpy, tensors))
+
+
+def _rows(starts, lengths, longest: int, heads: int):
+    """(sequences * heads * longest,) rows of some sequences, the last one in place of padding; and which are real."""
+    places = np.arange(longest)
+    tokens = starts[:, None] + np.minimum(places, lengths[:, None] - 1)
+    rows = tokens[:, None, :] * heads + np.arange(heads)[:, None]
+    return rows.ravel(), np.broadcast_to((places < lengths[:, None])[:, None], rows.shape).ravel()
+
+
+def _unseen(length: int, causal: bool, window: int | None, device) -> torch.Tensor:
+    """(length, length), true where a token must not see another."""
+    ahead = torch.arange(length, device=device) - torch.arange(length, device=device)[:, None]
+    return (ahead > 0 if causal else ahead.new_zeros((), dtype=torch.bool)) | (ahead.abs() >= (window or length))
+
+
+class _Attention(torch.autograd.Function):
+    """Softmax attention by matrix products of each group, in which weights stay in the cache.
+
+    On processors this is several times faster than PyTorch's fused kernel, above all in bf16 and backward.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout, scale, causal, window):
+        dtype, heads, d = query.dtype, *query.shape[1:]
+        q = query.reshape(-1, d).index_select(0, layout.rows)
+        k, v = (tensor.to(dtype).reshape(-1, d).index_select(0, layout.key_rows) for tensor in (key, value))
+        out, weights, keep = torch.empty_like(q), [], any(ctx.needs_input_grad)
+        with torch.autocast("cpu", enabled=False):
+            for (q_g, out_g), (k_g, v_g), hidden in _groups(layout, (q, out), (k, v)):
+                bias = q.new_empty(1, 1, 1) if hidden is None else hidden.to(dtype)
+                scores = torch.baddbmm(bias, q_g, k_g.transpose(1, 2), beta=float(hidden is not None), alpha=scale)
+                if causal or (window and scores.shape[1] > window):
+                    unseen = _unseen(scores.shape[1], causal, window, scores.device)
+                    scores.masked_fill_(unseen, torch.finfo(dtype).min)  # finite: padding may see nothing at all
+                probabilities = scores.softmax(-1)  # computed in float32, also of bf16
+                torch.bmm(probabilities, v_g, out=out_g)
+                if keep:
+                    weights.append(probabilities)
+        if keep:
+            ctx.save_for_backward(q, k, v, *weights)
+        ctx.layout, ctx.scale, ctx.dtypes = layout, scale, (query.dtype, key.dtype, value.dtype)
+        return out.index_select(0, layout.places).view(-1, heads, d)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        q, k, v, *weights = ctx.saved_tensors
+        layout, (heads, d) = ctx.layout, gradient.shape[1:]
+        g = gradient.reshape(-1, d).index_select(0, layout.rows).index_fill_(0, layout.padding, 0)
+        for_query, for_key, for_value = (torch.empty_like(rows) for rows in (q, k, v))
+        groups = _groups(layout, (q, g, for_query), (k, v, for_key, for_value))
+        for p, ((q_g, g_g, query_out), (k_g, v_g, key_out, value_out), _) in zip(weights, groups, strict=True):
+            dp = torch.bmm(g_g, v_g.transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
+            torch.bmm(ds, k_g, out=query_out)
+            torch.bmm(ds.transpose(1, 2), q_g, out=key_out)
+            torch.bmm(p.transpose(1, 2), g_g, out=value_out)
+        places = (layout.places, layout.key_places, layout.key_places)
+        gradients = (
+            rows.index_select(0, place).view(-1, heads, d).to(dtype)
+            for rows, place, dtype in zip((for_query, for_key, for_value), places, ctx.dtypes, strict=True)
+        )
+        return *gradients, None, None, None, None
+
+
+def _groups(layout: Layout, rows: tuple, key_rows: tuple):
+    """For each group its parts of tensors of query and of key rows, (sequences * heads, tokens, d), and what hides."""
+    for at, key_at, count, length, key_length, hidden in layout.groups:
+        yield (
+            [tensor[at : at + count * length].view(count, length, -1) for tensor in rows],
+            [tensor[key_at : key_at + count * key_length].view(count, key_length, -1) for tensor in key_rows],
+            hidden,
+        )
+
+
+def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout) -> torch.Tensor:
+    """PyTorch's own kernel, one sequence after the other: for dropout, long sequences, and float32 on a GPU."""
+    parts = []
+    each = (
+        tensor.transpose(0, 1)[None].split(of, 2)
+        for tensor, of in ((query, lengths), (key, key_lengths), (value, key_lengths))
+    )
+    for q, k, v in zip(*each, strict=True):
+        windowed = window and q.shape[2] > window
+        mask = ~_unseen(q.shape[2], causal, window, q.device) if windowed else None
+        parts.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale
+            )
+        )
+    return torch.cat(parts, 2)[0].transpose(0, 1)
+
+
+def _attend(query, key, value, lengths, key_lengths, layouts, *, scale, causal=False, window=None, dropout=0.0):
+    """(tokens, heads, d) -> (tokens, heads, d), each sequence of queries to its own sequence of keys.
+
+    `layouts` keeps what all layers of a forward pass have in common.
+    """
+    longest, longest_key = max(lengths), max(key_lengths)
+    has_kernel = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if has_kernel and query.dtype != torch.float32 and not dropout and not window:
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+        key_starts = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=query.device)
+        seen = (-1, 0) if causal else (-1, -1)
+        return varlen_attn(query, key, value, starts, key_starts, longest, longest_key, scale=scale, window_size=seen)
+    if query.device.type == "cpu" and not dropout and longest * longest_key <= LONGEST_KEPT**2:
+        kind = (query.shape[1], key_lengths is lengths)
+        if kind not in layouts:
+            layouts[kind] = lay_out(lengths, key_lengths, query.shape[1])
+        return _Attention.apply(query, key, value, layouts[kind], scale, causal, window)
+    return _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout)
+
+
+def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, **options):
+    """An attention function of Transformers: (1, heads, tokens, d) -> (1, tokens, heads, d), within each sequence."""
+    if packing is None:  # a call that nobody packed
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    window = options.get("sliding_window")
+    unknown = [name for name in ("position_bias", "softcap", "s_aux", "cache") if options.get(name) is not None]
+    if attention_mask is not None or unknown or getattr(module, "is_causal", False) or query.shape != key.shape:
+        raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    lengths = packing.lengths
+    out = _attend(query, key, value, lengths, lengths, packing.layouts, scale=scale, window=window, dropout=dropout)
+    return out[None], None
+
+
+def _mask(*arguments, attention_mask=None, **options):
+    # a packed batch comes without a mask; sentence-transformers gives one with every other
+    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def _pack(transformer, arguments):
+    features = arguments[0]
+    mask = features.get("attention_mask")
+    if mask is None or mask.ndim != 2 or not is_packed(transformer):
+        return None
+    packing = plan_packing(mask)
+    packing.features = features
+    packed = {
+        name: packing.pack(value) if torch.is_tensor(value) and value.shape == mask.shape else value
+        for name, value in features.items()
+        if name != "attention_mask"
+    }
+    places = packing.index[None] % mask.shape[1] + _first_position(transformer.auto_model)
+    return ({**packed, "position_ids": places, "packing": packing},)
+
+
+def _unpack(transformer, arguments, output):
+    packing = output.pop("packing", None)
+    if packing is None:
+        return None
+    output |= packing.features  # as they came: ids and mask
+    output.pop("position_ids")
+    if transformer.is_pooled_packed and output["token_embeddings"].device.type == "cpu":
+        output["token_embeddings"] = output["token_embeddings"][:, : packing.real]
+        output["cu_seq_lens_q"] = torch.tensor([0, *accumulate(packing.lengths[: packing.shape[0]])])
+    else:
+        output["token_embeddings"] = packing.unpack(output["token_embeddings"])
+    if "all_layer_embeddings" in output:
+        output["all_layer_embeddings"] = tuple(map(packing.unpack, output["all_layer_embeddings"]))
+    return output
+
+
+def _first_position(encoder) -> int:
+    """0, or for RoBERTa and its kin the position after the padding's id."""
+    for module in encoder.modules():
+        if isinstance(getattr(module, "padding_idx", None), int) and hasattr(module, "position_embeddings"):
+            return module.padding_idx + 1
+    return 0
+
+
+def is_packed(transformer) -> bool:
+    """Whether batches go through this sentence-transformers `Transformer` module without their padding."""
+    encoder = getattr(transformer, "auto_model", None)
+    return encoder is not None and encoder.config._attn_implementation == NAME
+
+
+@torch.no_grad()
+def remove_padding(retriever) -> bool:
+    """Packs the batches of a SentenceTransformer's encoder from now on, where that changes no embedding.
+
+    False, and the batches stay padded, for an encoder whose attention cannot be replaced, and for one that answers
+    otherwise on three random texts, longer than its sliding window if it has one.
+    """
+    # only for those who have one anyhow: it takes seconds
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    transformer = retriever[0]
+    if not isinstance(transformer, Transformer) or transformer.modality_config.keys() != {"text"}:
+        return False
+    encoder, config = transformer.auto_model, transformer.auto_model.config
+    if not encoder.is_backend_compatible() or not hasattr(config, "vocab_size"):
+        return False
+    before, was_training = config._attn_implementation, transformer.training
+    longest = 2 * (getattr(config, "sliding_window", None) or 0) + 40
+    longest = min(longest, getattr(config, "max_position_embeddings", longest + 8) - 8)
+    mask = (torch.arange(longest) < torch.tensor([[longest], [5], [20]])).long()
+    ids = torch.randint(
+        config.vocab_size // 2, config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)
+    )
+    features = {"input_ids": ids.to(encoder.device), "attention_mask": mask.to(encoder.device)}
+    transformer.is_pooled_packed = False  # while padded outputs are compared
+    transformer.eval()
+    handles = []
+    try:
+        expected = transformer(dict(features))["token_embeddings"]
+        encoder.set_attn_implementation(NAME)
+        if transformer.model_forward_params is not None:  # the names that sentence-transformers hands on
+            transformer.model_forward_params |= {"position_ids", "packing"}
+        handles = [transformer.register_forward_pre_hook(_pack), transformer.register_forward_hook(_unpack)]
+        packed = transformer(dict(features))["token_embeddings"]
+        if ((packed - expected)[mask.bool()]).abs().max() <= 1e-4 * expected.abs().max():
+            transformer.is_pooled_packed = len(retriever) > 1 and isinstance(retriever[1], Pooling)
+            return True
+    except Exception as error:  # whatever a foreign model says to it, its batches stay padded
+        logger.info("batches stay padded: %s", error)
+    finally:
+        transformer.train(was_training)
+    for handle in handles:
+        handle.remove()
+    encoder.set_attn_implementation(before)
+    return False
+
+
+BOTH = "packed_encoder_decoder"
+_now: list[dict] = []  # lengths of what is being attended, and their layouts; innermost last
+
+
+@contextmanager
+def laid_end_to_end(lengths: list[int], key_lengths: list[int] | None = None):
+    """Within it, attention of an encoder-decoder given to `remove_padding_of_both` is within sequences of `lengths`.
+
+    Its inputs are then (1, sum of lengths). `key_lengths`: those of the encoder's tokens that each sequence of the
+    decoder reads.
+    """
+    _now.append({"self": lengths, "cross": key_lengths or lengths, "layouts": {}})
+    try:
+        yield
+    finally:
+        _now.pop()
+
+
+def _attention_of_both(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
+    if not _now:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    if options.get("position_bias") is not None:
+        raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
+    causal = bool(getattr(module, "is_causal", False))
+    lengths = _now[-1]["self"]
+    key_lengths = lengths if causal else _now[-1]["cross"]
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layouts = _now[-1]["layouts"]
+    out = _attend(query, key, value, lengths, key_lengths, layouts, scale=scale, causal=causal, dropout=dropout)
+    return out[None], None
+
+
+def _mask_of_both(*arguments, **options):
+    return None if _now else sdpa_mask(*arguments, **options)
+
+
+AttentionInterface.register(BOTH, _attention_of_both)
+AttentionMaskInterface.register(BOTH, _mask_of_both)
+
+
+def _ask_for_all_positions(module, arguments, options):
+    if not _now:
+        return None
+    longest = max(_now[-1]["self"])
+    first, *others = arguments
+    first = first.new_zeros(1, longest) if torch.is_tensor(first) else (1, longest)
+    return (first, *others), {name: value for name, value in options.items() if name != "position_ids"}
+
+
+def _take_each_position(module, arguments, output):
+    if not _now:
+        return None
+    places = torch.cat([torch.arange(length, device=output.device) for length in _now[-1]["self"]])
+    return output.index_select(-2, places)  # whose gradient adds up in one order, unlike that of [places]
+
+
+@torch.no_grad()
+def remove_padding_of_both(model) -> bool:
+    """Makes an encoder-decoder take sequences that are `laid_end_to_end`; with others it does what it did.
+
+    False, and nothing is changed, for a model whose attention or positions cannot be replaced, and for one that answers
+    otherwise on three random examples.
+    """
+    encoder, decoder, config = model.get_encoder(), model.get_decoder(), model.config
+    positions = [getattr(stack, "embed_positions", None) for stack in (encoder, decoder)]
+    if None in positions or not hasattr(config, "vocab_size"):
+        return False
+    before, was_training, handles = config._attn_implementation, model.training, []
+    generator = torch.Generator().manual_seed(0)
+    lengths, targets = [9, 3, 6], [4, 7, 2]
+    ids, labels = (torch.randint(3, config.vocab_size, (3, 9), generator=generator).to(model.device) for _ in range(2))
+    mask = torch.arange(9, device=model.device) < torch.tensor(lengths, device=model.device)[:, None]
+    real = torch.arange(9, device=model.device) < torch.tensor(targets, device=model.device)[:, None]
+    model.eval()
+    try:
+        expected = model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=labels).logits[real]
+        for module in positions:
+            handles.append(module.register_forward_pre_hook(_ask_for_all_positions, with_kwargs=True))
+            handles.append(module.register_forward_hook(_take_each_position))
+        model.set_attn_implementation(BOTH)
+        with laid_end_to_end(lengths):
+            hidden = encoder(input_ids=ids[mask][None])
+        with laid_end_to_end(targets, lengths):
+            packed = model(encoder_outputs=hidden, decoder_input_ids=labels[real][None], use_cache=False).logits[0]
+        if (packed - expected).abs().max() <= 1e-4 * expected.abs().max():
+            return True
+    except Exception as error:  # whatever a foreign model says to it, its batches stay padded
+        logger.info("batches stay padded: %s", error)
+    finally:
+        model.train(was_training)
+    for handle in handles:
+        handle.remove()
+    model.set_attn_implementation(before)
+    return False

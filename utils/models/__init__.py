@@ -1,0 +1,1 @@
+"""Models: the retriever's encoder, the summarizer, their losses and tokenizers."""

@@ -1,0 +1,67 @@
+"""Label-smoothed cross entropy, also without holding the logits of the whole vocabulary."""
+
+import torch
+
+from utils.fast.cpu import multiply
+
+
+def label_smoothed_loss(logits, targets, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed label-smoothed cross entropy and the summed plain one, in nats; logits (tokens, vocabulary).
+
+    Smoothing spreads its share over the whole vocabulary (Szegedy et al., 2016, arXiv:1512.00567).
+    """
+    log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
+    nll = -log_probabilities.gather(1, targets[:, None]).sum()
+    uniform = -log_probabilities.mean(-1).sum()
+    return (1 - smoothing) * nll + smoothing * uniform, nll.detach()
+
+
+def vocabulary_loss(hidden, targets, smoothing: float, weight, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`label_smoothed_loss` of ``hidden @ weight.T + bias``, of which a part exists at any time.
+
+    The gradient is made along with the loss, in chunks of tokens, so that logits are computed once and never kept
+    (Hsu et al., 2024, arXiv:2410.10989). hidden (tokens, width), weight (vocabulary, width), bias (1, vocabulary).
+    """
+    # autograd says what needs a gradient even where none is made, and nothing of that within the function
+    return _VocabularyLoss.apply(hidden, targets, smoothing, weight, bias, torch.is_grad_enabled())
+
+
+class _VocabularyLoss(torch.autograd.Function):
+    LOGITS = 2**25  # in a chunk at most
+
+    @staticmethod
+    def forward(ctx, hidden, targets, smoothing, weight, bias, with_gradient):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
+        nll, uniform = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        scale = 2**10 if dtype == torch.float16 else 1  # in which the gradient of what is well predicted would vanish
+        size = max(1, _VocabularyLoss.LOGITS // len(weight))
+        for start in range(0, len(hidden), size):
+            rows, labels = low_hidden[start : start + size], targets[start : start + size]
+            logits = multiply(rows, low_weight.T)
+            if bias is not None:
+                logits = logits + bias
+            log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
+            nll -= log_probabilities.gather(1, labels[:, None]).sum()
+            uniform -= log_probabilities.mean(-1).sum()
+            if with_gradient:
+                gradient = log_probabilities.exp_().sub_(smoothing / len(weight))
+                gradient[torch.arange(len(labels), device=labels.device), labels] -= 1 - smoothing
+                gradient = gradient.mul_(scale).to(dtype) if scale > 1 else gradient.to(dtype)
+                grad_hidden[start : start + size] = multiply(gradient, low_weight)
+                grad_weight += multiply(gradient.T, rows)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.dtype)
+        ctx.mark_non_differentiable(nll)
+        return (1 - smoothing) * nll + smoothing * uniform, nll
+
+    @staticmethod
+    def backward(ctx, outer, _):
+        for_hidden, for_weight = (
+            gradient.mul_(outer / ctx.scale).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return for_hidden, None, None, for_weight, None, None

@@ -1,0 +1,1 @@
+"""Retrieval: ranking passages, and the training pairs of the retriever."""

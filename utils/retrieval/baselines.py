@@ -1,0 +1,30 @@
+"""Rankings that use no retriever: lead, random and oracle."""
+
+import random
+from collections.abc import Iterable
+
+from utils.data.examples import Example, Ranking
+from utils.retrieval.oracle import greedy_rouge_oracle
+
+
+def lead_ranking(example: Example, top_k: int | None = None) -> Ranking:
+    """Ranks the passages in document order."""
+    return _in_order(range(len(example.document.passages)), top_k)
+
+
+def random_ranking(example: Example, top_k: int | None = None, seed: int = 42) -> Ranking:
+    """Shuffles the passages, in the same way for the same example id and seed in every process and run."""
+    passages = list(range(len(example.document.passages)))
+    random.Random(f"{seed} {example.id}").shuffle(passages)
+    return _in_order(passages, top_k)
+
+
+def oracle_ranking(example: Example, top_k: int | None = None) -> Ranking:
+    """Ranks the evidence, in document order, and nothing else; without evidence, the greedy ROUGE oracle's choice."""
+    if example.evidence:
+        return _in_order(sorted(example.evidence), top_k)
+    return _in_order(greedy_rouge_oracle(example.document.passages, example.summaries, max_passages=top_k), top_k)
+
+
+def _in_order(passages: Iterable[int], top_k: int | None) -> Ranking:
+    return [(passage, 1 / position) for position, passage in enumerate(passages, start=1)][:top_k]

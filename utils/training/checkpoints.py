@@ -1,0 +1,208 @@
+"""A run's checkpoints: saving them while training goes on, and resuming from them."""
+
+import json
+import shutil
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from threading import Thread
+
+from accelerate.utils import DistributedType, broadcast_object_list
+
+from utils.errors import CheckpointError, DamagedCheckpoint, UsageError
+from utils.training import checkpoint_files
+from utils.training.loop_state import LoopState
+from utils.training.sharding import gather_tensors, restore_tensors
+
+
+class Checkpoints:
+    """A run's checkpoints: saves everything that it needs to go on bit for bit, and goes on from there.
+
+    Training goes on while a checkpoint is written: only the copying of its tensors is waited for. DeepSpeed keeps its
+    state in a form of its own, which is not saved: the log says so. A checkpoint and the run that goes on from it must
+    have in common `data`, a digest of what is trained on, and `shape(epoch)`, what decides which examples a step holds.
+    """
+
+    def __init__(self, accelerator, args, run_folder: Path, log, signals, *, model, optimizer, scheduler, data, shape):
+        self.accelerator, self.args, self.log, self.signals = accelerator, args, log, signals
+        self.model, self.optimizer, self.scheduler, self.data, self.shape = model, optimizer, scheduler, data, shape
+        self.run_folder, self.folder = run_folder, run_folder / "checkpoints"
+        self.copies: dict | None = None  # of the tensors that are being written
+        self.is_writing = False
+        self.thread: Thread | None = None  # on the main process
+        self.error: BaseException | None = None
+
+    def fingerprint(self, epoch: int) -> dict:
+        """What a checkpoint must have in common with a run that goes on from it."""
+        return {
+            "data": self.data,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "seed": self.args.seed,
+            "precision": self.accelerator.mixed_precision,
+            "shape": self.shape(epoch),
+        }
+
+    def save(self, state: LoopState, meters: dict, *, is_best: bool) -> None:
+        """Copies the state and starts to write it; called on all processes. Raises what `wait` raises."""
+        self.wait()
+        place = {"step": state.step, "epoch": state.epoch}
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.log("checkpoint_skipped", **place, reason="not supported with DeepSpeed")
+            return
+        self.copies = gather_tensors(self.accelerator, self.model, self.optimizer, self.copies)
+        state.meters = {name: meter.state(self.accelerator) for name, meter in meters.items()}
+        scaler = self.accelerator.scaler
+        content = {
+            "loop": asdict(state),
+            "scheduler": {name: value for name, value in self.scheduler.state_dict().items() if name != "lr_lambdas"},
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        if self.accelerator.is_main_process:
+            event = {**place, "folder": str(self.folder / f"step_{state.step:08d}"), "is_best": is_best}
+            content = json.loads(json.dumps(content))  # a copy: the loop goes on to change what is in it
+            contents = {"state": content, "fingerprint": self.fingerprint(state.epoch), "is_best": is_best}
+            self.thread = Thread(target=self._write, args=(event, contents), name=checkpoint_files.WRITER)
+            self.thread.start()
+        self.is_writing = True
+
+    def _write(self, event: dict, contents: dict) -> None:
+        try:
+            limit = self.args.checkpoints_total_limit
+            checkpoint_files.save(self.folder, event["step"], self.copies, **contents, limit=limit)
+            self.log("checkpoint", **event)
+        except BaseException as error:
+            self.error = error
+            self.signals.received = signal.SIGTERM  # ends the step loop, on all processes: they then come to `wait`
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete; called on all processes. Raises CheckpointError if it is not."""
+        if not self.is_writing:
+            return
+        if self.thread:
+            self.thread.join()
+        failure = [self.error and (str(self.error) or repr(self.error))]
+        broadcast_object_list(failure)  # so that all processes end with the same code
+        if failure[0]:
+            raise CheckpointError(failure[0]) from self.error
+        self.is_writing, self.thread = False, None
+
+    def resume(self) -> tuple[LoopState, Path | None, dict | None]:
+        """Restores model, optimizer and schedule from where `--resume_from_checkpoint` or `--init_from` say.
+
+        Returns the loop's state, the checkpoint or None, and the checkpoint's batch shape if it is another than this
+        run's, which needs `--allow_reshard`. Called on all processes. Raises UsageError.
+        """
+        accelerator, args, optimizer, scheduler = self.accelerator, self.args, self.optimizer, self.scheduler
+        found = [None]
+        tensors = {}
+        if accelerator.is_main_process:
+            try:
+                folder, is_own = _find(args, self.run_folder, self.log.warn)
+                if folder is not None:
+                    tensors, content, saved = checkpoint_files.read(folder)
+                    if is_own:
+                        _compare(folder, saved, self.fingerprint(content["loop"]["epoch"]), args.allow_reshard)
+                    found = [{"folder": folder, "is_own": is_own, "content": content, "fingerprint": saved}]
+            except (UsageError, DamagedCheckpoint, OSError) as error:
+                found = [{"error": str(error)}]
+        broadcast_object_list(found)
+        if found[0] is None:
+            return LoopState(), None, None
+        if "error" in found[0]:
+            raise UsageError(found[0]["error"])
+
+        folder, is_own, content, saved = (found[0][name] for name in ("folder", "is_own", "content", "fingerprint"))
+        keep_optimizer = is_own or not args.reset_optimizer
+        restore_tensors(accelerator, self.model, optimizer, tensors, with_optimizer=keep_optimizer)
+        if accelerator.scaler and content["scaler"]:
+            accelerator.scaler.load_state_dict(content["scaler"])
+        state = LoopState(**content["loop"])
+        if is_own or not args.reset_lr_scheduler:
+            scheduler.load_state_dict({**content["scheduler"], "lr_lambdas": [None] * len(optimizer.param_groups)})
+        for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+        if not is_own:
+            state.stop, state.validation_due = None, False
+            if args.reset_dataloader:
+                state.epoch, state.step, state.last_validation = 0, 0, 0
+            if args.reset_dataloader or saved["data"] != self.fingerprint(state.epoch)["data"]:
+                state.step_in_epoch, state.done_before = 0, []  # a place in other data's epoch means nothing
+                state.negatives, state.mined_in = None, 0
+            if args.reset_meters:
+                state.best, state.best_step, state.validations_without_improvement = None, 0, 0
+                state.skipped, state.train_seconds, state.meters = 0, 0.0, {}
+        is_reshaped = saved["shape"] != self.fingerprint(state.epoch)["shape"]
+        return state, folder, saved["shape"] if is_reshaped else None
+
+    def load_best(self, state: LoopState) -> bool:
+        """Puts the weights of the best validation into the model, if it has later ones; called on all processes.
+
+        Where this run has no such checkpoint, or a damaged one, it warns and leaves the model as it is.
+        """
+        tensors = {}
+        if self.accelerator.is_main_process and state.best_step != state.step:
+            try:
+                tensors, *_ = checkpoint_files.read((self.folder / "best").resolve())
+            except (DamagedCheckpoint, OSError) as error:
+                self.log.warn(f"the model is the last one, in spite of --load_best_model_at_end: {error}")
+        is_found = [bool(tensors)]
+        broadcast_object_list(is_found)
+        if is_found[0]:
+            restore_tensors(self.accelerator, self.model, self.optimizer, tensors, with_optimizer=False)
+            self.log.say(f"the model is that of step {state.best_step}, the best by --metric_for_best")
+        return is_found[0]
+
+
+def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
+    """The checkpoint to start from, and whether it is one of this run (rather than of `--init_from`)."""
+    checkpoints = run_folder / "checkpoints"
+    checkpoint_files.tidy(checkpoints)
+    if args.resume_from_checkpoint == "auto":
+        if folder := checkpoint_files.find_newest_valid(checkpoints, warn):
+            return folder, True
+    elif args.resume_from_checkpoint == "none":
+        if checkpoints.is_dir():
+            removed = checkpoints.with_name("checkpoints.removed")  # renamed first: a kill leaves no half of them
+            shutil.rmtree(removed, ignore_errors=True)
+            checkpoints.rename(removed)
+            shutil.rmtree(removed)
+    else:
+        folder = Path(args.resume_from_checkpoint).resolve()
+        if problem := checkpoint_files.problems(folder):
+            raise UsageError(f"--resume_from_checkpoint {problem}")
+        newest = max(checkpoints.glob("step_*"), default=folder).resolve()
+        if newest != folder:
+            raise UsageError(
+                f"--resume_from_checkpoint {folder}: {checkpoints} holds other checkpoints, up to {newest.name}; "
+                "remove the newer ones, or go on from it in another --output_dir"
+            )
+        return folder, True
+    if args.init_from:
+        folder = Path(args.init_from)
+        if (folder / "checkpoints").is_dir():
+            folder = checkpoint_files.find_newest_valid(folder / "checkpoints", warn) or folder
+        if problem := checkpoint_files.problems(folder):
+            raise UsageError(f"--init_from {problem}")
+        return folder, False
+    return None, False
+
+
+def _compare(folder: Path, saved: dict, current: dict, allow_reshard: bool) -> None:
+    """UsageError that says what differs between a checkpoint's run and this one."""
+    names = {name for name in (*saved, *current) if name != "shape" and saved.get(name) != current.get(name)}
+    differences = [f"{name} {saved.get(name)} there, {current.get(name)} here" for name in sorted(names)]
+    reshaped = [
+        f"{name} {value} there, {current['shape'].get(name)} here"
+        for name, value in sorted(saved["shape"].items())
+        if current["shape"].get(name) != value
+    ]
+    if differences:
+        raise UsageError(
+            f"{folder} is of another run: {'; '.join(differences + reshaped)}. Choose another --output_dir, or pass "
+            "--resume_from_checkpoint none to start anew in this one"
+        )
+    if reshaped and not allow_reshard:
+        raise UsageError(
+            f"{folder} was made with another shape of batches: {'; '.join(reshaped)}. Pass --allow_reshard to go on "
+            "from the same place in the epoch"
+        )

@@ -1,0 +1,194 @@
+"""A run's log: events, meters, the progress bar and tables."""
+
+import json
+import resource
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.files import write_lines
+
+
+class RunLog:
+    """Writes events to `metrics.jsonl`, to standard output and to trackers; on the main process only.
+
+    `log_format`: "tqdm" (a progress bar, and readable lines above it), "simple" (readable lines), "json" (the same
+    lines as the file) or "none". `begin(step)` forgets what a run that is gone on with had logged after that step.
+    The thread that writes checkpoints logs too: a line is written whole, in the same order everywhere.
+    """
+
+    def __init__(self, accelerator, folder: Path, log_format: str | None):
+        self.accelerator, self.path = accelerator, folder / "metrics.jsonl"
+        default = "tqdm" if sys.stdout.isatty() else "simple"
+        self.log_format = (log_format or default) if accelerator.is_main_process else "none"
+        self.bar = None
+        self.lock = threading.RLock()
+
+    def begin(self, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # cut short when the run was killed
+            if event["step"] <= step and event["event"] not in ("stop", "done"):
+                kept.append(line)
+        write_lines(self.path, kept)
+
+    def __call__(self, event: str, **values) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        line = json.dumps({"event": event, **_rounded(values)})
+        with self.lock:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            if self.log_format == "json":
+                print(line, flush=True)
+            else:
+                self.say(" | ".join([event, *(f"{name} {_shown(value)}" for name, value in values.items())]))
+        if self.accelerator.trackers and event in ("train", "epoch", "validation"):
+            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+            self.accelerator.log(numbers, step=values.get("step"))
+
+    def say(self, text: str) -> None:
+        with self.lock:
+            if self.log_format == "tqdm":
+                tqdm.write(text)  # above the bar, if there is one
+            elif self.log_format == "simple":
+                print(text, flush=True)
+
+    def say_model(self, model) -> None:
+        """One line on the size of a model, the processes and the precision."""
+        accelerator, parameters = self.accelerator, sum(parameter.numel() for parameter in model.parameters())
+        self.say(
+            f"{parameters:,} parameters on {accelerator.num_processes} process(es), "
+            f"{accelerator.device}, mixed precision {accelerator.mixed_precision}"
+        )
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def start_epoch(self, epoch: int, done: int, steps: int) -> None:
+        self.end_epoch()
+        if self.log_format == "tqdm":
+            self.bar = tqdm(total=steps, initial=done, desc=f"epoch {epoch + 1}", unit="step", leave=False)
+
+    def advance(self, **values) -> None:
+        if self.bar is not None:
+            self.bar.update()
+            self.bar.set_postfix(values, refresh=False)
+
+    def end_epoch(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def score_table(scores: dict[str, dict], columns: tuple[str, ...]) -> str:
+    """A table in plain text: a row for each name, a column for each score."""
+    width = max(map(len, scores))
+    lines = [" " * width + "".join(f"{column:>18}" for column in columns)]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{row[column]:18.1f}" for column in columns) for name, row in scores.items()
+    ]
+    return "\n".join(lines)
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _shown(value) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Meters:
+    """Sums over the steps of a log interval or an epoch, on this process; `read` adds up all processes, then resets.
+
+    `saved` is what `state` gave for a checkpoint.
+    """
+
+    def __init__(self, accelerator, saved: dict | None = None):
+        self.reset()
+        if saved and accelerator.is_main_process:
+            self.sums, self.gnorm, self.clipped, self.steps, self.seconds = (
+                saved[name] for name in ("sums", "gnorm", "clipped", "steps", "seconds")
+            )
+
+    def reset(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.gnorm, self.clipped, self.steps, self.seconds = 0.0, 0, 0, 0.0
+
+    def add(self, **sums) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def add_step(self, gnorm: float, max_grad_norm: float, seconds: float) -> None:
+        """Counts one optimizer step with its gradient norm, the same on all processes."""
+        self.steps += 1
+        self.gnorm += gnorm
+        self.clipped += gnorm > max_grad_norm > 0
+        self.seconds += seconds
+
+    def total(self, accelerator) -> dict[str, float]:
+        """The sums over all processes; every process must have added the same names."""
+        names = sorted(self.sums)
+        if accelerator.num_processes == 1 or not names:
+            return self.sums
+        exact = torch.float64 if accelerator.device.type in ("cpu", "cuda") else torch.float32
+        values = torch.tensor([self.sums[name] for name in names], dtype=exact, device=accelerator.device)
+        return dict(zip(names, accelerator.reduce(values, "sum").tolist(), strict=True))
+
+    def state(self, accelerator) -> dict:
+        """What a checkpoint holds; the main process goes on with all processes' sums, the others with none."""
+        sums = self.total(accelerator)
+        return {**vars(self), "sums": dict(sums)}
+
+    def read(self, accelerator) -> dict:
+        """The meters of a log line; `loss` and `nll` become means per token or pair in base 2, as fairseq logs them.
+
+        Expects the sums `loss`, `count`, `examples`, `tokens` and `slots` (tokens with padding); steps that were
+        dropped are in none of them.
+        """
+        total, steps, seconds = self.total(accelerator), max(self.steps, 1), max(self.seconds, 1e-9)
+        line = {}
+        if total.get("count"):
+            line["loss"] = total["loss"] / total["count"] / np.log(2)
+            if "nll" in total:
+                line["nll_loss"] = total["nll"] / total["count"] / np.log(2)
+                line["ppl"] = 2 ** line["nll_loss"]
+            if "right" in total:
+                line["accuracy"] = total["right"] / total["count"]
+        tokens, examples = total.get("tokens", 0), total.get("examples", 0)
+        line |= {
+            "gnorm": self.gnorm / steps,
+            "clip": self.clipped / steps,
+            "examples": int(examples),
+            "tokens": int(tokens),
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_step": tokens / steps,
+            "padding": 1 - tokens / max(total.get("slots", 0), 1),
+            "steps_per_second": self.steps / seconds,
+            "examples_per_step": examples / steps,
+            "memory_gb": peak_memory_gb(accelerator),
+            "train_wall": self.seconds,
+        }
+        self.reset()
+        return line
+
+
+def peak_memory_gb(accelerator) -> float:
+    """Peak memory of this process: of the GPU, or resident on the processor; in gigabytes."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

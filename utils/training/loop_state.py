@@ -1,0 +1,100 @@
+"""Where a run stands, and when it ends."""
+
+from dataclasses import dataclass, field
+
+from utils.errors import Diverged
+from utils.training.step import any_process
+
+
+@dataclass
+class LoopState:
+    """Where a run stands; saved in checkpoints as JSON."""
+
+    epoch: int = 0  # full passes done
+    step_in_epoch: int = 0
+    step: int = 0  # optimizer steps, dropped ones included
+    done_before: list[int] = field(default_factory=list)  # examples of this epoch read before the plan was changed
+    best: float | None = None
+    best_step: int = 0
+    validations_without_improvement: int = 0
+    last_validation: int = 0  # the step of it
+    validation_due: bool = False  # a signal came before it was finished
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    train_seconds: float = 0.0  # over all resumed runs
+    negatives: list[list[list[int]]] | None = None  # of each training pair and hop, as last mined with the model
+    mined_in: int = 0  # the epoch before which they were
+    stop: str | None = None  # why the run ended
+    meters: dict = field(default_factory=dict)
+
+    def note_validation(self, args, score: float | None) -> bool:
+        """Counts a validation; True if its score is the best so far. A tie is no improvement."""
+        greater_is_better = args.greater_is_better
+        if greater_is_better is None:
+            greater_is_better = args.metric_for_best not in ("loss", "nll_loss", "ppl")
+        self.last_validation, self.validation_due = self.step, False
+        better = score is not None and (
+            self.best is None or (score > self.best if greater_is_better else score < self.best)
+        )
+        self.validations_without_improvement = 0 if better else self.validations_without_improvement + 1
+        if better:
+            self.best, self.best_step = score, self.step
+        return better
+
+    def advance(self, steps_in_epoch: int, seconds: float) -> None:
+        """Counts a step that took `seconds`; after the last one of an epoch, the epoch."""
+        self.step += 1
+        self.step_in_epoch += 1
+        self.train_seconds += seconds
+        if self.step_in_epoch == steps_in_epoch:
+            self.epoch, self.step_in_epoch, self.done_before = self.epoch + 1, 0, []
+
+    def leave_out(self, plan: list) -> None:
+        """Starts what remains of the epoch as a new plan, without the examples of the steps done in `plan`."""
+        done = [i for step in plan[: self.step_in_epoch] for micro_batch in step for part in micro_batch for i in part]
+        self.done_before, self.step_in_epoch = sorted({*self.done_before, *done}), 0
+
+    def note_skip(self, args, log, reason: str) -> None:
+        """Counts and logs a dropped step; Diverged after too many in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        log("skip", step=self.step + 1, epoch=self.epoch, reason=reason, in_a_row=self.skipped_in_a_row)
+        if self.skipped_in_a_row > args.max_skipped_steps:
+            raise Diverged(
+                f"{self.skipped_in_a_row} steps in a row were dropped, more than --max_skipped_steps "
+                f"{args.max_skipped_steps}; the last one because {reason}"
+            )
+
+    def is_validation_due(self, args) -> bool:
+        """Whether this step is to be validated and was not yet; the end of a run always is."""
+        if self.step == self.last_validation or not self.step:
+            return False
+        due = self.step % args.eval_steps == 0 if args.eval_steps else self.step_in_epoch == 0
+        return bool(self.stop) or self.validation_due or (due and self.step >= args.eval_after_steps)
+
+    def is_checkpoint_due(self, args) -> bool:
+        every = args.checkpointing_steps
+        return self.step % every == 0 if every else self.step_in_epoch == 0
+
+
+def schedule_steps(args, plan) -> int:
+    """Optimizer steps that the learning rate schedule spans, from the flags and `plan(epoch)`; 0 if none limit them."""
+    epochs = sum(len(plan(epoch)) for epoch in range(args.num_train_epochs))
+    limits = [limit for limit in (args.max_train_steps, epochs) if limit]
+    return min(limits, default=0)
+
+
+def stop_reason(accelerator, args, state: LoopState, lr: float) -> str | None:
+    """The first stop rule that is met, in words, or None; called on all processes, which agree."""
+    hours = state.train_seconds / 3600
+    if args.stop_time_hours and any_process(accelerator, hours >= args.stop_time_hours):
+        return f"stop_time_hours {args.stop_time_hours} reached"
+    if args.max_train_steps and state.step >= args.max_train_steps:
+        return f"max_train_steps {args.max_train_steps} reached"
+    if args.num_train_epochs and state.epoch >= args.num_train_epochs:
+        return f"num_train_epochs {args.num_train_epochs} reached"
+    if state.step and lr <= args.stop_min_lr:
+        return f"learning rate {lr:.3g} at or under stop_min_lr {args.stop_min_lr}"
+    if args.patience >= 0 and max(args.patience, 1) <= state.validations_without_improvement:
+        return f"patience {args.patience}: {state.validations_without_improvement} validations without improvement"
+    return None

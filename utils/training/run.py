@@ -1,0 +1,230 @@
+"""What surrounds the steps of a training loop: resuming, stop rules, dropped steps, checkpoints, meters and the log.
+
+The loop itself, and everything that calls the model, is in the scripts.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from utils.errors import Interrupted
+from utils.training.batching import StepBatches
+from utils.training.checkpoints import Checkpoints
+from utils.training.log import Meters, RunLog
+from utils.training.loop_state import stop_reason
+from utils.training.memory import give_back_memory, is_out_of_memory
+from utils.training.signals import Signals
+from utils.training.step import (
+    NanDetector,
+    any_process,
+    check_grad_norm,
+    check_loss_scale,
+    check_weight_norm,
+    is_sharded,
+    profiler,
+    seed_step,
+)
+
+
+class Run:
+    """One run of a training script, new or resumed; all methods are called on all processes.
+
+    Args:
+        folder: the run folder.
+        plan: `plan(epoch, without=example numbers, shape=...)` gives the steps of an epoch, as `plan_epoch` does.
+        shape: `shape(epoch)` gives what decides the examples of a step, beside data and seed (see `batch_shape`).
+        data: a checksum of what is trained on. Only a run with the same checksum resumes.
+
+    Attributes:
+        state: where the run stands (`LoopState`).
+        received: the number of the signal that asks the run to save and leave, or None.
+        scores, predictions: those of the last validation, or None before it.
+    """
+
+    def __init__(self, accelerator, args, folder: Path, log: RunLog, *, model, optimizer, scheduler, plan, shape, data):
+        self.accelerator, self.args, self.log = accelerator, args, log
+        self.model, self.optimizer, self.scheduler, self.plan = model, optimizer, scheduler, plan
+        self.signals, self.received = Signals(), None
+        self.checkpoints = Checkpoints(accelerator, args, folder, log, self.signals, model=model, optimizer=optimizer,
+                                       scheduler=scheduler, data=data, shape=shape)  # fmt: skip
+        self.state, resumed_from, old_shape = self.checkpoints.resume()
+        if old_shape:  # the epoch continues with the examples that were not yet read with the old shape
+            self.state.leave_out(plan(self.state.epoch, without=self.state.done_before, shape=old_shape))
+        self.meters = {name: Meters(accelerator, self.state.meters.get(name)) for name in ("train", "epoch")}
+        log.begin(self.state.step)
+        if resumed_from:
+            log("resume", step=self.state.step, epoch=self.state.epoch, checkpoint=str(resumed_from))
+        self.profile = profiler(accelerator, args, folder)
+        self.trace = self.profile.__enter__()
+        self.is_best, self.is_culprit_named = False, False
+        self.scores: dict | None = None
+        self.predictions: list[str] | None = None
+        self.began = time.perf_counter()
+        self._look_for_a_stop()
+        if self.state.stop:
+            log.say(f"nothing to train: {self.state.stop}")
+
+    def _look_for_a_stop(self) -> None:
+        self.state.stop = stop_reason(self.accelerator, self.args, self.state, self.scheduler.get_last_lr()[0])
+
+    def is_over(self) -> bool:
+        """Whether a stop rule is met or a signal came."""
+        return bool(self.state.stop or self.received)
+
+    def poll(self) -> None:
+        """Raises Interrupted on all processes if one of them received a signal."""
+        self.signals.poll(self.accelerator)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # a step
+
+    def loader(self, examples: list, epoch: int, collate: Callable) -> DataLoader:
+        """The steps that remain of an epoch, each a list of this process's micro-batches.
+
+        `collate(examples, dummy=...)` makes a micro-batch, as in `StepBatches`.
+        """
+        steps = self.plan(epoch, without=self.state.done_before)
+        done, self.steps_in_epoch = self.state.step_in_epoch, len(steps)
+        self.log.start_epoch(epoch, done, len(steps))
+        batches = StepBatches(examples, steps[done:], collate, self.accelerator.process_index)
+        return DataLoader(batches, batch_size=None, num_workers=self.args.dataloader_num_workers)
+
+    def begin_step(self, count: int) -> int:
+        """Starts the step's clock. Returns `count` summed over all processes, and notes a signal to any of them."""
+        self.step_began = time.perf_counter()
+        total, self.received = self.signals.agree(self.accelerator, count)
+        return total
+
+    def try_step(self, micro_step, micro_batches: list, total: int, halve: Callable | None = None) -> list[dict] | None:
+        """`micro_step(batch, total)` of each micro-batch; None if memory ran out on any process.
+
+        With `halve(micro_batches)`, what does not fit is tried again in smaller parts, until that returns [].
+        """
+        sums = None
+        while micro_batches and sums is None:
+            self._seed_step()
+            try:
+                sums = [micro_step(batch, total) for batch in micro_batches]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or is_sharded(self.accelerator):
+                    raise
+            if sums is None:
+                self.optimizer.zero_grad()
+                micro_batches = halve(micro_batches) if halve else []
+        self.tried = (micro_step, micro_batches, total)
+        return None if any_process(self.accelerator, sums is None) else sums
+
+    def check_gradients(self, gnorm: float) -> str | None:
+        """Why the step must be dropped: what is not finite in it. None if the gradient norm is finite.
+
+        Once in a run the step is computed again, to name the first module whose output is not finite. Raises Diverged
+        if the processes disagree on the norm.
+        """
+        if self.args.check_grad_norm:
+            check_grad_norm(self.accelerator, gnorm)
+        if math.isfinite(gnorm):
+            return None
+        failure = "the gradient norm is not finite"
+        if self.args.nan_detector and not self.is_culprit_named:
+            self.is_culprit_named = True
+            self.optimizer.zero_grad()
+            self._seed_step()
+            micro_step, micro_batches, total = self.tried
+            with NanDetector(self.accelerator, self.model) as detector:
+                for batch in micro_batches:
+                    micro_step(batch, total)
+            failure = detector.culprit
+        if self.accelerator.scaler:  # fp16: lower the loss scale, as `optimizer.step()` would
+            self.accelerator.scaler.update()
+        return failure
+
+    def skip(self, reason: str) -> None:
+        """Counts and logs a step that is dropped on all processes; raises Diverged after too many in a row."""
+        self.step_seconds = time.perf_counter() - self.step_began
+        self.state.note_skip(self.args, self.log, reason)
+
+    def count(self, sums: list[dict], gnorm: float) -> None:
+        """Adds a step that is applied to the meters: the sums of its micro-batches and its gradient norm."""
+        self.step_seconds = time.perf_counter() - self.step_began
+        self.state.skipped_in_a_row = 0
+        for meter in self.meters.values():
+            meter.add_step(gnorm, self.args.max_grad_norm, self.step_seconds)
+            for of_micro_batch in sums:
+                meter.add(**of_micro_batch)
+
+    def end_step(self) -> None:
+        """Moves on to the next step: writes log lines that are due and looks whether a stop rule is met."""
+        accelerator, args, state, epoch = self.accelerator, self.args, self.state, self.state.epoch
+        check_loss_scale(accelerator, args)
+        state.advance(self.steps_in_epoch, self.step_seconds)
+        if state.step % args.log_steps == 0 or state.step_in_epoch == 0:
+            if args.check_grad_norm:
+                check_weight_norm(accelerator, self.model)
+            self.log("train", step=state.step, epoch=epoch, lr=self.scheduler.get_last_lr()[0], skipped=state.skipped,
+                     **self.meters["train"].read(accelerator), wall=state.train_seconds)  # fmt: skip
+        if state.step_in_epoch == 0:
+            self.log("epoch", step=state.step, epoch=state.epoch, **self.meters["epoch"].read(accelerator))
+        self.log.advance()
+        give_back_memory()
+        if self.trace:
+            self.trace.step()
+        self.is_best = False
+        self._look_for_a_stop()
+
+    def _seed_step(self) -> None:
+        seed_step(self.args.seed, self.state.step, self.accelerator.process_index)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # validation and checkpoints, between two steps
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within it, a signal ends what is being done (see `poll`) and is noted: the run is then over."""
+        try:
+            yield
+        except Interrupted as signalled:
+            self.received = signalled.number
+
+    def is_validation_due(self) -> bool:
+        """Whether this step is to be validated and was not yet; the last step of a run always is."""
+        return self.state.is_validation_due(self.args)
+
+    def note_validation(self, scores: dict, *, best_by: float | None, predictions: list[str] | None = None) -> None:
+        """Logs a validation. The one with the best `best_by` so far decides the best checkpoint, and patience."""
+        self.scores, self.predictions = scores, predictions
+        self.log("validation", step=self.state.step, epoch=self.state.epoch, **scores)
+        self.is_best = self.state.note_validation(self.args, best_by)
+        self._look_for_a_stop()
+
+    def is_checkpoint_due(self) -> bool:
+        """Whether to save: at each interval, for the best validation, and when the run is over."""
+        return self.is_best or self.is_over() or self.state.is_checkpoint_due(self.args)
+
+    def save(self) -> None:
+        """Starts to write a checkpoint. Raises CheckpointError if the one before could not be written."""
+        self.state.validation_due = self.is_validation_due()  # where a signal came first, for the run that resumes
+        self.checkpoints.save(self.state, self.meters, is_best=self.is_best)
+
+    def load_best(self) -> None:
+        """Puts the best checkpoint's weights into the model, which then has no scores; warns if there is none."""
+        if self.checkpoints.load_best(self.state):
+            self.scores = self.predictions = None
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint and logs why the run ended."""
+        self.log.end_epoch()
+        self.profile.__exit__(None, None, None)
+        self.checkpoints.wait()
+        if self.received:
+            reason = f"{signal.Signals(self.received).name}; the same command goes on from here"
+            self.log("stop", step=self.state.step, reason=reason)
+            return
+        seconds = time.perf_counter() - self.began
+        self.log("stop", step=self.state.step, reason=self.state.stop)
+        self.log("done", step=self.state.step, seconds=seconds)
+        self.log.say(f"done training in {seconds:.1f} s")

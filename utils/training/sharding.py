@@ -1,0 +1,118 @@
+"""Tensors of model and optimizer, gathered and put back alike for one process, DDP and FSDP2."""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from utils.errors import UsageError
+
+
+def gather_tensors(accelerator, model, optimizer, into=None) -> dict[str, dict[str, torch.Tensor]]:
+    """Copies of all tensors on the main process's CPU, {"model": {...}, "optimizer": {...}}; {} on other processes.
+
+    Called on all processes. Training may go on while the copies are written. Tied weights are there once. Of the
+    optimizer there is each parameter's state as "parameter/entry", and the groups' learning rates, which schedulers
+    move; the groups' other settings are those of the flags. `into`: earlier copies, whose memory is used again.
+    """
+    named = _named_tensors(accelerator, model)
+    names = {id(tensor): name for name, tensor in named.items()}
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
+    states = {
+        f"{names[id(parameter)]}/{entry}": value
+        for parameter, state in optimizer.state.items()
+        for entry, value in state.items()
+        if value is not None
+    }
+    gathered = {}
+    for group, tensors in {"model": named, "optimizer": states}.items():
+        memory = (into or {}).get(group, {})
+        gathered[group] = {name: _gather(accelerator, tensor, memory.get(name)) for name, tensor in tensors.items()}
+    if not accelerator.is_main_process:
+        return {}
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    gathered["optimizer"]["learning_rates"] = torch.tensor(rates, dtype=torch.float64)
+    return gathered
+
+
+def restore_tensors(accelerator, model, optimizer, tensors, *, with_optimizer: bool = True) -> None:
+    """Puts gathered tensors back, bit for bit; called on all processes, `tensors` matters on the main one only.
+
+    Raises UsageError if they are those of another model.
+    """
+    named = _named_tensors(accelerator, model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    saved = [{name: tuple(tensor.shape) for name, tensor in tensors.get("model", {}).items()}]
+    broadcast_object_list(saved)
+    if differing := sorted(name for name in shapes | saved[0] if shapes.get(name) != saved[0].get(name)):
+        name = differing[0]
+        raise UsageError(
+            f"the checkpoint is of another model: {len(differing)} tensors differ, "
+            f"{name} is {saved[0].get(name, 'missing')} there and {shapes.get(name, 'missing')} here"
+        )
+    with torch.no_grad():
+        for name, value in _from_main(accelerator, tensors.get("model", {})):
+            named[name].copy_(_laid_out_as(named[name], value))
+    if not with_optimizer:
+        return
+
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    numbers = {id(p): number for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    states, rates = {}, []
+    for key, value in _from_main(accelerator, tensors.get("optimizer", {})):
+        if key == "learning_rates":
+            rates = value.tolist()
+            continue
+        name, _, entry = key.rpartition("/")
+        is_number = value.ndim == 0 and value.dtype in (torch.float64, torch.int64)
+        state = states.setdefault(numbers[id(named[name])], {})
+        state[entry] = value.item() if is_number else _laid_out_as(named[name], value.clone())
+    # load_state_dict() knows on which device each entry belongs
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _named_tensors(accelerator, model) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers under the names of the unwrapped model, tied ones once."""
+    # state_dict() and not named_parameters(): it makes FSDP give the shards, which the optimizer holds
+    everything = accelerator.unwrap_model(model, keep_torch_compile=False).state_dict(keep_vars=True)
+    first_names = {id(tensor): name for name, tensor in reversed(everything.items())}
+    return {name: everything[name] for name in everything if first_names[id(everything[name])] == name}
+
+
+def _gather(accelerator, value, memory: torch.Tensor | None) -> torch.Tensor | None:
+    """A contiguous copy of a whole tensor, or number, on the main process's CPU; None elsewhere."""
+    if isinstance(value, DTensor):
+        value = value.to(value.device_mesh.device_type).full_tensor()  # from the CPU, where parameters are offloaded
+    if not accelerator.is_main_process:
+        return None
+    if not isinstance(value, torch.Tensor):
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    if memory is None or (memory.shape, memory.dtype) != (value.shape, value.dtype):
+        memory = torch.empty(value.shape, dtype=value.dtype)
+    return memory.copy_(value.detach())  # into pages that are there already: several times faster than into new ones
+
+
+def _from_main(accelerator, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The main process's tensors, one by one, on all processes."""
+    if accelerator.num_processes == 1:
+        yield from tensors.items()
+        return
+    kinds = [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]]
+    broadcast_object_list(kinds)
+    for name, shape, dtype in kinds[0]:
+        if accelerator.is_main_process:
+            tensor = tensors[name].to(accelerator.device)
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=accelerator.device)
+        yield name, broadcast(tensor)
+
+
+def _laid_out_as(parameter, value: torch.Tensor) -> torch.Tensor:
+    """This process's part of `value`, if that has the shape of a sharded parameter; else `value`."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    # every process has the whole value, so nothing is sent
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

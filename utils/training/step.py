@@ -1,0 +1,151 @@
+"""The optimizer step on one or several processes: seeds, averaged gradients, and checks."""
+
+import contextlib
+import random
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, ProfileKwargs, gather_object
+
+from utils.errors import Diverged
+from utils.training.memory import is_out_of_memory
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seeds dropout by (seed, step, process), so that a step's randomness does not depend on what ran before it."""
+    mixed = int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint32)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)  # noqa: NPY002 - libraries draw from the global generator
+    torch.manual_seed(mixed)
+
+
+def profiler(accelerator, args, run_folder: Path):
+    """`accelerator.profile()` over five steps with `--profile`, the trace in `run_folder/profile`; else nothing."""
+    if not args.profile:
+        return nullcontext()
+    activities = ["cpu", "cuda"] if accelerator.device.type == "cuda" else ["cpu"]
+    schedule = {"wait": 1, "warmup": 1, "active": 3, "repeat": 1}
+    return accelerator.profile(
+        ProfileKwargs(activities=activities, schedule_option=schedule, output_trace_dir=str(run_folder / "profile"))
+    )
+
+
+def parameter_groups(model, weight_decay: float) -> list[dict]:
+    """AdamW's groups: no weight decay on biases and norms, which are the parameters of one dimension."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def is_sharded(accelerator) -> bool:
+    """Whether FSDP or DeepSpeed owns the gradients; otherwise (one process, DDP) each process holds all of them."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def local_gradients(accelerator, model):
+    """No exchange of gradients within a micro-batch: `average_gradients` does it once, when all processes are done."""
+    return nullcontext() if is_sharded(accelerator) else accelerator.no_sync(model)
+
+
+def average_gradients(accelerator, model) -> None:
+    """Averages the gradients over the processes, in buckets of 64 MiB."""
+    if accelerator.num_processes == 1 or is_sharded(accelerator):
+        return
+    bucket, size = [], 0
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for number, gradient in enumerate(gradients, start=1):
+        bucket.append(gradient)
+        size += gradient.nbytes
+        if size >= 2**26 or number == len(gradients):
+            flat = accelerator.reduce(torch.cat([g.flatten() for g in bucket]), "mean")
+            for g, averaged in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(averaged.view_as(g))
+            bucket, size = [], 0
+
+
+def any_process(accelerator, condition: bool) -> bool:
+    """Whether the condition holds on any process."""
+    if accelerator.num_processes == 1:
+        return condition
+    return accelerator.reduce(torch.tensor(float(condition), device=accelerator.device), "sum").item() > 0
+
+
+def check_grad_norm(accelerator, gnorm: float) -> None:
+    """Diverged if the processes' gradient norms differ by more than 1e-6 of their size: they train different models."""
+    _check_equal(accelerator, gnorm, "the gradient norm")
+
+
+def check_weight_norm(accelerator, model) -> None:
+    """Diverged if the processes' weights differ in norm by more than 1e-6: averaged gradients do not show it."""
+    if accelerator.num_processes > 1 and not is_sharded(accelerator):
+        norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()])
+        _check_equal(accelerator, float(torch.stack(norms).double().norm()), "the norm of the weights")
+
+
+def _check_equal(accelerator, value: float, name: str) -> None:
+    if accelerator.num_processes == 1:
+        return
+    values = accelerator.gather(torch.tensor([value], dtype=torch.float64, device=accelerator.device)).tolist()
+    if not max(values) - min(values) <= 1e-6 * max(values) and all(map(np.isfinite, values)):
+        raise Diverged(f"the processes disagree on {name}: {values}")
+
+
+def check_loss_scale(accelerator, args) -> None:
+    """Diverged if the loss scale of fp16 has fallen under its floor."""
+    if accelerator.scaler and accelerator.scaler.get_scale() < args.min_loss_scale:
+        raise Diverged(f"the loss scale fell under --min_loss_scale {args.min_loss_scale}")
+
+
+@contextlib.contextmanager
+def together(accelerator):
+    """Raises OutOfMemoryError on every process if memory ran out on any of them within it.
+
+    So they leave together, and none waits for another in an exchange that follows.
+    """
+    error = None
+    try:
+        yield
+    except (RuntimeError, MemoryError) as caught:
+        if not is_out_of_memory(caught):
+            raise
+        error = caught
+    if any_process(accelerator, error is not None):
+        raise torch.OutOfMemoryError("memory ran out on this process or another") from error
+
+
+class NanDetector:
+    """Within it, a forward pass notes the first module whose output is not finite; `culprit` names it in words.
+
+    Where all outputs are finite, it names the first parameter whose gradient is not.
+    """
+
+    def __init__(self, accelerator, model):
+        self.accelerator, self.model, self.module = accelerator, accelerator.unwrap_model(model), None
+
+    def __enter__(self):
+        self.hooks = [module.register_forward_hook(self._look(name)) for name, module in self.model.named_modules()]
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _look(self, name: str):
+        def hook(module, inputs, output):
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not self.module and any(torch.is_tensor(t) and not torch.isfinite(t).all() for t in tensors):
+                self.module = f"the output of {name or 'the model'} ({type(module).__name__}) is not finite"
+
+        return hook
+
+    @property
+    def culprit(self) -> str:
+        for name, parameter in self.model.named_parameters():
+            if not self.module and parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                self.module = f"the gradient of {name} is not finite"
+        found = gather_object([self.module]) if self.accelerator.num_processes > 1 else [self.module]
+        return next((module for module in found if module), "not seen again")
