@@ -64,7 +64,8 @@ def contrastive_loss(
     """
     all_passages, _ = gather_with_gradient(passages)
     all_keys, _ = gather_with_gradient(passage_keys, fill=-2)
-    similarities = queries.float() @ all_passages.float().T / temperature
+    with torch.autocast(queries.device.type, enabled=False):  # it would multiply in half precision
+        similarities = queries.float() @ all_passages.float().T / temperature
     is_evidence = all_keys[None, :, None] == evidence_keys[:, None, :]
     weights = (is_evidence * (1.0 if evidence_weights is None else evidence_weights[:, None, :].float())).sum(-1)
     counted = _first_of_each(all_keys) & (all_keys != -2)
