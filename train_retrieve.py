@@ -94,7 +94,7 @@ from utils.training.step import average_gradients, is_sharded, local_gradients, 
 
 
 def collate_pairs(batch: list[Pair], dummy: bool, *, epoch: int, pairs: Pairs, retriever, max_tokens: int) -> dict:
-    """Draws hop, positives and hard negatives for each pair, anew in each epoch; a passage is there once."""
+    """A batch of queries and passages. Each epoch draws hop, positives and hard negatives of each pair anew."""
     queries, weights, drawn = zip(*(pairs.draw(pair, epoch) for pair in batch), strict=True)
     keys = list(dict.fromkeys(itertools.chain(*drawn)))
     evidence = pad_sequence([torch.tensor(pair.evidence) for pair in batch], batch_first=True, padding_value=-1)
@@ -109,7 +109,7 @@ def collate_pairs(batch: list[Pair], dummy: bool, *, epoch: int, pairs: Pairs, r
 
 
 def plan_steps(lengths: list, groups: list, args, shape_of, epoch: int, without=(), shape: dict | None = None) -> list:
-    """The pairs of each step of an epoch; `shape` is that of an earlier run, whose epoch is continued."""
+    """The pairs of each step of an epoch. A resumed epoch may have the batch `shape` of an earlier run."""
     shuffle = 0 if args.overfit_one_batch else epoch
     steps = plan_epoch(
         lengths, seed=args.seed, epoch=shuffle, without=without, groups=groups, **(shape or shape_of(epoch))
@@ -121,7 +121,7 @@ def plan_steps(lengths: list, groups: list, args, shape_of, epoch: int, without=
 
 
 def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever, args) -> dict:
-    """Adds to the gradients those of the mean loss over all `count` pairs of the step, on all processes."""
+    """Adds this micro-batch's share of the gradient of the step's mean loss over `count` pairs, of all processes."""
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
     texts, states = batch["texts"], None
     with local_gradients(accelerator, model):
@@ -138,7 +138,7 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
                 temperature=args.temperature,
             )  # fmt: skip
         with record_function("backward"), together(accelerator):
-            # times the processes, because gradients are averaged over them
+            # times the number of processes, because gradients are averaged over them
             accelerator.backward(loss * accelerator.num_processes / count)
             if states:
                 backward_by_chunk(model, texts, embeddings, states)
@@ -149,7 +149,7 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
 
 
 def make_retriever(documents: list, examples: list, args):
-    """A checkpoint's encoder, or a small one from scratch with a tokenizer of the training text."""
+    """A checkpoint, or a small encoder with a tokenizer trained on the training text."""
     if args.model_name_or_path:
         retriever = load_retriever(args.model_name_or_path, args.attention_dropout)
     else:
@@ -161,7 +161,7 @@ def make_retriever(documents: list, examples: list, args):
 
 
 def make_search(documents: list, retriever, args, run_folder, log, accelerator):
-    """What ranks passages: those of each example's document, or of the corpus."""
+    """Search in each example's document, or in the corpus."""
     if not args.corpus_file:
         return DocumentSearch()
     return CorpusSearch(documents[0], folder=run_folder / "embeddings", weights_key=partial(weights_key, retriever),
@@ -179,9 +179,9 @@ def score_bm25(search, examples: list, gold: list, args) -> dict:
 
 
 def validate(examples: list, gold: list, drafts: list, rank_by, bm25_scores: dict, *, accelerator, poll) -> dict:
-    """Scores beside those of BM25, and of a second hop where there are drafts; Interrupted if a signal came.
+    """Scores, beside those of BM25; with drafts also those of a second hop. Raises Interrupted on a signal.
 
-    `drafts` are those of each example, or []; `rank_by(examples, queries=...)` ranks with the model as it is.
+    `drafts` has a list for each example, or is []. `rank_by(examples, queries=...)` ranks with the current model.
     """
     searches = [example.query for example in examples]
     searches += [search_text(e.query, own[0][0] if own else "") for e, own in zip(examples, drafts, strict=False)]
@@ -198,9 +198,9 @@ def validate(examples: list, gold: list, drafts: list, rank_by, bm25_scores: dic
 
 
 def between_steps(run: Run, validate_now, args) -> None:
-    """Validates and saves, where either is due."""
+    """Validates if that is due, then saves if that is due."""
     if run.is_validation_due():
-        with run.interruptible():  # a signal leaves it due
+        with run.interruptible():  # after a signal, the resumed run validates
             scores = validate_now()
             run.note_validation(scores, best_by=scores.get(args.metric_for_best))
     if run.is_checkpoint_due():
@@ -215,7 +215,7 @@ def main():
     accelerator = Accelerator(
         mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
         project_dir=args.output_dir,
-        # every process holds the same buffers, and one that runs out of memory must not leave another in an exchange
+        # no exchange of buffers in a forward pass: a process that runs out of memory would leave the others waiting
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
                          InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # of the one that searches a corpus
     )  # fmt: skip
@@ -241,11 +241,11 @@ def main():
     plan = partial(plan_steps, pairs.lengths(), [pair.document for pair in pairs.rows], args, shape_of)
     optimizer = torch.optim.AdamW(parameter_groups(retriever, args.weight_decay), lr=args.learning_rate, fused=True,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)  # fmt: skip
-    # not prepared: it steps once for each optimizer step, at any number of processes
+    # not prepared: accelerate would step it once for each process
     max_steps = schedule_steps(args, plan)
     warmup_steps = min(args.num_warmup_steps, max_steps // 10) if max_steps else args.num_warmup_steps
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, max_steps)
-    # sharding leaves each process a part of the weights: a whole model is kept to be saved
+    # FSDP leaves each process a part of the weights: a whole model is kept to be saved
     whole = copy.deepcopy(retriever) if is_sharded(accelerator) else retriever
     model, optimizer = accelerator.prepare(retriever, optimizer)
 
@@ -262,7 +262,7 @@ def main():
                            poll=run.poll)  # fmt: skip
     model.train()
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, retriever=retriever, args=args)
-    if run.state.validation_due:  # a signal had come before it
+    if run.state.validation_due:  # a signal interrupted it
         between_steps(run, validate_now, args)
     for epoch in itertools.count(run.state.epoch):
         if run.is_over():
@@ -277,8 +277,8 @@ def main():
         collate_epoch = partial(collate_pairs, epoch=epoch, pairs=pairs, retriever=retriever,
                                 max_tokens=args.gradient_cache_tokens)  # fmt: skip
         for micro_batches in run.loader(pairs.rows, epoch, collate_epoch):
-            count = run.begin_step(sum(map(count_pairs, micro_batches)))  # over all processes
-            sums = run.try_step(micro_step, micro_batches, count)  # forward and backward of each micro-batch
+            count = run.begin_step(sum(map(count_pairs, micro_batches)))  # of all processes
+            sums = run.try_step(micro_step, micro_batches, count)  # forward and backward pass of each
             if sums is None:
                 failure = "memory ran out"
             else:
@@ -286,7 +286,7 @@ def main():
                 gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
                 failure = run.check_gradients(gnorm)
             if failure:
-                run.skip(failure)  # on all processes
+                run.skip(failure)  # nothing of the step is applied, on any process
             else:
                 run.count(sums, gnorm)
                 optimizer.step()
@@ -304,7 +304,7 @@ def main():
 
     if args.load_best_model_at_end:
         run.load_best()
-    scores = run.scores or validate_now()  # a finished run that is started again has none
+    scores = run.scores or validate_now()  # a finished run that is started again has no scores yet
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         columns = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")

@@ -82,7 +82,7 @@ BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ra
 
 
 def make_model(train: list, args, accelerator) -> tuple:
-    """The summarizer and its tokenizer: a checkpoint's, or a small BART with a tokenizer of the training text."""
+    """The summarizer and its tokenizer: a checkpoint, or a small BART with a tokenizer trained on the training text."""
     if args.model_name_or_path:
         pretrained, tokenizer = load_model_and_tokenizer(args.model_name_or_path, args.dropout)
     else:
@@ -94,17 +94,16 @@ def make_model(train: list, args, accelerator) -> tuple:
     summarizer = Summarizer(pretrained)
     runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
     if runs_twice or pretrained.config.hidden_size < 256:
-        # layers that run again in the backward pass would not know the sequences; narrow ones are faster padded
+        # activation checkpointing runs layers again, without the sequences' lengths; narrow models are faster padded
         summarizer.is_packed = False
     return summarizer, tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what is read: the query and the passages retrieved for it
+# ---- what is read: the query and the passages retrieved for it
 
 
 def rank(train: list, validation: list, args, accelerator) -> list[list]:
-    """A ranking of passages for each example of both splits, from where `--retriever` says."""
+    """Ranks the passages of each example of both splits, by `--retriever`."""
     name, splits = args.retriever, (train, validation)
     if name in BASELINES:
         return [[BASELINES[name](example) for example in examples] for examples in splits]
@@ -121,7 +120,7 @@ def rank(train: list, validation: list, args, accelerator) -> list[list]:
 
 
 def read(examples: list, rankings: list, sources: Sources, args) -> list[dict]:
-    """Each example with its source, the passages in it, the sources of all its hops, and its targets."""
+    """A row for each example: its source, the passages in the source, the sources of all hops, and the targets."""
     sources.read(example.document for example in examples)
     rows = []
     for example, ranking in zip(examples, rankings, strict=True):
@@ -138,7 +137,7 @@ def read(examples: list, rankings: list, sources: Sources, args) -> list[dict]:
 
 
 def collate_pairs(pairs: list, dummy: bool, *, epoch: int, seed: int, pad_token_id: int) -> dict:
-    """A batch of sources, each of a hop that is drawn anew in each epoch: one summarizer serves all hops."""
+    """A batch of sources and targets. Each epoch draws a hop for each example: one summarizer serves all hops."""
     drawn = [
         of_hops[np.random.default_rng([seed, epoch, number]).integers(len(of_hops))] for number, of_hops, _ in pairs
     ]
@@ -149,31 +148,30 @@ def collate_pairs(pairs: list, dummy: bool, *, epoch: int, seed: int, pad_token_
 
 
 def plan_steps(lengths: list, args, shape_of, epoch: int, without=(), shape: dict | None = None) -> list:
-    """The examples of each step of an epoch; `shape` is that of an earlier run, whose epoch is continued."""
+    """The examples of each step of an epoch. A resumed epoch may have the batch `shape` of an earlier run."""
     shuffle = 0 if args.overfit_one_batch else epoch
     steps = plan_epoch(lengths, seed=args.seed, epoch=shuffle, without=without, **(shape or shape_of(epoch)))
     return [steps[0]] * len(steps) if args.overfit_one_batch else steps
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# training and validation
+# ---- training and validation
 
 
 def train_micro_batch(batch: dict, target_tokens: int, *, accelerator, model, summarizer, args) -> dict:
-    """Adds to the gradients those of the mean loss over all `target_tokens` of the step, on all processes."""
+    """Adds this micro-batch's share of the gradient of the step's mean loss over `target_tokens`, of all processes."""
     batch = batch.to(accelerator.device)
     with local_gradients(accelerator, model):
         with record_function("forward"), accelerator.autocast():
             loss, nll = model(**batch, label_smoothing_factor=args.label_smoothing_factor)
         with record_function("backward"):
-            # times the processes, because gradients are averaged over them
+            # times the number of processes, because gradients are averaged over them
             accelerator.backward(loss * accelerator.num_processes / target_tokens)
     tokens = count_tokens(batch, summarizer.is_packed)
     return {"loss": loss.detach(), "nll": nll, "count": count_targets(batch), **tokens}
 
 
 def validate(summarizer, rows: list[dict], sources: Sources, extract_scores, *, args, accelerator, poll) -> tuple:
-    """Predictions, and scores beside those of extracts, on all processes; Interrupted if a signal came."""
+    """Predictions, and scores beside those of extracts, on all processes. Raises Interrupted on a signal."""
     from utils.evaluation.rouge import Rouge  # imports `evaluate`, which takes seconds
 
     tokenizer = sources.tokenizer
@@ -201,7 +199,7 @@ def validate(summarizer, rows: list[dict], sources: Sources, extract_scores, *, 
         generated, sums = gather_object(generated), gather_object(sums)
     predictions, scores = [text for _, text in sorted(generated)], [{}]
     if accelerator.is_main_process:
-        # in the batches' order, so that the sum is the same at any number of processes
+        # sorted by batch: the sum is then the same for any number of processes
         loss, nll, tokens = (math.fsum(column) for column in list(zip(*sorted(sums), strict=True))[1:])
         nll /= tokens * math.log(2)
         rouge = Rouge().compute(predictions=predictions, references=[row["example"].summaries for row in rows])
@@ -210,9 +208,9 @@ def validate(summarizer, rows: list[dict], sources: Sources, extract_scores, *, 
 
 
 def between_steps(run: Run, validate_now, args) -> None:
-    """Validates and saves, where either is due."""
+    """Validates if that is due, then saves if that is due."""
     if run.is_validation_due():
-        with run.interruptible():  # a signal leaves it due
+        with run.interruptible():  # after a signal, the resumed run validates
             predictions, scores = validate_now()
             run.note_validation(scores, best_by=scores.get(args.metric_for_best), predictions=predictions)
     if run.is_checkpoint_due():
@@ -222,13 +220,12 @@ def between_steps(run: Run, validate_now, args) -> None:
 def main():
     args = arguments
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # set-up, data and model
+    # ---- set-up, data and model
 
     accelerator = Accelerator(
         mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
         project_dir=args.output_dir,
-        # every process holds the same buffers, and one that runs out of memory must not leave another in an exchange
+        # no exchange of buffers in a forward pass: a process that runs out of memory would leave the others waiting
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )  # fmt: skip
     run_folder = start(accelerator, args)
@@ -244,8 +241,7 @@ def main():
     validation_rows = read(validation, validation_rankings, sources, args)
     pairs = [(row["sources"], target) for row in train_rows for target in row["targets"]]  # one for each reference
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # batches, optimizer, schedule
+    # ---- batches, optimizer, schedule
 
     sequences = args.top_k if args.fusion == "fid" else 1
     lengths = [
@@ -256,7 +252,7 @@ def main():
     plan = partial(plan_steps, lengths, args, shape_of)
     optimizer = torch.optim.AdamW(parameter_groups(summarizer, args.weight_decay), lr=args.learning_rate, fused=True,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)  # fmt: skip
-    # not prepared: it steps once for each optimizer step, at any number of processes
+    # not prepared: accelerate would step it once for each process
     max_steps = schedule_steps(args, plan)
     warmup_steps = min(args.num_warmup_steps, max_steps // 10) if max_steps else args.num_warmup_steps
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, max_steps)
@@ -264,8 +260,7 @@ def main():
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler, plan=plan,
               shape=shape_of, data=digest(pairs))  # fmt: skip
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # training
+    # ---- training
 
     extract_scores = functools.cache(partial(score_extracts, train, validation))  # when first asked for
     validate_now = partial(validate, summarizer, validation_rows, sources, extract_scores, args=args,
@@ -273,15 +268,15 @@ def main():
     model.train()
     numbered = [(number, *pair) for number, pair in enumerate(pairs)]
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, summarizer=summarizer, args=args)
-    if run.state.validation_due:  # a signal had come before it
+    if run.state.validation_due:  # a signal interrupted it
         between_steps(run, validate_now, args)
     for epoch in itertools.count(run.state.epoch):
         if run.is_over():
             break
         collate_epoch = partial(collate_pairs, epoch=epoch, seed=args.seed, pad_token_id=tokenizer.pad_token_id)
         for micro_batches in run.loader(numbered, epoch, collate_epoch):
-            target_tokens = run.begin_step(sum(map(count_targets, micro_batches)))  # over all processes
-            # forward and backward of each micro-batch; where memory runs out, again in halves
+            target_tokens = run.begin_step(sum(map(count_targets, micro_batches)))  # of all processes
+            # forward and backward pass of each micro-batch; if memory runs out, again in halves
             sums = run.try_step(micro_step, micro_batches, target_tokens, halves)
             if sums is None:
                 failure = "memory ran out"
@@ -290,7 +285,7 @@ def main():
                 gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
                 failure = run.check_gradients(gnorm)
             if failure:
-                run.skip(failure)  # on all processes
+                run.skip(failure)  # nothing of the step is applied, on any process
             else:
                 run.count(sums, gnorm)
                 optimizer.step()
@@ -304,12 +299,11 @@ def main():
     if run.received:
         end_run(accelerator, 128 + run.received)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # the model, and the predictions with the passages that were read
+    # ---- the model, and the predictions with the passages that were read
 
     if args.load_best_model_at_end:
         run.load_best()
-    # a finished run that is started again has none
+    # a finished run that is started again has no scores yet
     predictions, scores = (run.predictions, run.scores) if run.scores else validate_now()
     weights = accelerator.get_state_dict(model)  # whole, where it is sharded
     if accelerator.is_main_process:

@@ -29,7 +29,8 @@ from accelerate import Accelerator
 from transformers import BartConfig, BartForConditionalGeneration, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.cli.script import hardware
+from hardware import hardware
+
 from utils.models.encoder_decoder import Summarizer
 from utils.models.sources import collate
 from utils.training.checkpoints import Checkpoints

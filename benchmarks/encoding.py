@@ -1,4 +1,4 @@
-"""Passages encoded per second: `utils.retriever.encode` beside `SentenceTransformer.encode`, same model and precision.
+"""Passages encoded per second: `encode` of utils/models/encoder.py beside `SentenceTransformer.encode`.
 
     python benchmarks/encoding.py
     python benchmarks/encoding.py --passages 200 --repeats 1
@@ -47,7 +47,8 @@ from accelerate.state import AcceleratorState
 from sentence_transformers import SentenceTransformer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.cli.script import hardware
+from hardware import hardware
+
 from utils.models.encoder import encode, load_retriever
 
 

@@ -51,10 +51,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from hardware import hardware
 from transformers import BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from utils.cli.script import hardware
 from utils.fast import cpu
 from utils.models.encoder_decoder import Summarizer
 from utils.models.sources import collate

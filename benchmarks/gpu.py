@@ -48,7 +48,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.cli.script import end_run, hardware
+from hardware import hardware
+
+from utils.cli.script import end_run
 from utils.fast.packing import is_packed
 from utils.models.contrastive import contrastive_loss, embed
 from utils.models.encoder_decoder import Summarizer

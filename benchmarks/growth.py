@@ -22,10 +22,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from hardware import hardware
 from retriever_training import find_minilm, run_here, write_data
 from transformers import BartConfig, BartForConditionalGeneration
 
-from utils.cli.script import hardware
 from utils.models.encoder_decoder import Summarizer
 from utils.models.sources import collate
 from utils.training.memory import keep_memory

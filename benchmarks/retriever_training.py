@@ -261,7 +261,7 @@ def main():
                 print(f"repeat {repeat + 1}: {side:5} {setting:18} {rates[side, setting][-1]:7.2f}", flush=True)
         compared = {precision: losses(folder, precision) for precision in ("no", "bf16")}
 
-    from utils.cli.script import hardware  # here, because children measure imports of their own
+    from hardware import hardware  # here, because children measure imports of their own
 
     print(f"\n{hardware()}, {args.repeats} repeats, {args.clock} clock\n")
     print(f"{'train_retrieve.py':18}  {'peer':18}  pairs/s: here  peer   ratio (range)")

@@ -33,7 +33,8 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.cli.script import hardware
+from hardware import hardware
+
 from utils.data.words import _porter_stem, rouge_words
 from utils.evaluation.rouge import RougeWords
 from utils.retrieval.oracle import greedy_rouge_oracle

@@ -80,7 +80,8 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.cli.script import hardware
+from hardware import hardware
+
 from utils.data.corpus import load_corpus
 from utils.data.examples import Corpus
 from utils.retrieval.bm25 import BM25_SETTINGS, bm25_index, bm25_search

@@ -60,7 +60,7 @@ def main():
     for _ in range(3):
         for name, measure in rows.items():
             measured[name].append(measure())
-    from utils.cli.script import hardware
+    from hardware import hardware
 
     print(hardware())
     for name, seconds in measured.items():

@@ -50,7 +50,8 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.cli.script import hardware
+from hardware import hardware
+
 from utils.files import write_jsonl
 from utils.models.tokenizer import train_tokenizer
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -190,3 +192,11 @@ def undisturbed(tmp_path_factory):
     for script, folder in folders.items():
         run(script, folder)
     return folders
+
+
+def alone(**changes):
+    """What an Accelerator of one process on the processor is to these functions."""
+    fields = {"num_processes": 1, "process_index": 0, "is_main_process": True, "device": torch.device("cpu"),
+              "mixed_precision": "no", "distributed_type": DistributedType.NO, "trackers": [], "scaler": None,
+              "unwrap_model": lambda model: model}  # fmt: skip
+    return SimpleNamespace(**{**fields, **changes})

@@ -164,9 +164,7 @@ class TrainingArguments(RunArguments):
     dataloader_num_workers: int = flag(0, "worker processes that prepare batches, for each process", at_least=0)
 
     learning_rate: float = flag(1e-3, "peak learning rate", at_least=0)
-    lr_scheduler_type: str = flag(
-        "linear", f"learning rate over the steps: {', '.join(LR_SCHEDULERS)}", choices=LR_SCHEDULERS
-    )
+    lr_scheduler_type: str = flag("linear", "learning rate over the steps", choices=LR_SCHEDULERS)
     num_warmup_steps: int = flag(
         100, "optimizer steps over which the learning rate rises, a tenth of all at most", at_least=0
     )
@@ -187,7 +185,7 @@ class TrainingArguments(RunArguments):
     log_format: str | None = flag(
         None, "tqdm, simple, json or none [tqdm on a terminal, else simple]", choices=("tqdm", "simple", "json", "none")
     )
-    report_to: str | None = flag(None, f"a tracker: {', '.join(TRACKERS)} [none]", choices=TRACKERS)
+    report_to: str | None = flag(None, "a tracker [none]", choices=TRACKERS)
     profile: bool = flag(False, "write a trace of a few steps to the run folder")
     overfit_one_batch: bool = flag(False, "train on the first step's examples only, for debugging")
 
@@ -213,13 +211,13 @@ class TrainingArguments(RunArguments):
             )
 
     def accumulation(self, epoch: int) -> int:
-        """Micro-batches in a step of this epoch; the last of a list holds for all later epochs."""
+        """Micro-batches in a step of this epoch. The last number of a list holds for all later epochs."""
         each = [int(part) for part in self.gradient_accumulation_steps.split(",")]
         return each[min(epoch, len(each) - 1)]
 
 
 def parse(arguments_class, description: str):
-    """Parses the command line into `arguments_class`; a mistake ends the program with one line and exit code 2."""
+    """Parses the command line into `arguments_class`. A mistake ends the program with one line and exit code 2."""
     parser = Parser(description=description.partition("\n\n")[0], usage="%(prog)s [flags]")
     kinds, added = typing.get_type_hints(arguments_class), set()
     fields = {field.name: field for field in dataclasses.fields(arguments_class)}
@@ -239,13 +237,13 @@ def parse(arguments_class, description: str):
 
 
 class Parser(argparse.ArgumentParser):
-    """One that takes no abbreviations and says what is wrong in one line."""
+    """A parser without abbreviations, whose errors are one line."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
-        """One line instead of a page of usage, with the flag that was probably meant."""
+        """Prints one line with the flag that was probably meant, and exits with code 2."""
         known = [option for action in self._actions for option in action.option_strings]
         for word in message.partition("unrecognized arguments: ")[2].split():
             if near := difflib.get_close_matches(word.partition("=")[0], known, n=1):
@@ -258,20 +256,21 @@ class Parser(argparse.ArgumentParser):
 def _add_flag(group, field: dataclasses.Field, kind) -> None:
     """`kind` is str, int, float or bool, or one of them or None."""
     default, text = field.default, field.metadata["help"].replace("%", "%%")
+    choices = field.metadata["choices"]
+    if len(choices) >= 5:
+        text += f": {', '.join(choices)}"
     kind = next(part for part in (*typing.get_args(kind), kind) if part is not type(None))
     if default is not None:
         text += f" [{str(default).lower() if kind is bool else default}]"
-    if kind is not bool:
-        group.add_argument(f"--{field.name}", type=kind, default=default, help=text, metavar=METAVARS[kind])
-        return
-    group.add_argument(
-        f"--{field.name}", type=_truth, nargs="?", const=True, default=default, help=text, metavar="true|false"
-    )
-    if default:
+    is_optional = {"nargs": "?", "const": True} if kind is bool else {}
+    metavar = "|".join(choices) if 0 < len(choices) < 5 else METAVARS[kind]
+    group.add_argument(f"--{field.name}", type=_truth if kind is bool else kind, default=default, help=text,
+                       metavar=metavar, **is_optional)  # fmt: skip
+    if kind is bool and default:
         group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
 
 
-METAVARS = {str: "TEXT", int: "N", float: "X"}
+METAVARS = {str: "TEXT", int: "N", float: "X", bool: "true|false"}
 
 
 def _truth(word: str) -> bool:

@@ -1,4 +1,4 @@
-"""Start and end of a script: launch checks, the run folder, precision, exit codes."""
+"""How a script starts and ends: checks of the launch, precision, the run folder, exit codes."""
 
 import errno
 import json
@@ -9,7 +9,6 @@ import sys
 import threading
 import traceback
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -22,10 +21,10 @@ from utils.training.memory import keep_memory
 
 
 def run_script(main) -> None:
-    """Runs `main()` and ends the process with the exit code of what happened.
+    """Runs `main()` and ends the process with an exit code.
 
-    0 done, 2 unusable arguments, data or checkpoint, 3 diverged, 74 a write failed, 128 + its number a signal, 1
-    anything else; only the last with a traceback, the others with one readable line.
+    0: done. 2: unusable arguments, data or checkpoint. 3: diverged. 74: a write failed. 128 + n: signal n. 1: any other
+    error. Only the last prints a traceback; the others print one readable line.
     """
     try:
         main()
@@ -38,7 +37,7 @@ def run_script(main) -> None:
         code = 74 if is_full else code
         if code == 1:
             traceback.print_exc()
-        elif os.environ.get("RANK", "0") == "0" or code == 74:  # most errors are met by every process alike
+        elif os.environ.get("RANK", "0") == "0" or code == 74:  # most errors occur on every process
             text = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
             text = str(error) if isinstance(error, Interrupted) else text
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
@@ -46,9 +45,9 @@ def run_script(main) -> None:
 
 
 def end_run(accelerator, code: int = 0) -> None:
-    """Ends the processes together; called inside `main`, while all that belongs to their group still exists.
+    """Ends all processes together. Call it as the last line of `main`.
 
-    Returning from `main` would take it apart, in which two gloo processes hang or abort now and then.
+    Returning from `main` would destroy the process group, and two gloo processes then sometimes hang or abort.
     """
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -56,7 +55,7 @@ def end_run(accelerator, code: int = 0) -> None:
 
 
 def _exit(code: int) -> None:
-    for thread in threading.enumerate():  # after an error, a checkpoint may still be on its way
+    for thread in threading.enumerate():  # a checkpoint may still be being written
         if thread.name == WRITER:
             thread.join()
     sys.stdout.flush()
@@ -65,9 +64,9 @@ def _exit(code: int) -> None:
 
 
 def start(accelerator, args) -> Path:
-    """Checks the launch, sets threads and seeds, and makes the run folder with what is run on what; returns it.
+    """Checks the launch, sets threads and seeds, and makes the run folder, which it returns.
 
-    Raises UsageError where processes were started that do not know of each other, or the folder cannot be written.
+    Raises UsageError if the started processes do not form a group, or the folder cannot be written.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
@@ -124,10 +123,10 @@ def environment(accelerator) -> dict:
 
 
 def precision(args, is_pretrained: bool) -> str | None:
-    """`--mixed_precision`; without it what `accelerate` was told, or bf16 if that is "no" or nothing, and it pays.
+    """The value of `--mixed_precision`, else what `accelerate` was told, else bf16 where that is faster.
 
-    It does for pretrained models, several times over, where GPU or processor have instructions for it; the small
-    models built from scratch lose more in the casting. FSDP and DeepSpeed go by their own configuration.
+    bf16 is several times faster for pretrained models if the GPU or processor has instructions for it. The small models
+    built from scratch are faster in float32. FSDP and DeepSpeed use their own configuration.
     """
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     own = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
@@ -138,13 +137,3 @@ def precision(args, is_pretrained: bool) -> str | None:
         torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
     )
     return "bf16" if has_bf16 else None
-
-
-def hardware() -> str:
-    """Date, processor or GPU, cores and torch's version in one line: the head of every table of measurements."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    if not torch.cuda.is_available() and Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        device = names[0].partition(": ")[2] if names else device
-    cores = len(os.sched_getaffinity(0))
-    return f"{date.today()}, {device}, {cores} cores, torch {torch.__version__}"

@@ -1,7 +1,7 @@
-"""Batches of similar length as a pure function of (seed, epoch), cut into the micro-batches of steps and processes.
+"""Which examples each step, micro-batch and process reads: batches of similar length, a function of (seed, epoch).
 
-Every process computes the whole plan of an epoch and takes its own part, so nothing is exchanged, every example
-counts exactly once, and a run can go on from any step.
+Every process computes the plan of the whole epoch and takes its own part. So nothing is exchanged, every example counts
+exactly once, and a run can resume at any step.
 """
 
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Dataset
 
-WINDOW = 100  # steps among which examples are sorted by length: longer windows pad less and shuffle less
-RUN = 4  # steps of similar length on the first side, which are sorted by the second one
+WINDOW = 100  # examples are sorted by length within so many steps: longer windows pad less and shuffle less
+RUN = 4  # within so many steps of similar length on one side, examples are sorted by the other sides
 
 
 def plan_epoch(
@@ -30,15 +30,15 @@ def plan_epoch(
     """Example numbers of one epoch as ``plan[step][micro_batch][process]``; an empty list is a dummy micro-batch.
 
     Args:
-        lengths: (examples, sides) tokens of each example, one column for each sequence that is padded by itself.
-        batch_size: examples in a micro-batch. Steps then hold the same examples however
-            processes x accumulation x batch_size splits them.
-        max_tokens: instead, examples x the sum over sides of the longest, at most; an example longer than that is a
-            micro-batch alone.
-        groups: (examples,) a number for each example; with `by_group` those with the same one stay together, instead of
-            those of similar length.
-        by_length: steps in order of length, unshuffled: a curriculum.
-        without: example numbers to leave out.
+        lengths: (examples, sides) tokens of each example. A side is padded by itself (source, target).
+        batch_size: examples in a micro-batch. The examples of a step depend only on the product of processes,
+            accumulation and batch_size.
+        max_tokens: replaces batch_size: at most so many tokens in a micro-batch, padding included (examples times the
+            sum of the longest of each side). A longer example is a micro-batch of its own.
+        groups: (examples,) a group number for each example. With `by_group`, examples of one group stay together;
+            their lengths then do not matter.
+        by_length: steps in order of length, not shuffled (a curriculum).
+        without: numbers of examples to leave out.
     """
     lengths = np.asarray(lengths).reshape(len(lengths), -1)
     rng = np.random.default_rng([seed, epoch])
@@ -78,12 +78,12 @@ def _parts(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def _similar(order: np.ndarray, lengths: np.ndarray, run: int) -> np.ndarray:
-    """Sorted by the side whose lengths differ most and, in runs of it, by the others; ties stay shuffled."""
+    """Sorted by the side whose lengths differ most and, within runs of it, by the other sides; ties stay shuffled."""
     side = lengths.std(0).argmax()
     order = order[np.argsort(lengths[order, side], kind="stable")]
     others = lengths.sum(1) - lengths[:, side]
     parts = _parts(order, run)
-    # in turns up and down, so that what a step takes of two runs is similar too
+    # alternately up and down: a step that spans two runs then has similar lengths, too
     return np.concatenate([
         part[np.argsort((-1) ** number * others[part], kind="stable")] for number, part in enumerate(parts)
     ])  # fmt: skip
@@ -108,9 +108,9 @@ def _cut_by_tokens(order: list[int], lengths: np.ndarray, max_tokens: int) -> li
 
 
 def batch_shape(args, num_processes: int, epoch: int, **more) -> dict:
-    """What decides, beside data and seed, which examples a step of an epoch holds: keywords of `plan_epoch`.
+    """Keywords of `plan_epoch`: all that decides the examples of each step, beside data and seed.
 
-    A checkpoint keeps it, so that a run resumes with the examples that it has not read yet.
+    A checkpoint holds them, so that a run with other keywords can resume with the examples that were not read yet.
     """
     return {
         "num_processes": num_processes,
@@ -123,10 +123,10 @@ def batch_shape(args, num_processes: int, epoch: int, **more) -> dict:
 
 
 class StepBatches(Dataset):
-    """One process's part of a planned epoch: item k is the list of collated micro-batches of step k.
+    """One process's part of an epoch's plan. Item k is the list of collated micro-batches of step k.
 
-    `collate(examples, dummy)` makes tensors of a list of examples; with `dummy` they must count for nothing, and stand
-    in where a process has no examples left in a step but has to take part in it.
+    `collate(examples, dummy=...)` makes tensors of a list of examples. A process without examples in a micro-batch gets
+    a dummy, which must count for nothing.
     """
 
     def __init__(self, examples: list, plan: list, collate, process: int):

@@ -1,10 +1,10 @@
-"""Checkpoints that a kill, a full disk or a flipped bit cannot break, and that execute nothing when they are read.
+"""The files of a checkpoint. A kill, a full disk or a flipped bit cannot break them, and reading them executes nothing.
 
     checkpoints/step_00000400/   model.safetensors, optimizer.safetensors, state.json, fingerprint.json, manifest.json
     checkpoints/last, best       links to such folders
 
-A folder of that name is always complete: it is written beside, synced and renamed. Its manifest holds size and SHA-256
-of each file and is checked before anything is used. Only safetensors and JSON are read.
+A folder with such a name is always complete: it is written under another name, synced and renamed. The manifest holds
+size and SHA-256 of each file and is checked before anything is used. Only safetensors and JSON are read.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-WRITER = "checkpoint writer"  # name of the thread that calls `save`
-REPLACED = ".old"  # ends the name of a checkpoint whose successor of the same step is about to take its place
+WRITER = "checkpoint writer"  # the name of the thread that calls `save`
+REPLACED = ".old"  # ends the name of a checkpoint that a new one of the same step is about to replace
 
 
 def save(checkpoints: Path, step: int, tensors, *, state: dict, fingerprint: dict, limit: int, is_best: bool) -> Path:
-    """Writes a checkpoint, points `last` (and `best`) to it, then removes all but the `limit` newest; 0 keeps all.
+    """Writes a checkpoint, points `last` (and `best`) to it, and then removes old ones.
 
-    `state` and `fingerprint` are plain JSON (keys are strings, no tuples). What `last` or `best` point to stays. A
-    checkpoint of the same step is replaced. Raises CheckpointError if a write fails.
+    The `limit` newest are kept (0: all), and those that `last` and `best` point to. A checkpoint of the same step is
+    replaced. `state` and `fingerprint` are JSON (string keys, no tuples). Raises CheckpointError if a write fails.
     """
     folder = checkpoints / f"step_{step:08d}"
     temporary = checkpoints / f"{TEMPORARY}{folder.name}"
@@ -66,7 +66,7 @@ def save(checkpoints: Path, step: int, tensors, *, state: dict, fingerprint: dic
         sync(checkpoints.parent)  # which may be new
         if is_best:
             _point(checkpoints / "best", folder)
-        _point(checkpoints / "last", folder)  # after `best`: a `last` that lags behind tells `tidy` of a kill
+        _point(checkpoints / "last", folder)  # after `best`: if `last` lags behind, `tidy` knows of a kill
 
         remove(replaced)
         folders = _newest_first(checkpoints)
@@ -84,7 +84,7 @@ def save(checkpoints: Path, step: int, tensors, *, state: dict, fingerprint: dic
 
 
 def tidy(checkpoints: Path) -> None:
-    """Finishes what a killed `save` left undone: for the run that owns the folder, before it looks for a checkpoint."""
+    """Finishes what a killed `save` left undone. Only the run that owns the folder calls it."""
     for path in checkpoints.glob(TEMPORARY + "*"):
         remove(path)
     interrupted = list(checkpoints.glob("step_*" + REPLACED))
@@ -102,7 +102,7 @@ def tidy(checkpoints: Path) -> None:
 
 
 def publish(run_folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write(folder)` on a temporary folder and moves its files, each at once and whole, into `run_folder`.
+    """Calls `write(folder)` on a temporary folder and moves each file, complete, into `run_folder`.
 
     Raises CheckpointError if a write fails.
     """
@@ -131,7 +131,7 @@ def publish(run_folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _is_failed_write(error: Exception) -> bool:
-    # safetensors and tokenizers report a full disk by errors of their own
+    # safetensors and tokenizers have their own errors for a full disk
     return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
 
 
@@ -158,12 +158,12 @@ def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | byte
 
 
 def _write(path: Path, parts) -> dict:
-    """Writes byte strings to a new file; returns its size and digest for the manifest.
+    """Writes byte strings to a new file and returns its size and SHA-256 for the manifest.
 
-    Whole blocks go around the system's page cache where the file system lets them: filling it with gigabytes that
-    nobody reads takes the processor several times as long as all the rest.
+    Whole blocks bypass the system's page cache where the file system allows it. Filling the cache with gigabytes that
+    nobody reads costs several times the processor time of everything else here.
     """
-    block, filled, size, digest = mmap.mmap(-1, BLOCK), 0, 0, hashlib.sha256()  # mmap: direct writes want whole pages
+    block, filled, size, digest = mmap.mmap(-1, BLOCK), 0, 0, hashlib.sha256()  # mmap: direct writes need aligned pages
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         _set_direct(descriptor, True)
@@ -176,7 +176,7 @@ def _write(path: Path, parts) -> dict:
                     digest.update(block)
                     _write_whole(descriptor, memoryview(block))
                     filled = 0
-        _set_direct(descriptor, False)  # the rest is no whole block
+        _set_direct(descriptor, False)  # the rest is less than a block
         digest.update(block[:filled])
         _write_whole(descriptor, memoryview(block)[:filled])
     finally:
@@ -190,14 +190,14 @@ def _write_whole(descriptor: int, view: memoryview) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    if view:  # refused, or cut short where the disk is full: in the ordinary way, which works or says why
+    if view:  # a direct write was refused or cut short: an ordinary write succeeds, or says why not
         _set_direct(descriptor, False)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def _set_direct(descriptor: int, on: bool) -> None:
-    """Whether writes go around the page cache; not every system and file system can."""
+    """Turns direct writes on or off, where system and file system support them."""
     direct, flags = getattr(os, "O_DIRECT", 0), fcntl.fcntl(descriptor, fcntl.F_GETFL)
     with contextlib.suppress(OSError):
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | direct if on else flags & ~direct)
@@ -222,7 +222,7 @@ def _target(link: Path) -> Path | None:
 
 
 def find_newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole, or None if there is none at all; `warn` hears of each damaged one.
+    """The newest checkpoint that can be used, or None if there is none. Calls `warn` for each damaged one.
 
     Raises UsageError if all are damaged.
     """
@@ -240,7 +240,7 @@ def find_newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | 
 
 
 def problems(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming folder and file; None if it can be used."""
+    """What is wrong with a checkpoint, with folder and file; None if it can be used."""
     try:
         _verify(folder)
     except DamagedCheckpoint as error:
@@ -249,7 +249,7 @@ def problems(folder: Path) -> str | None:
 
 
 def read(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict, dict]:
-    """(tensors, state, fingerprint) of a checkpoint, after checking it; raises DamagedCheckpoint."""
+    """Checks a checkpoint and returns (tensors, state, fingerprint). Raises DamagedCheckpoint."""
     state, fingerprint = _verify(folder)
     tensors = {group: load_file(folder / f"{group}.safetensors") for group in ("model", "optimizer")}
     return tensors, state, fingerprint
@@ -264,7 +264,7 @@ def _newest_first(checkpoints: Path) -> list[Path]:
 
 
 def _verify(folder: Path) -> tuple[dict, dict]:
-    """Checks a checkpoint's files against its manifest and that each can be parsed; returns state and fingerprint."""
+    """Checks that the files of a checkpoint match its manifest and can be parsed; returns state and fingerprint."""
 
     def damaged(problem: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(f"checkpoint {folder} is damaged: {name}: {problem}")

@@ -1,7 +1,6 @@
 """A run's checkpoints: saving them while training goes on, and resuming from them."""
 
 import json
-import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -10,30 +9,31 @@ from threading import Thread
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from utils.errors import CheckpointError, DamagedCheckpoint, UsageError
+from utils.files import remove
 from utils.training import checkpoint_files
 from utils.training.loop_state import LoopState
 from utils.training.sharding import gather_tensors, restore_tensors
 
 
 class Checkpoints:
-    """A run's checkpoints: saves everything that it needs to go on bit for bit, and goes on from there.
+    """Saves the complete state of a run, and resumes from it with identical results.
 
-    Training goes on while a checkpoint is written: only the copying of its tensors is waited for. DeepSpeed keeps its
-    state in a form of its own, which is not saved: the log says so. A checkpoint and the run that goes on from it must
-    have in common `data`, a digest of what is trained on, and `shape(epoch)`, what decides which examples a step holds.
+    Training waits only while tensors are copied; a thread writes them. A run resumes from a checkpoint only if `data`
+    (a checksum of what is trained on) and `shape(epoch)` (what decides the examples of a step) are the same.
+    DeepSpeed's own state is not saved; the log says so.
     """
 
     def __init__(self, accelerator, args, run_folder: Path, log, signals, *, model, optimizer, scheduler, data, shape):
         self.accelerator, self.args, self.log, self.signals = accelerator, args, log, signals
         self.model, self.optimizer, self.scheduler, self.data, self.shape = model, optimizer, scheduler, data, shape
         self.run_folder, self.folder = run_folder, run_folder / "checkpoints"
-        self.copies: dict | None = None  # of the tensors that are being written
+        self.copies: dict | None = None  # tensors that are being written
         self.is_writing = False
         self.thread: Thread | None = None  # on the main process
         self.error: BaseException | None = None
 
     def fingerprint(self, epoch: int) -> dict:
-        """What a checkpoint must have in common with a run that goes on from it."""
+        """What must be the same in a checkpoint and in a run that resumes from it."""
         return {
             "data": self.data,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -43,7 +43,7 @@ class Checkpoints:
         }
 
     def save(self, state: LoopState, meters: dict, *, is_best: bool) -> None:
-        """Copies the state and starts to write it; called on all processes. Raises what `wait` raises."""
+        """Copies the state and starts to write it. Called on all processes. Raises what `wait` raises."""
         self.wait()
         place = {"step": state.step, "epoch": state.epoch}
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -59,7 +59,7 @@ class Checkpoints:
         }
         if self.accelerator.is_main_process:
             event = {**place, "folder": str(self.folder / f"step_{state.step:08d}"), "is_best": is_best}
-            content = json.loads(json.dumps(content))  # a copy: the loop goes on to change what is in it
+            content = json.loads(json.dumps(content))  # a copy: the loop changes the original
             contents = {"state": content, "fingerprint": self.fingerprint(state.epoch), "is_best": is_best}
             self.thread = Thread(target=self._write, args=(event, contents), name=checkpoint_files.WRITER)
             self.thread.start()
@@ -72,10 +72,10 @@ class Checkpoints:
             self.log("checkpoint", **event)
         except BaseException as error:
             self.error = error
-            self.signals.received = signal.SIGTERM  # ends the step loop, on all processes: they then come to `wait`
+            self.signals.received = signal.SIGTERM  # ends the loop on all processes, which then call `wait`
 
     def wait(self) -> None:
-        """Until the last checkpoint is complete; called on all processes. Raises CheckpointError if it is not."""
+        """Waits until the last checkpoint is complete. Called on all processes. Raises CheckpointError if it failed."""
         if not self.is_writing:
             return
         if self.thread:
@@ -87,10 +87,10 @@ class Checkpoints:
         self.is_writing, self.thread = False, None
 
     def resume(self) -> tuple[LoopState, Path | None, dict | None]:
-        """Restores model, optimizer and schedule from where `--resume_from_checkpoint` or `--init_from` say.
+        """Restores model, optimizer and schedule as `--resume_from_checkpoint` and `--init_from` say.
 
-        Returns the loop's state, the checkpoint or None, and the checkpoint's batch shape if it is another than this
-        run's, which needs `--allow_reshard`. Called on all processes. Raises UsageError.
+        Returns the loop's state, the checkpoint (or None), and the checkpoint's batch shape if it differs from this
+        run's (or None), which needs `--allow_reshard`. Called on all processes. Raises UsageError.
         """
         accelerator, args, optimizer, scheduler = self.accelerator, self.args, self.optimizer, self.scheduler
         found = [None]
@@ -126,7 +126,7 @@ class Checkpoints:
             if args.reset_dataloader:
                 state.epoch, state.step, state.last_validation = 0, 0, 0
             if args.reset_dataloader or saved["data"] != self.fingerprint(state.epoch)["data"]:
-                state.step_in_epoch, state.done_before = 0, []  # a place in other data's epoch means nothing
+                state.step_in_epoch, state.done_before = 0, []  # a position in an epoch of other data means nothing
                 state.negatives, state.mined_in = None, 0
             if args.reset_meters:
                 state.best, state.best_step, state.validations_without_improvement = None, 0, 0
@@ -135,9 +135,9 @@ class Checkpoints:
         return state, folder, saved["shape"] if is_reshaped else None
 
     def load_best(self, state: LoopState) -> bool:
-        """Puts the weights of the best validation into the model, if it has later ones; called on all processes.
+        """Loads the weights of the best validation unless the model has them. Called on all processes.
 
-        Where this run has no such checkpoint, or a damaged one, it warns and leaves the model as it is.
+        Returns whether they were loaded. If that checkpoint is missing or damaged, it warns and keeps the model.
         """
         tensors = {}
         if self.accelerator.is_main_process and state.best_step != state.step:
@@ -154,18 +154,14 @@ class Checkpoints:
 
 
 def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
-    """The checkpoint to start from, and whether it is one of this run (rather than of `--init_from`)."""
+    """The checkpoint to start from, and whether it belongs to this run (otherwise to `--init_from`)."""
     checkpoints = run_folder / "checkpoints"
     checkpoint_files.tidy(checkpoints)
     if args.resume_from_checkpoint == "auto":
         if folder := checkpoint_files.find_newest_valid(checkpoints, warn):
             return folder, True
     elif args.resume_from_checkpoint == "none":
-        if checkpoints.is_dir():
-            removed = checkpoints.with_name("checkpoints.removed")  # renamed first: a kill leaves no half of them
-            shutil.rmtree(removed, ignore_errors=True)
-            checkpoints.rename(removed)
-            shutil.rmtree(removed)
+        remove(checkpoints)
     else:
         folder = Path(args.resume_from_checkpoint).resolve()
         if problem := checkpoint_files.problems(folder):
@@ -188,7 +184,7 @@ def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
 
 
 def _compare(folder: Path, saved: dict, current: dict, allow_reshard: bool) -> None:
-    """UsageError that says what differs between a checkpoint's run and this one."""
+    """Raises UsageError if a checkpoint cannot be resumed here, with all differences."""
     names = {name for name in (*saved, *current) if name != "shape" and saved.get(name) != current.get(name)}
     differences = [f"{name} {saved.get(name)} there, {current.get(name)} here" for name in sorted(names)]
     reshaped = [

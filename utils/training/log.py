@@ -14,11 +14,10 @@ from utils.files import write_lines
 
 
 class RunLog:
-    """Writes events to `metrics.jsonl`, to standard output and to trackers; on the main process only.
+    """Writes events to `metrics.jsonl`, to standard output and to trackers, on the main process only.
 
-    `log_format`: "tqdm" (a progress bar, and readable lines above it), "simple" (readable lines), "json" (the same
-    lines as the file) or "none". `begin(step)` forgets what a run that is gone on with had logged after that step.
-    The thread that writes checkpoints logs too: a line is written whole, in the same order everywhere.
+    `log_format` is "tqdm" (a progress bar, with readable lines above it), "simple" (readable lines), "json" (the lines
+    of the file) or "none". The thread that writes checkpoints logs, too: a lock keeps lines whole and in one order.
     """
 
     def __init__(self, accelerator, folder: Path, log_format: str | None):
@@ -29,6 +28,7 @@ class RunLog:
         self.lock = threading.RLock()
 
     def begin(self, step: int) -> None:
+        """Drops the lines of the file after the step that the run resumes from; 0 drops all."""
         if not self.accelerator.is_main_process:
             return
         kept = []
@@ -36,7 +36,7 @@ class RunLog:
             try:
                 event = json.loads(line)
             except ValueError:
-                continue  # cut short when the run was killed
+                continue  # an incomplete line: the run was killed
             if event["step"] <= step and event["event"] not in ("stop", "done"):
                 kept.append(line)
         write_lines(self.path, kept)
@@ -91,7 +91,7 @@ class RunLog:
 
 
 def score_table(scores: dict[str, dict], columns: tuple[str, ...]) -> str:
-    """A table in plain text: a row for each name, a column for each score."""
+    """A plain-text table with a row for each name and a column for each score."""
     width = max(map(len, scores))
     lines = [" " * width + "".join(f"{column:>18}" for column in columns)]
     lines += [
@@ -113,9 +113,9 @@ def _shown(value) -> str:
 
 
 class Meters:
-    """Sums over the steps of a log interval or an epoch, on this process; `read` adds up all processes, then resets.
+    """Sums over the steps of a log interval or an epoch, on this process. `read` adds up all processes and resets.
 
-    `saved` is what `state` gave for a checkpoint.
+    `saved` is what `state` returned when a checkpoint was saved.
     """
 
     def __init__(self, accelerator, saved: dict | None = None):
@@ -134,14 +134,14 @@ class Meters:
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
     def add_step(self, gnorm: float, max_grad_norm: float, seconds: float) -> None:
-        """Counts one optimizer step with its gradient norm, the same on all processes."""
+        """Counts one optimizer step with its gradient norm, which is the same on all processes."""
         self.steps += 1
         self.gnorm += gnorm
         self.clipped += gnorm > max_grad_norm > 0
         self.seconds += seconds
 
     def total(self, accelerator) -> dict[str, float]:
-        """The sums over all processes; every process must have added the same names."""
+        """Sums over all processes, which must all have added the same names."""
         names = sorted(self.sums)
         if accelerator.num_processes == 1 or not names:
             return self.sums
@@ -150,15 +150,15 @@ class Meters:
         return dict(zip(names, accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def state(self, accelerator) -> dict:
-        """What a checkpoint holds; the main process goes on with all processes' sums, the others with none."""
+        """What a checkpoint holds. After a resume the main process has the sums of all."""
         sums = self.total(accelerator)
         return {**vars(self), "sums": dict(sums)}
 
     def read(self, accelerator) -> dict:
-        """The meters of a log line; `loss` and `nll` become means per token or pair in base 2, as fairseq logs them.
+        """The meters of a log line. `loss` and `nll` become means per token or pair in base 2, as in fairseq.
 
-        Expects the sums `loss`, `count`, `examples`, `tokens` and `slots` (tokens with padding); steps that were
-        dropped are in none of them.
+        Needs the sums `loss`, `count`, `examples`, `tokens` and `slots` (tokens with padding). Dropped steps are not in
+        them.
         """
         total, steps, seconds = self.total(accelerator), max(self.steps, 1), max(self.seconds, 1e-9)
         line = {}
@@ -188,7 +188,7 @@ class Meters:
 
 
 def peak_memory_gb(accelerator) -> float:
-    """Peak memory of this process: of the GPU, or resident on the processor; in gigabytes."""
+    """Peak memory of this process in gigabytes: of the GPU, or resident memory on a processor."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -1,4 +1,4 @@
-"""Where a run stands, and when it ends."""
+"""Where a run stands, and the rules that end it."""
 
 from dataclasses import dataclass, field
 
@@ -8,22 +8,22 @@ from utils.training.step import any_process
 
 @dataclass
 class LoopState:
-    """Where a run stands; saved in checkpoints as JSON."""
+    """Where a run stands. Checkpoints hold it as JSON."""
 
-    epoch: int = 0  # full passes done
+    epoch: int = 0  # complete passes over the examples
     step_in_epoch: int = 0
     step: int = 0  # optimizer steps, dropped ones included
-    done_before: list[int] = field(default_factory=list)  # examples of this epoch read before the plan was changed
+    done_before: list[int] = field(default_factory=list)  # examples of this epoch that were read with another plan
     best: float | None = None
     best_step: int = 0
     validations_without_improvement: int = 0
-    last_validation: int = 0  # the step of it
-    validation_due: bool = False  # a signal came before it was finished
+    last_validation: int = 0  # its step
+    validation_due: bool = False  # a signal interrupted it
     skipped: int = 0
     skipped_in_a_row: int = 0
     train_seconds: float = 0.0  # over all resumed runs
-    negatives: list[list[list[int]]] | None = None  # of each training pair and hop, as last mined with the model
-    mined_in: int = 0  # the epoch before which they were
+    negatives: list[list[list[int]]] | None = None  # mined hard negatives of each training pair and hop
+    mined_in: int = 0  # the epoch before which they were mined
     stop: str | None = None  # why the run ended
     meters: dict = field(default_factory=dict)
 
@@ -50,12 +50,12 @@ class LoopState:
             self.epoch, self.step_in_epoch, self.done_before = self.epoch + 1, 0, []
 
     def leave_out(self, plan: list) -> None:
-        """Starts what remains of the epoch as a new plan, without the examples of the steps done in `plan`."""
+        """Notes the examples read in this epoch with `plan`, because the rest of the epoch follows a new plan."""
         done = [i for step in plan[: self.step_in_epoch] for micro_batch in step for part in micro_batch for i in part]
         self.done_before, self.step_in_epoch = sorted({*self.done_before, *done}), 0
 
     def note_skip(self, args, log, reason: str) -> None:
-        """Counts and logs a dropped step; Diverged after too many in a row."""
+        """Counts and logs a dropped step. Raises Diverged after more than `--max_skipped_steps` in a row."""
         self.skipped += 1
         self.skipped_in_a_row += 1
         log("skip", step=self.step + 1, epoch=self.epoch, reason=reason, in_a_row=self.skipped_in_a_row)
@@ -66,7 +66,7 @@ class LoopState:
             )
 
     def is_validation_due(self, args) -> bool:
-        """Whether this step is to be validated and was not yet; the end of a run always is."""
+        """Whether the current step must still be validated; the last step of a run always is."""
         if self.step == self.last_validation or not self.step:
             return False
         due = self.step % args.eval_steps == 0 if args.eval_steps else self.step_in_epoch == 0
@@ -78,14 +78,14 @@ class LoopState:
 
 
 def schedule_steps(args, plan) -> int:
-    """Optimizer steps that the learning rate schedule spans, from the flags and `plan(epoch)`; 0 if none limit them."""
+    """Optimizer steps of the learning rate schedule: the smaller limit of steps and epochs, or 0 if there is none."""
     epochs = sum(len(plan(epoch)) for epoch in range(args.num_train_epochs))
     limits = [limit for limit in (args.max_train_steps, epochs) if limit]
     return min(limits, default=0)
 
 
 def stop_reason(accelerator, args, state: LoopState, lr: float) -> str | None:
-    """The first stop rule that is met, in words, or None; called on all processes, which agree."""
+    """The first stop rule that is met, in words, or None. Called on all processes, which get the same answer."""
     hours = state.train_seconds / 3600
     if args.stop_time_hours and any_process(accelerator, hours >= args.stop_time_hours):
         return f"stop_time_hours {args.stop_time_hours} reached"

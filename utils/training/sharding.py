@@ -1,4 +1,4 @@
-"""Tensors of model and optimizer, gathered and put back alike for one process, DDP and FSDP2."""
+"""Gathering the tensors of model and optimizer, and restoring them: the same for one process, DDP and FSDP2."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,11 @@ from utils.errors import UsageError
 
 
 def gather_tensors(accelerator, model, optimizer, into=None) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies of all tensors on the main process's CPU, {"model": {...}, "optimizer": {...}}; {} on other processes.
+    """Copies all tensors to the main process's CPU: {"model": {...}, "optimizer": {...}}; {} on other processes.
 
-    Called on all processes. Training may go on while the copies are written. Tied weights are there once. Of the
-    optimizer there is each parameter's state as "parameter/entry", and the groups' learning rates, which schedulers
-    move; the groups' other settings are those of the flags. `into`: earlier copies, whose memory is used again.
+    Called on all processes. Training may continue while the copies are written. Tied weights are copied once. Optimizer
+    states are named "parameter/entry". Of the parameter groups only the learning rates are kept, which schedulers
+    change; the flags have the rest. `into` holds earlier copies whose memory is reused.
     """
     named = _named_tensors(accelerator, model)
     names = {id(tensor): name for name, tensor in named.items()}
@@ -37,9 +37,9 @@ def gather_tensors(accelerator, model, optimizer, into=None) -> dict[str, dict[s
 
 
 def restore_tensors(accelerator, model, optimizer, tensors, *, with_optimizer: bool = True) -> None:
-    """Puts gathered tensors back, bit for bit; called on all processes, `tensors` matters on the main one only.
+    """Restores gathered tensors, bit for bit. Called on all processes; only the main process needs `tensors`.
 
-    Raises UsageError if they are those of another model.
+    Raises UsageError if they belong to another model.
     """
     named = _named_tensors(accelerator, model)
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
@@ -75,15 +75,15 @@ def restore_tensors(accelerator, model, optimizer, tensors, *, with_optimizer: b
 
 
 def _named_tensors(accelerator, model) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers under the names of the unwrapped model, tied ones once."""
-    # state_dict() and not named_parameters(): it makes FSDP give the shards, which the optimizer holds
+    """Parameters and persistent buffers by their names in the unwrapped model; tied ones once."""
+    # state_dict() rather than named_parameters(): FSDP then gives the shards that the optimizer holds
     everything = accelerator.unwrap_model(model, keep_torch_compile=False).state_dict(keep_vars=True)
     first_names = {id(tensor): name for name, tensor in reversed(everything.items())}
     return {name: everything[name] for name in everything if first_names[id(everything[name])] == name}
 
 
 def _gather(accelerator, value, memory: torch.Tensor | None) -> torch.Tensor | None:
-    """A contiguous copy of a whole tensor, or number, on the main process's CPU; None elsewhere."""
+    """A contiguous copy of a tensor (unsharded) or number on the main process's CPU; None on other processes."""
     if isinstance(value, DTensor):
         value = value.to(value.device_mesh.device_type).full_tensor()  # from the CPU, where parameters are offloaded
     if not accelerator.is_main_process:
@@ -92,11 +92,11 @@ def _gather(accelerator, value, memory: torch.Tensor | None) -> torch.Tensor | N
         return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
     if memory is None or (memory.shape, memory.dtype) != (value.shape, value.dtype):
         memory = torch.empty(value.shape, dtype=value.dtype)
-    return memory.copy_(value.detach())  # into pages that are there already: several times faster than into new ones
+    return memory.copy_(value.detach())  # reused memory: several times faster than new pages
 
 
 def _from_main(accelerator, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The main process's tensors, one by one, on all processes."""
+    """Sends the main process's tensors to all processes, one by one."""
     if accelerator.num_processes == 1:
         yield from tensors.items()
         return
@@ -111,8 +111,8 @@ def _from_main(accelerator, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[
 
 
 def _laid_out_as(parameter, value: torch.Tensor) -> torch.Tensor:
-    """This process's part of `value`, if that has the shape of a sharded parameter; else `value`."""
+    """This process's shard of `value` if it has the shape of a sharded parameter, else `value`."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
-    # every process has the whole value, so nothing is sent
+    # no source rank: every process has the whole value already
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

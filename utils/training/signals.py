@@ -9,10 +9,7 @@ from utils.errors import Interrupted
 
 
 class Signals:
-    """Notes SIGTERM, SIGINT and SIGUSR1, for the loop to save and leave; a second SIGINT leaves at once.
-
-    Exit codes are 128 + the signal's number.
-    """
+    """Notes SIGTERM, SIGINT (Ctrl-C) and SIGUSR1; a second SIGINT ends the process at once with exit code 130."""
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -29,7 +26,7 @@ class Signals:
         self.received = self.received or number
 
     def agree(self, accelerator, count=0) -> tuple[int, int | None]:
-        """The sum of `count` over the processes and the signal that any of them received, in one exchange."""
+        """Sums `count` over the processes, and returns a signal that any of them received, in one exchange."""
         noted = [float(self.received == number) for number in self.NUMBERS]
         sums = torch.tensor([float(count), *noted], dtype=torch.float64 if accelerator.device.type == "cpu" else None)
         count, *noted = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()

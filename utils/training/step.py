@@ -14,7 +14,7 @@ from utils.training.memory import is_out_of_memory
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
-    """Seeds dropout by (seed, step, process), so that a step's randomness does not depend on what ran before it."""
+    """Seeds all generators by (seed, step, process), so that dropout in a step does not depend on what ran before."""
     mixed = int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint32)[0])
     random.seed(mixed)
     np.random.seed(mixed)  # noqa: NPY002 - libraries draw from the global generator
@@ -22,7 +22,7 @@ def seed_step(seed: int, step: int, process: int) -> None:
 
 
 def profiler(accelerator, args, run_folder: Path):
-    """`accelerator.profile()` over five steps with `--profile`, the trace in `run_folder/profile`; else nothing."""
+    """With `--profile`, `accelerator.profile()` over five steps, which writes a trace to `run_folder/profile`."""
     if not args.profile:
         return nullcontext()
     activities = ["cpu", "cuda"] if accelerator.device.type == "cuda" else ["cpu"]
@@ -33,7 +33,7 @@ def profiler(accelerator, args, run_folder: Path):
 
 
 def parameter_groups(model, weight_decay: float) -> list[dict]:
-    """AdamW's groups: no weight decay on biases and norms, which are the parameters of one dimension."""
+    """Parameter groups for AdamW: biases and norms (parameters of one dimension) have no weight decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -42,12 +42,15 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
 
 
 def is_sharded(accelerator) -> bool:
-    """Whether FSDP or DeepSpeed owns the gradients; otherwise (one process, DDP) each process holds all of them."""
+    """Whether FSDP or DeepSpeed shards the gradients. Otherwise (one process, DDP) each process holds all of them."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def local_gradients(accelerator, model):
-    """No exchange of gradients within a micro-batch: `average_gradients` does it once, when all processes are done."""
+    """A context in which gradients stay on this process; `average_gradients` exchanges them once at the end of a step.
+
+    If memory runs out on one process, the others are then not left waiting in an exchange.
+    """
     return nullcontext() if is_sharded(accelerator) else accelerator.no_sync(model)
 
 
@@ -75,12 +78,15 @@ def any_process(accelerator, condition: bool) -> bool:
 
 
 def check_grad_norm(accelerator, gnorm: float) -> None:
-    """Diverged if the processes' gradient norms differ by more than 1e-6 of their size: they train different models."""
+    """Raises Diverged if the gradient norms of the processes differ by more than 1e-6 relative."""
     _check_equal(accelerator, gnorm, "the gradient norm")
 
 
 def check_weight_norm(accelerator, model) -> None:
-    """Diverged if the processes' weights differ in norm by more than 1e-6: averaged gradients do not show it."""
+    """Raises Diverged if the norms of the processes' weights differ by more than 1e-6 relative.
+
+    Averaged gradients are equal on all processes even where the weights are not.
+    """
     if accelerator.num_processes > 1 and not is_sharded(accelerator):
         norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()])
         _check_equal(accelerator, float(torch.stack(norms).double().norm()), "the norm of the weights")
@@ -95,16 +101,16 @@ def _check_equal(accelerator, value: float, name: str) -> None:
 
 
 def check_loss_scale(accelerator, args) -> None:
-    """Diverged if the loss scale of fp16 has fallen under its floor."""
+    """Raises Diverged if the loss scale of fp16 is below `--min_loss_scale`."""
     if accelerator.scaler and accelerator.scaler.get_scale() < args.min_loss_scale:
         raise Diverged(f"the loss scale fell under --min_loss_scale {args.min_loss_scale}")
 
 
 @contextlib.contextmanager
 def together(accelerator):
-    """Raises OutOfMemoryError on every process if memory ran out on any of them within it.
+    """A context that raises OutOfMemoryError on every process if memory ran out on any of them.
 
-    So they leave together, and none waits for another in an exchange that follows.
+    All processes leave it together, so that none waits for another in a later exchange.
     """
     error = None
     try:
@@ -118,9 +124,9 @@ def together(accelerator):
 
 
 class NanDetector:
-    """Within it, a forward pass notes the first module whose output is not finite; `culprit` names it in words.
+    """A context that finds the first module whose output is not finite in a forward pass.
 
-    Where all outputs are finite, it names the first parameter whose gradient is not.
+    If all outputs are finite, it finds the first parameter whose gradient is not. `culprit` says what was found.
     """
 
     def __init__(self, accelerator, model):

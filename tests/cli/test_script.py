@@ -1,0 +1,59 @@
+"""How a script starts and ends."""
+
+import errno
+import json
+
+import pytest
+import torch
+from conftest import alone
+
+from utils.cli.arguments import TrainingArguments
+from utils.cli.script import run_script, start
+from utils.errors import CheckpointError, DataError, Diverged, UsageError
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (None, 0),
+        (UsageError("a flag"), 2),
+        (DataError("a line"), 2),
+        (SystemExit(2), 2),
+        (Diverged("nan"), 3),
+        (CheckpointError("full"), 74),
+        *[(OSError(number, "full"), 74) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)],
+        (OSError(errno.EACCES, "closed"), 1),
+        (RuntimeError("a bug"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_each_way_to_end_has_its_exit_code_and_only_a_bug_a_traceback(error, code, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr("utils.cli.script._exit", codes.append)
+
+    def main():
+        if error:
+            raise error
+
+    run_script(main)
+    assert codes == [code]
+    printed = capsys.readouterr().err
+    assert ("Traceback" in printed) == (code == 1)
+    if code not in (0, 1) and not isinstance(error, SystemExit):
+        assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_start_seeds_everything_and_asks_for_deterministic_operations_if_told(deterministic, tmp_path):
+    threads = torch.get_num_threads()
+    args = TrainingArguments(output_dir=str(tmp_path / "run"), seed=3, deterministic=deterministic)
+    try:
+        start(alone(), args)
+        draws = torch.rand(2)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        start(alone(), args)
+        assert torch.equal(torch.rand(2), draws)
+        assert json.loads((tmp_path / "run" / "arguments.json").read_text())["seed"] == 3
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)

@@ -1,0 +1,93 @@
+"""Meters, log formats and the log of a resumed run."""
+
+import copy
+import json
+import math
+import re
+import time
+from threading import Thread
+from types import SimpleNamespace
+
+import pytest
+from conftest import alone
+
+from utils.training.log import Meters, RunLog
+
+
+def test_meters_add_up_their_steps_and_start_anew_once_read():
+    meters = Meters(alone())
+    for gnorm in (0.5, 1.5, 2.5):
+        meters.add_step(gnorm, max_grad_norm=1.0, seconds=2.0)
+        meters.add(loss=6 * math.log(2), nll=4 * math.log(2), count=2, examples=4, tokens=30, slots=40)
+    middle = copy.deepcopy(json.loads(json.dumps(meters.state(alone()))))
+    line = meters.read(alone())
+    expected = {
+        "loss": 3, "nll_loss": 2, "ppl": 4, "gnorm": 1.5, "clip": 2 / 3, "examples": 12, "tokens": 90,
+        "tokens_per_second": 15, "tokens_per_step": 30, "padding": 0.25, "steps_per_second": 0.5,
+        "examples_per_step": 4, "train_wall": 6,
+    }  # fmt: skip
+    assert {name: line[name] for name in expected} == pytest.approx(expected)
+    assert line["memory_gb"] > 0
+    assert meters.read(alone())["examples"] == 0
+    again = Meters(alone(), middle)  # from a checkpoint
+    memory = {"memory_gb": 0}
+    assert again.read(alone()) | memory == line | memory
+    meters.add_step(9.0, max_grad_norm=0, seconds=1.0)
+    assert meters.read(alone())["clip"] == 0  # 0: never clipped
+
+
+def log_something(folder, log_format, **changes):
+    log = RunLog(alone(**changes), folder, log_format)
+    log.begin(0)
+    log.start_epoch(0, done=0, steps=2)
+    log("train", step=1, loss=0.123456789)
+    log.advance()
+    log.end_epoch()
+    log.say("in words")
+
+
+def test_each_log_format_prints_what_it_says_and_the_file_is_the_same(tmp_path, capsys, monkeypatch):
+    line = '{"event": "train", "step": 1, "loss": 0.123457}\n'
+    expected = {"simple": "train | step 1 | loss 0.1235\nin words\n", "json": line, "none": ""}
+    for log_format, output in expected.items():
+        log_something(tmp_path, log_format)
+        assert capsys.readouterr() == (output, ""), log_format
+        assert (tmp_path / "metrics.jsonl").read_text() == line
+    for log_format in ("tqdm", None):  # a terminal has a progress bar without asking
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        log_something(tmp_path, log_format)
+        output, bar = capsys.readouterr()
+        assert output == expected["simple"]
+        assert "epoch 1" in bar and "0/2" in bar
+    log_something(tmp_path / "absent", "json", is_main_process=False)  # the others neither print nor write
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("log_format", ["json", "simple"])
+def test_lines_of_the_thread_that_writes_checkpoints_are_printed_whole_and_in_the_order_of_the_file(
+    log_format, tmp_path, monkeypatch
+):
+    printed = []
+
+    def write(text):
+        time.sleep(0.001)  # others get their turn between a line and its end
+        printed.append(text)
+
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write, flush=lambda: None, isatty=lambda: False))
+    log = RunLog(alone(), tmp_path, log_format)
+    threads = [Thread(target=lambda: [log("event", step=step) for step in range(20)]) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    written = (tmp_path / "metrics.jsonl").read_text()
+    expected = {"json": written, "simple": re.sub(r".*: (.*)}", r"event | step \1", written)}[log_format]
+    assert "".join(printed) == expected and written.count("\n") == 40
+
+
+def test_the_log_of_a_killed_run_goes_on_without_repeated_or_broken_lines(tmp_path):
+    events = [("train", 1), ("train", 2), ("stop", 2), ("train", 3)]
+    lines = [json.dumps({"event": event, "step": step}) for event, step in events]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"event": "tra')
+    RunLog(alone(), tmp_path, "none").begin(2)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+    RunLog(alone(), tmp_path, "none").begin(0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

@@ -1,0 +1,42 @@
+"""The learning rate schedule and the steps that it spans."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils.cli.arguments import LR_SCHEDULERS
+from utils.training.loop_state import schedule_steps
+
+
+def test_each_learning_rate_schedule_rises_over_the_warm_up_and_ends_where_it_should():
+    from transformers import get_scheduler
+
+    ends = {"linear": 0, "cosine": 0, "cosine_with_restarts": 0, "polynomial": 1e-7, "constant": 0.1,
+            "constant_with_warmup": 0.1, "inverse_sqrt": 0.1 * (4 / 20) ** 0.5}  # fmt: skip
+    assert set(ends) == set(LR_SCHEDULERS)
+    for name, end in ends.items():
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        scheduler = get_scheduler(name, optimizer, 4, 20)
+        rates = []
+        for _ in range(20):
+            optimizer.step()
+            scheduler.step()
+            rates += scheduler.get_last_lr()
+        assert rates[-1] == pytest.approx(end, abs=1e-9), name
+        assert rates[:4] == pytest.approx([0.1] * 4 if name == "constant" else [0.025, 0.05, 0.075, 0.1]), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({"num_train_epochs": 2}, 5),
+        ({"num_train_epochs": 2, "max_train_steps": 4}, 4),
+        ({"num_train_epochs": 2, "max_train_steps": 9}, 5),
+        ({"num_train_epochs": 0, "max_train_steps": 9}, 9),
+        ({"num_train_epochs": 0, "max_train_steps": 0}, 0),
+    ],
+)
+def test_the_schedule_spans_the_steps_that_the_flags_allow(flags, steps):
+    args = SimpleNamespace(**{"max_train_steps": 0, **flags})
+    assert schedule_steps(args, lambda epoch: [None] * (epoch + 2)) == steps
