@@ -1,0 +1,78 @@
+"""The parts of a run that no whole run on a processor can show: steps that are dropped in fp16."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import alone
+
+from utils.training.run import Run
+
+
+@pytest.fixture
+def fp16():
+    """A model, its optimizer and a loss scaler, which works on a processor, too; and a run of them."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run = SimpleNamespace(args=SimpleNamespace(check_grad_norm=True, nan_detector=False, seed=1), optimizer=optimizer,
+                          accelerator=alone(scaler=scaler), state=SimpleNamespace(step=0))  # fmt: skip
+    run._seed_step = lambda: None
+    return model, optimizer, scaler, run
+
+
+def scaled_gradients(model, optimizer, scaler, factor):
+    scaler.scale(factor * model(torch.ones(1, 2)).sum()).backward()
+    scaler.unscale_(optimizer)
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+
+
+def test_a_step_that_is_not_finite_lowers_the_loss_scale_and_changes_no_weight(fp16):
+    model, optimizer, scaler, run = fp16
+    before = model.weight.detach().clone()
+    gnorm = scaled_gradients(model, optimizer, scaler, math.inf)
+    assert Run.check_gradients(run, gnorm) == "the gradient norm is not finite"
+    assert scaler.get_scale() == 512.0
+    assert torch.equal(model.weight, before)
+    optimizer.zero_grad()
+
+    gnorm = scaled_gradients(model, optimizer, scaler, 1.0)  # and the next step is applied
+    assert Run.check_gradients(run, gnorm) is None
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(model.weight, before)
+
+
+def test_a_step_that_ran_out_of_memory_leaves_no_gradient_and_the_loss_scale_as_it_is(fp16):
+    model, optimizer, scaler, run = fp16
+
+    def micro_step(batch, total):
+        if batch == "does not":
+            raise torch.OutOfMemoryError("memory ran out")
+        scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+        return {}
+
+    assert Run.try_step(run, micro_step, ["fits", "does not"], 2) is None
+    assert model.weight.grad is None
+    assert scaler.get_scale() == 1024.0
+    assert math.isfinite(scaled_gradients(model, optimizer, scaler, 1.0))  # the scaler is ready for the next step
+
+
+def test_what_does_not_fit_is_tried_in_halves_until_it_does(fp16):
+    *_, run = fp16
+    tried = []
+
+    def micro_step(batch, total):
+        tried.append(batch)
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("memory ran out")
+        return {"count": len(batch)}
+
+    def halve(batches):
+        parts = [part for batch in batches for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]) if part]
+        return parts if len(parts) > len(batches) else []
+
+    assert Run.try_step(run, micro_step, ["abcd"], 4, halve) == [{"count": 1}] * 4
+    assert tried == ["abcd", "ab", "a", "b", "c", "d"]
+    assert Run.try_step(run, lambda batch, total: micro_step("xy", 2), ["a"], 1, halve) is None
