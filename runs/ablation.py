@@ -26,8 +26,8 @@ Whole meetings: the last of runs/qmsum_parts.sh, two epochs and 60 minutes, seed
 | the same, query with reference | 79.6 [73.7, 84.3] | 15.1 [11.0, 19.8] | trained + BM25, smoothed |
 | whole meetings + BM25, smoothed | 65.9 [58.7, 72.1] | 5.6 [2.6, 8.9] | zero-shot + BM25, smoothed |
 
-How scores are smoothed (`combine` and `smooth` in utils/retrieval/ranking.py) was chosen with zero-shot rankings of the 1,095
-training questions, and then looked at on validation (trained: seed 42). The way to train was settled before, with
+How scores are smoothed (`combine` and `smooth` in utils/retrieval/ranking.py) was chosen with zero-shot rankings of the
+1,095 training questions, and then looked at on validation (trained: seed 42). The way to train was settled before, with
 validation in view. What follows comes from scripts that are not kept.
 
 | smoothing | training questions | validation | validation, trained |

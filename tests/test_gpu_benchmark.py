@@ -33,6 +33,7 @@ def report(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gpu():
     """The benchmark as a module, on the processor."""
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a script
     specification = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

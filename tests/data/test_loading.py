@@ -43,8 +43,7 @@ def fields_of(examples):
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Good input
+# ---- good input
 
 
 def test_fields_are_read_and_defaults_filled_in(tmp_path):
@@ -163,8 +162,7 @@ def test_evidence_is_renumbered_and_its_words_counted_by_merging(tmp_path):
     assert (example.evidence, example.evidence_words) == ([0, 1, 2], [1, 3, 4])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The hand-over file
+# ---- the hand-over file
 
 
 def test_retrieved_file_gives_the_examples_back(tmp_path):
@@ -213,8 +211,7 @@ def test_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
         write_retrieved(tmp_path / "f.jsonl", [example], [[(0, float("nan"))]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A corpus that all examples search
+# ---- a corpus that all examples search
 
 ROWS = [
     {"_id": "d1", "title": "Mills", "text": "Mills grind wheat."},
@@ -392,7 +389,7 @@ def test_evidence_comes_from_qrels_where_the_record_has_none(tmp_path, corpus, l
 QRELS_LINES = {
     "unknown passage": ("q1\td9\t1", "query 'q1' names passage 'd9', but the corpus holds no such '_id'"),
     "score": ("q1\td1\t1.5", 'the relevance must be a whole number, not "1.5"'),
-    "columns": ("q1\td1", "has 2 columns; BEIR's three columns, with tabs between are wanted"),
+    "columns": ("q1\td1", "has 2 columns; BEIR's three columns, separated by tabs, are wanted"),
     "twice": ("q1\t2\t0", "query 'q1' and passage '2' have relevance 1 further up; give it once"),
     "UTF-8": (b"q\xe9\td1\t1", "invalid UTF-8"),
 }
@@ -502,8 +499,13 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path, monkeypatch, fla
         load_splits(args)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input
+# ---- bad input
+
+
+def but(**fields):
+    """A good record with other fields."""
+    return {**GOOD, "id": "b", **fields}
+
 
 BAD_LINES = {
     "invalid JSON": ('{"id": ', "invalid JSON: Expecting value at column 8"),
@@ -512,83 +514,53 @@ BAD_LINES = {
     "invalid UTF-8": (b'{"summary": "caf\xe9"}', "invalid UTF-8: 0xe9 at byte 17 of the line; save the file as UTF-8"),
     "half a character": ('{"document": "\\ud83d", "summary": "s"}', "half of a character pair"),
     "summary missing": ({"id": "b", "document": "x"}, "no 'summary'; the record has document, id"),
-    "summary null": ({**GOOD, "id": "b", "summary": None}, "no 'summary'"),
-    "summary empty": ({**GOOD, "id": "b", "summary": ""}, "'summary' is empty; an example needs a summary"),
-    "summary of spaces": ({**GOOD, "id": "b", "summary": " \n"}, "'summary' is empty"),
-    "summary list empty": ({**GOOD, "id": "b", "summary": []}, "'summary' is empty"),
-    "one summary empty": ({**GOOD, "id": "b", "summary": ["x", ""]}, "'summary' is empty or holds an empty string"),
-    "summary type": ({**GOOD, "id": "b", "summary": 3}, "'summary' must be a string or a list of strings, not 3"),
-    "summary list type": (
-        {**GOOD, "id": "b", "summary": [3]},
-        "'summary' must be a string or a list of strings, not [3]",
-    ),
+    "summary null": (but(summary=None), "no 'summary'"),
+    "summary empty": (but(summary=""), "'summary' is empty; an example needs a summary"),
+    "summary of spaces": (but(summary=" \n"), "'summary' is empty"),
+    "summary list empty": (but(summary=[]), "'summary' is empty"),
+    "one summary empty": (but(summary=["x", ""]), "'summary' is empty or holds an empty string"),
+    "summary type": (but(summary=3), "'summary' must be a string or a list of strings, not 3"),
+    "summary list type": (but(summary=[3]), "'summary' must be a string or a list of strings, not [3]"),
     "text missing": ({"summary": "s"}, "no 'passages' and no 'document'; the record has summary"),
     "document empty": ({"document": " ", "summary": "s"}, "'document' is empty; it must hold the text to summarize"),
     "document type": (
         {"document": ["x"], "summary": "s"},
         "'document' must be a string, not [\"x\"] (a list of passages goes",
     ),
-    "passages empty": ({**GOOD, "id": "b", "passages": []}, "'passages' is an empty list"),
-    "passage empty": (
-        {**GOOD, "id": "b", "passages": ["x", " "]},
-        "'passages' number 1 is empty; leave it out and renumber",
-    ),
-    "passage type": ({**GOOD, "id": "b", "passages": ["x", 1]}, "'passages' must hold strings, but number 1 is 1"),
-    "passages type": ({**GOOD, "id": "b", "passages": "x"}, "'passages' must be a list of strings, not \"x\""),
-    "evidence too high": (
-        {**GOOD, "id": "b", "evidence": [2]},
-        "'evidence' holds 2, but there are 2 passages (numbers 0 to 1)",
-    ),
-    "evidence negative": ({**GOOD, "id": "b", "evidence": [-1]}, "'evidence' holds -1, but there are 2 passages"),
-    "evidence fraction": (
-        {**GOOD, "id": "b", "evidence": [0.5]},
-        "'evidence' must hold passage numbers (whole numbers from 0)",
-    ),
-    "evidence text": ({**GOOD, "id": "b", "evidence": ["1"]}, "'evidence' must hold passage numbers"),
-    "evidence bool": ({**GOOD, "id": "b", "evidence": [True]}, "but holds true"),
-    "evidence type": (
-        {**GOOD, "id": "b", "evidence": 1},
-        "'evidence' must be a list of passage numbers such as [3, 7], not 1",
-    ),
+    "passages empty": (but(passages=[]), "'passages' is an empty list"),
+    "passage empty": (but(passages=["x", " "]), "'passages' number 1 is empty; leave it out and renumber"),
+    "passage type": (but(passages=["x", 1]), "'passages' must hold strings, but number 1 is 1"),
+    "passages type": (but(passages="x"), "'passages' must be a list of strings, not \"x\""),
+    "evidence too high": (but(evidence=[2]), "'evidence' holds 2, but there are 2 passages (numbers 0 to 1)"),
+    "evidence negative": (but(evidence=[-1]), "'evidence' holds -1, but there are 2 passages"),
+    "evidence fraction": (but(evidence=[0.5]), "'evidence' must hold passage numbers (whole numbers from 0)"),
+    "evidence text": (but(evidence=["1"]), "'evidence' must hold passage numbers"),
+    "evidence bool": (but(evidence=[True]), "but holds true"),
+    "evidence type": (but(evidence=1), "'evidence' must be a list of passage numbers such as [3, 7], not 1"),
     "evidence of a text": ({"document": "x", "summary": "s", "evidence": [0]}, "'evidence' needs 'passages'"),
-    "words alone": ({**GOOD, "id": "b", "evidence": None, "evidence_words": [1]}, "'evidence_words' needs 'evidence'"),
-    "too few words": (
-        {**GOOD, "id": "b", "evidence_words": []},
-        "'evidence_words' must be a list with one word count for each",
-    ),
-    "too many words": (
-        {**GOOD, "id": "b", "evidence_words": [2]},
-        "'evidence_words' holds 2 for passage 1, which has 1 words",
-    ),
+    "words alone": (but(evidence=None, evidence_words=[1]), "'evidence_words' needs 'evidence'"),
+    "too few words": (but(evidence_words=[]), "'evidence_words' must be a list with one word count for each"),
+    "too many words": (but(evidence_words=[2]), "'evidence_words' holds 2 for passage 1, which has 1 words"),
     "id type": ({**GOOD, "id": 1.5}, "'id' must be a string or a whole number, not 1.5"),
     "id bool": ({**GOOD, "id": True}, "'id' must be a string or a whole number, not true"),
     "id empty": ({**GOOD, "id": ""}, "'id' is empty"),
     "id twice": ({**GOOD}, "'id' is 'a', as at {path}:1; it must be unique"),
-    "query type": ({**GOOD, "id": "b", "query": ["q"]}, "'query' must be a string, not [\"q\"]"),
-    "doc_id type": ({**GOOD, "id": "b", "doc_id": []}, "'doc_id' must be a string or a whole number"),
-    "retrieved type": ({**GOOD, "id": "b", "retrieved": {}}, "'retrieved' must be a list of"),
-    "retrieved entry": ({**GOOD, "id": "b", "retrieved": [1]}, "'retrieved' must be a list of"),
-    "retrieved range": (
-        {**GOOD, "id": "b", "retrieved": [{"passage": 2, "score": 1}]},
-        "'retrieved' holds 2, but there are 2",
-    ),
-    "retrieved score": (
-        {**GOOD, "id": "b", "retrieved": [{"passage": 1, "score": "x"}]},
-        'with a finite number, not "x"',
-    ),
+    "query type": (but(query=["q"]), "'query' must be a string, not [\"q\"]"),
+    "doc_id type": (but(doc_id=[]), "'doc_id' must be a string or a whole number"),
+    "retrieved type": (but(retrieved={}), "'retrieved' must be a list of"),
+    "retrieved entry": (but(retrieved=[1]), "'retrieved' must be a list of"),
+    "retrieved range": (but(retrieved=[{"passage": 2, "score": 1}]), "'retrieved' holds 2, but there are 2"),
+    "retrieved score": (but(retrieved=[{"passage": 1, "score": "x"}]), 'with a finite number, not "x"'),
     "retrieved infinite": (
         '{"passages": ["x"], "summary": "s", "retrieved": [{"passage": 0, "score": Infinity}]}',
         "a finite number",
     ),
-    "retrieved huge": ({**GOOD, "id": "b", "retrieved": [{"passage": 1, "score": 10**400}]}, "a finite number"),
-    "retrieved twice": (
-        {**GOOD, "id": "b", "retrieved": [{"passage": 1, "score": 1}] * 2},
-        "'retrieved' holds passage 1 twice",
-    ),
-    "hops type": ({**GOOD, "id": "b", "hops": "x"}, "'hops' must be a list of"),
-    "hops without a draft": ({**GOOD, "id": "b", "hops": [{"retrieved": []}]}, "but number 1 is"),
+    "retrieved huge": (but(retrieved=[{"passage": 1, "score": 10**400}]), "a finite number"),
+    "retrieved twice": (but(retrieved=[{"passage": 1, "score": 1}] * 2), "'retrieved' holds passage 1 twice"),
+    "hops type": (but(hops="x"), "'hops' must be a list of"),
+    "hops without a draft": (but(hops=[{"retrieved": []}]), "but number 1 is"),
     "hops range": (
-        {**GOOD, "id": "b", "hops": [{"draft": "x", "read": [2], "retrieved": [{"passage": 0, "score": 1}]}]},
+        but(hops=[{"draft": "x", "read": [2], "retrieved": [{"passage": 0, "score": 1}]}]),
         "hop 1: 'read' holds 2, but there are 2",
     ),
     "retrieved of a text": ({"document": "x", "summary": "s", "retrieved": []}, "'retrieved' needs 'passages'"),

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from utils.data.passages import _sentences, merge_passages, split_document
+from utils.data.passages import merge_passages, split_document, split_sentences
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,22 @@ def test_text_is_split_at_sentence_and_line_ends_only(text, sentences):
         pieces |= {" ".join(passage.split()) for passage in passages}
         assert pieces <= runs
 
-    found = [" ".join(words) for line in text.splitlines() for words in _sentences(line.split(), text.islower())]
-    assert found == sentences
+    assert split_sentences(text) == sentences
+
+
+@pytest.mark.parametrize(
+    "text, sentences",
+    [
+        ("犬が吠えた。猫が座った。", ["犬が吠えた。", "猫が座った。"]),
+        ("真的吗？！是。 好！", ["真的吗？！", "是。", "好！"]),
+        ("「行こう。」彼は言った。“好。”她说。", ["「行こう。」", "彼は言った。", "“好。”", "她说。"]),
+        ("「行こう。」 彼は言った。", ["「行こう。」", "彼は言った。"]),
+        ("It is 3.5.2 here。And there.", ["It is 3.5.2 here。", "And there."]),
+    ],
+)
+def test_a_full_width_stop_ends_a_sentence_without_white_space_but_no_passage(text, sentences):
+    assert split_sentences(text) == sentences
+    assert [word for passage in split_document(text, 1) for word in passage.split()] == text.split()
 
 
 def test_passages_are_filled_and_a_line_is_kept_whole_when_it_costs_little():
@@ -60,26 +74,7 @@ def test_only_a_sentence_longer_than_a_passage_is_cut():
 
 def test_no_word_is_lost_and_no_passage_is_too_long():
     generator = random.Random(0)
-    tokens = [
-        "a",
-        "B",
-        "x.",
-        "Y.",
-        ".",
-        "?",
-        "...",
-        ")",
-        '"',
-        "''",
-        "Mr.",
-        "1.",
-        "no.",
-        "\n",
-        "\n\n",
-        "\u2028",
-        "é\x1c",
-        "。",
-    ]
+    tokens = "a B x. Y. . ? ... ) \" '' Mr. 1. no. \n \n\n \u2028 é\x1c 。".split(" ")
     for _ in range(300):
         text = " ".join(generator.choices(tokens, k=generator.randint(0, 60)))
         size = generator.randint(1, 12)

@@ -163,7 +163,8 @@ def test_only_the_first_20_bad_lines_are_spelled_out(tmp_path):
 
 def test_files_without_lines_are_one_line_of_error(tmp_path):
     (tmp_path / "empty").write_bytes(b"\n\n")
-    assert error_of(read_run, tmp_path / "empty")[0].startswith(f"{tmp_path / 'empty'}: is empty; lines of 'qid ")
+    (line,) = error_of(read_run, tmp_path / "empty")
+    assert line.startswith(f"{tmp_path / 'empty'}: is empty; it must hold at least one line of 'qid Q0 ")
     assert error_of(read_run, tmp_path / "none") == [f"{tmp_path / 'none'}: cannot be read: No such file or directory"]
     assert error_of(read_run, tmp_path) == [f"{tmp_path}: cannot be read: Is a directory"]
 

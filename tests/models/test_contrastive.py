@@ -1,19 +1,14 @@
 """The contrastive loss against plain loops, and its gradient over two real processes against that over one."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from workers import run_worker
 
 from utils.models.contrastive import contrastive_loss
-
-ROOT = Path(__file__).parents[2]
 
 
 def reference_loss(queries, passages, passage_keys, evidence_keys, temperature, evidence_weights=None):
@@ -263,13 +258,7 @@ os._exit(0)
 @pytest.fixture(scope="module")
 def gradient_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
-    (folder / "worker.py").write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    for command in (launcher, [sys.executable]):
-        result = subprocess.run([*command, str(folder / "worker.py"), str(folder)], env=environment,
-                                capture_output=True, text=True, timeout=120)  # fmt: skip
-        assert result.returncode == 0, result.stderr[-3000:]
+    run_worker(WORKER, folder)
     return folder
 
 

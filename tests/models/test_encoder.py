@@ -1,8 +1,5 @@
 """The retriever against plain sentence-transformers: embeddings, prompts, saving, and encoding on two processes."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,11 +8,11 @@ import pytest
 from accelerate import Accelerator
 from sentence_transformers import SentenceTransformer
 from transformers import logging
+from workers import run_worker
 
 from utils.errors import UsageError
 from utils.models.encoder import build_small_encoder, encode, load_retriever, pad, tokenize
 
-ROOT = Path(__file__).parents[2]
 TEXTS = [
     "Who agreed?",
     "",
@@ -191,13 +188,7 @@ os._exit(0)
 @pytest.fixture(scope="module")
 def worker_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encode")
-    (folder / "worker.py").write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    for command in (launcher, [sys.executable]):
-        result = subprocess.run([*command, str(folder / "worker.py"), str(folder)], env=environment,
-                                capture_output=True, text=True, timeout=120)  # fmt: skip
-        assert result.returncode == 0, result.stderr[-3000:]
+    run_worker(WORKER, folder)
     return folder
 
 

@@ -131,7 +131,7 @@ def test_the_models_output_layer_is_left_as_it_was(summarizer):
 @pytest.mark.parametrize("chunk", [1, 1000, 10**6], ids=["a token at a time", "in chunks", "at once"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
 def test_the_loss_without_kept_logits_and_its_gradients_are_those_with_them(monkeypatch, chunk, dtype, tolerance):
-    monkeypatch.setattr("utils.models.losses._VocabularyLoss.LOGITS", chunk)
+    monkeypatch.setattr("utils.models.losses._VocabularyLoss.CHUNK", chunk)
     torch.manual_seed(0)
     hidden, weight = torch.randn(37, 24).requires_grad_(), torch.randn(101, 24).requires_grad_()
     bias, targets = torch.randn(1, 101), torch.randint(101, (37,))

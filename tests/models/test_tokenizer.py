@@ -18,7 +18,7 @@ def calls(bpe, tmp_path, monkeypatch):
     """An entry for each real call of a tokenizer; tokens are kept from the first character on, in the test's folder."""
     counted, plain = [], type(bpe).__call__
     monkeypatch.setattr(type(bpe), "__call__", lambda *args, **kwargs: counted.append(1) or plain(*args, **kwargs))
-    monkeypatch.setattr(tokenizer, "KEPT_FROM", 0)
+    monkeypatch.setattr(tokenizer, "CACHED_FROM", 0)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     return counted
 

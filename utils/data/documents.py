@@ -1,55 +1,54 @@
-"""Documents of the records read so far: each is split or merged into passages once."""
+"""Reads the documents of records; each different document is split or merged into passages once."""
 
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from utils.data.examples import Document
 from utils.data.passages import merge_passages, split_document
-from utils.data.rows import Row, listed_fields, shown
+from utils.data.rows import Row, listed_fields, read_identifier, shown
 from utils.errors import BadRecord
 
 
 @dataclass(slots=True)
 class Source:
-    """A document and how the passages of its record became its own."""
+    """A document, and how its passages were made from those of its record."""
 
     document: Document
-    given: int | None  # passages in the record; None if they were split from a text, so that nothing can refer to them
-    placed: list[dict[int, int]] | None  # with merging: words of each given passage in each chunk
+    given: int | None  # number of passages in the record; None if the record has one text, which nothing can number
+    placed: list[dict[int, int]] | None  # with merging: for each given passage, {chunk number: words in this chunk}
 
 
-class Shelf:
-    """The documents met so far, by what they hold and by doc_id."""
+class Documents:
+    """All documents read so far, by content and by doc_id."""
 
     def __init__(self, columns: dict[str, str], passage_words: int, merge: bool):
         self.columns, self.passage_words, self.merge = columns, passage_words, merge
-        self.sources: dict[tuple[str | None, str | tuple[str, ...]], Source] = {}
-        self.by_id: dict[str, tuple[Source, str]] = {}  # with the place where it was first met
+        self.by_content: dict[tuple[str | None, str | tuple[str, ...]], Source] = {}  # with the doc_id, if there is one
+        self.by_id: dict[str, tuple[Source, str]] = {}  # with the place of the first record
 
     def add(self, row: Row) -> Source:
-        """Takes in a record of the documents file."""
+        """Reads a record of the documents file, where each doc_id may occur once."""
         doc_id = read_identifier(row.record, self.columns["doc_id"])
         if doc_id in self.by_id:
             column, place = self.columns["doc_id"], self.by_id[doc_id][1]
             raise BadRecord(f"'{column}' is '{doc_id}', as at {place}; a document must be there once")
-        return self.take(row)
+        return self.read(row)
 
     def find(self, record: dict, documents_file: str) -> Source:
-        """The document of the documents file that an example names."""
+        """The document whose doc_id an example names."""
         doc_id = read_identifier(record, self.columns["doc_id"])
         if doc_id not in self.by_id:
             raise BadRecord(f"'{self.columns['doc_id']}' is '{doc_id}', but {documents_file} holds no such document")
         return self.by_id[doc_id][0]
 
-    def take(self, row: Row) -> Source:
-        """The document that a record holds: the one met before if it was, else a new one."""
+    def read(self, row: Row) -> Source:
+        """The document that a record holds; equal documents share one object."""
         content = self._content(row.record)
-        doc_id = read_identifier(row.record, self.columns["doc_id"], default=None)
-        source = self.sources.get((doc_id, content))
-        if source is not None:
-            return source
+        column = self.columns["doc_id"]
+        doc_id = read_identifier(row.record, column) if column in row.record else None
+        if (doc_id, content) in self.by_content:
+            return self.by_content[doc_id, content]
         given, placed = None, None
         if isinstance(content, str):
             passages = split_document(content, self.passage_words)
@@ -62,13 +61,13 @@ class Shelf:
         if key in self.by_id:
             document, place = self.by_id[key][0].document, self.by_id[key][1]
             if document.passages != passages:
-                raise BadRecord(f"'{self.columns['doc_id']}' is '{key}', as at {place}, but the text is another one")
-        source = self.sources[doc_id, content] = Source(document, given, placed)
+                raise BadRecord(f"'{column}' is '{key}', as at {place}, but the text is another one")
+        source = self.by_content[doc_id, content] = Source(document, given, placed)
         self.by_id.setdefault(key, (source, row.place))
         return source
 
     def _content(self, record: dict) -> str | tuple[str, ...]:
-        """The checked text of a record: a tuple of passages or one string; passages win where it holds both."""
+        """The checked passages of a record or, if it has none, its text."""
         passages_column, document_column = self.columns["passages"], self.columns["document"]
         if passages_column in record:
             passages = record[passages_column]
@@ -92,20 +91,3 @@ class Shelf:
         if not text.strip():
             raise BadRecord(f"'{document_column}' is empty; it must hold the text to summarize")
         return text
-
-
-def is_whole_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def read_identifier(record: dict, column: str, **default: str | None) -> str | None:
-    if column not in record:
-        if default:
-            return default["default"]
-        raise BadRecord(f"no '{column}'; {listed_fields(record)}")
-    value = record[column]
-    if not is_whole_number(value) and not isinstance(value, str):
-        raise BadRecord(f"'{column}' must be a string or a whole number, not {shown(value)}")
-    if value == "":
-        raise BadRecord(f"'{column}' is empty")
-    return str(value)

@@ -1,17 +1,17 @@
-"""The fields of a record, checked. Absent fields (null, NaN, an empty CSV cell) are not in the record."""
+"""Reads and checks the fields of an example's record. Absent fields (null, NaN, an empty CSV cell) were removed."""
 
 import sys
 from collections import Counter
 from typing import Any
 
-from utils.data.documents import Source, is_whole_number
-from utils.data.examples import Hop
-from utils.data.rows import listed_fields, shown
+from utils.data.documents import Source
+from utils.data.examples import Hop, Ranking
+from utils.data.rows import is_whole_number, listed_fields, shown
 from utils.errors import BadRecord
 
 
 def number_evidence(record: dict, column: str, numbers: dict[str, int], qrels: dict[str, int]) -> dict:
-    """A record whose evidence, its own or that of `qrels`, is turned from the corpus's ids into passage numbers."""
+    """Replaces the corpus ids of a record's evidence by passage numbers; without evidence, `qrels` gives the ids."""
     if "retrieved" in record:
         hint = "leave out --corpus_file, which a hand-over file does not need"
         raise BadRecord(f"'retrieved' and '{column}' number the passages that are in the record itself; {hint}")
@@ -44,18 +44,10 @@ def read_summaries(record: dict, column: str, required: bool) -> list[str]:
     return [summary for summary in summaries if summary.strip()]
 
 
-def _check_passage_number(number: Any, column: str, passages: int) -> None:
-    if not is_whole_number(number):
-        raise BadRecord(f"'{column}' must hold passage numbers (whole numbers from 0), but holds {shown(number)}")
-    if not 0 <= number < passages:
-        count = f"there are {passages} passages (numbers 0 to {passages - 1})"
-        raise BadRecord(f"'{column}' holds {number}, but {count if passages > 1 else 'there is 1 passage (number 0)'}")
-
-
 def read_evidence(
     record: dict, column: str, passages_column: str, source: Source
 ) -> tuple[list[int] | None, list[int] | None]:
-    """Gold passage numbers and the gold words in each; an empty list is as good as none."""
+    """Gold passage numbers and the gold words in each; (None, None) without evidence or with an empty list."""
     numbers, given_words = record.get(column), record.get("evidence_words")
     if given_words is not None and not numbers:
         raise BadRecord(f"'evidence_words' needs '{column}', whose passages it counts the gold words of")
@@ -71,11 +63,10 @@ def read_evidence(
     if source.placed is not None:
         if given_words is not None:
             raise BadRecord("'evidence_words' counts words in the passages as they are; leave out --merge_passages")
-        words = Counter()
+        words = Counter()  # by chunk
         for number in set(numbers):
             words.update(source.placed[number])
-        evidence = sorted(words)
-        return evidence, [words[chunk] for chunk in evidence]
+        return sorted(words), [words[chunk] for chunk in sorted(words)]
 
     evidence = sorted(set(numbers))
     sizes = [len(source.document.passages[number].split()) for number in evidence]
@@ -91,8 +82,8 @@ def read_evidence(
     return evidence, [by_number[number] for number in evidence]
 
 
-def read_ranking(record: dict, passages_column: str, source: Source) -> list[tuple[int, float]] | None:
-    """A hand-over file's ranking of the passages, best first."""
+def read_ranking(record: dict, passages_column: str, source: Source) -> Ranking | None:
+    """The ranking of the passages in a record of a hand-over file."""
     entries = record.get("retrieved")
     if entries is None:
         return None
@@ -118,7 +109,7 @@ def read_ranking(record: dict, passages_column: str, source: Source) -> list[tup
 
 
 def read_hops(record: dict, passages_column: str, source: Source) -> list[Hop]:
-    """What retrieve_and_summarize.py wrote of its hops."""
+    """The hops in a record that retrieve_and_summarize.py wrote."""
     entries = record.get("hops")
     if entries is None:
         return []
@@ -138,10 +129,18 @@ def read_hops(record: dict, passages_column: str, source: Source) -> list[Hop]:
 
 
 def read_passage_numbers(hop: dict, passages: int) -> list[int]:
-    """The numbers of the passages that a hop's draft was written from."""
+    """Numbers of the passages that the draft of a hop was written from."""
     numbers = hop.get("read", [])
     if not isinstance(numbers, list):
         raise BadRecord(f"'read' must be a list of passage numbers such as [3, 7], not {shown(numbers)}")
     for number in numbers:
         _check_passage_number(number, "read", passages)
     return numbers
+
+
+def _check_passage_number(number: Any, column: str, passages: int) -> None:
+    if not is_whole_number(number):
+        raise BadRecord(f"'{column}' must hold passage numbers (whole numbers from 0), but holds {shown(number)}")
+    if not 0 <= number < passages:
+        count = f"there are {passages} passages (numbers 0 to {passages - 1})"
+        raise BadRecord(f"'{column}' holds {number}, but {count if passages > 1 else 'there is 1 passage (number 0)'}")

@@ -1,4 +1,4 @@
-"""The hand-over file between the stages: examples with rankings and hops, written and read."""
+"""Files with which the stages hand examples on: rankings, drafts, predictions and hops."""
 
 import logging
 import math
@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.data.documents import read_identifier
 from utils.data.examples import Corpus, Example, Hop, Ranking
 from utils.data.fields import read_passage_numbers
-from utils.data.rows import SHOWN_PROBLEMS, Row, build_all, listed_fields, read_rows, shown
+from utils.data.rows import SHOWN_PROBLEMS, Row, build_all, listed_fields, read_identifier, read_rows, shown
 from utils.data.trec import write_qrels, write_run
 from utils.errors import BadRecord, DataError
 from utils.files import write_jsonl
@@ -19,18 +18,18 @@ logger = logging.getLogger(__name__)
 
 
 def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[list[tuple[str, list[int]]]]:
-    """For each example the drafts that a file holds for its id, each with the passages that it was written from.
+    """The drafts in a file for each example, found by id; each with the passage numbers that it was written from.
 
-    The file has records of `id` and either `hops`, as retrieve_and_summarize.py writes them, or one `draft` or
-    `prediction`, from any tool. An example that it lacks, or whose drafts are empty, gets an empty list. Raises
-    DataError for anything unusable, and if it has none of the examples.
+    A record has an `id` and either `hops`, as retrieve_and_summarize.py writes them, or one `draft` or `prediction` of
+    any tool. An example without a draft that has words gets an empty list. Raises DataError for unusable records, or if
+    no example has a draft.
     """
     by_id: dict[str, list[tuple[str, list[int]]]] = {}
     passages = {example.id: len(example.document.passages) for example in examples}
 
     def take(row: Row) -> None:
-        key, one = read_identifier(row.record, "id"), row.record.get("draft", row.record.get("prediction"))
-        hops = row.record.get("hops", [{"draft": one}])
+        key, draft = read_identifier(row.record, "id"), row.record.get("draft", row.record.get("prediction"))
+        hops = row.record.get("hops", [{"draft": draft}])
         if not isinstance(hops, list) or not all(isinstance(hop, dict) for hop in hops):
             raise BadRecord(f'\'hops\' must be a list of {{"draft": "...", "read": [3, 7]}}, not {shown(hops)}')
         for hop in hops:
@@ -42,8 +41,8 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
 
     rows = read_rows(path, "train", None, ("hops",))
     columns = {name: name for name in ("id", "draft", "prediction", "hops")}
-    build_all(rows, str(path), take, columns, [("id",), ("draft", "prediction", "hops")], skip=False,
-               rejected_file=None, holds="record of 'id' and 'draft'")  # fmt: skip
+    required = [("id",), ("draft", "prediction", "hops")]
+    build_all(rows, str(path), take, columns, required, holds="record of 'id' and 'draft'")
     found = [by_id.get(example.id, []) for example in examples]
     if not any(found):
         raise DataError(
@@ -52,14 +51,22 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
     return found
 
 
-def write_retrieved(
-    path: str | os.PathLike, examples: Sequence[Example], rankings: Sequence[Sequence[tuple[int, float]]]
+def write_hand_over(
+    folder: Path, split: str, examples: Sequence[Example], rankings: Sequence[Ranking], *, with_trec: bool
 ) -> None:
-    """Writes the hand-over file: each example with `rankings[i]`, its (passage number, score) pairs, best first.
+    """Writes `retrieved.<split>.jsonl` (see `write_retrieved`) and, with `with_trec`, a TREC run and qrels."""
+    write_retrieved(folder / f"retrieved.{split}.jsonl", examples, rankings)
+    if with_trec:
+        write_run(folder / f"run.{split}.trec", examples, rankings, tag="train_retrieve")
+        write_qrels(folder / f"qrels.{split}.trec", examples)
 
-    The file is a self-contained example file: `load_examples` gives the examples back, with the rankings. Examples of a
-    corpus become examples with passages of their own: those in the ranking, in its order, then the evidence that is not
-    in it; `passage_ids` has their ids in the corpus. Where there is neither, the example is left out, with a warning.
+
+def write_retrieved(path: str | os.PathLike, examples: Sequence[Example], rankings: Sequence[Ranking]) -> None:
+    """Writes the hand-over file: the examples with their rankings, which `load_examples` reads back.
+
+    Examples of a corpus become examples with their own passages: those of the ranking, in its order, then the evidence
+    outside the ranking; `passage_ids` holds their ids in the corpus. An example without any passage is left out, with
+    a warning.
     """
     if len(examples) != len(rankings):
         raise ValueError(f"{len(examples)} examples, but {len(rankings)} rankings")
@@ -79,76 +86,59 @@ def write_retrieved(
         logger.warning("%s is without %d examples, for which nothing was found: %s", path, len(left_out), names)
 
 
-def write_hand_over(
-    folder: Path, split: str, examples: Sequence[Example], rankings: Sequence[Ranking], *, with_trec: bool
-) -> None:
-    """Writes `retrieved.<split>.jsonl` (see `write_retrieved`) and, if asked for, TREC run and qrels files."""
-    write_retrieved(folder / f"retrieved.{split}.jsonl", examples, rankings)
-    if with_trec:
-        write_run(folder / f"run.{split}.trec", examples, rankings, tag="train_retrieve")
-        write_qrels(folder / f"qrels.{split}.trec", examples)
-
-
 def write_predictions(path: str | os.PathLike, rows: Iterable[dict], predictions: Iterable[str]) -> None:
     """Writes each prediction with its example and the passages that it was written from.
 
-    A row has an `example` and the numbers of its `passages`.
+    A row holds an `example` and the numbers of the `passages` that the summarizer read.
     """
-    records = []
-    for row, prediction in zip(rows, predictions, strict=True):
-        example = row["example"]
-        records.append({
-            "id": example.id,
-            "query": example.query,
+    write_jsonl(path, (
+        {
+            "id": row["example"].id,
+            "query": row["example"].query,
             "prediction": prediction,
-            "summary": example.summaries,
-            "evidence": example.evidence,
-            "passages": [{"passage": i, "text": example.document.passages[i]} for i in row["passages"]],
-        })  # fmt: skip
-    write_jsonl(path, records)
+            "summary": row["example"].summaries,
+            "evidence": row["example"].evidence,
+            "passages": [{"passage": i, "text": row["example"].document.passages[i]} for i in row["passages"]],
+        }
+        for row, prediction in zip(rows, predictions, strict=True)
+    ))  # fmt: skip
 
 
 def hops_record(example: Example, hops: Sequence[Hop], prediction: str) -> dict:
-    """What retrieve_and_summarize.py writes of an example: a record of a hand-over file, with every hop in it.
-
-    Its ranking is the last hop's.
-    """
+    """The record of an example with all its hops: a record of a hand-over file with the ranking of the last hop."""
     record = _retrieved_record(example, hops[-1].retrieved)
-    text = {"passages": record.pop("passages")}  # long, and therefore last
+    text = {"passages": record.pop("passages")}  # the longest field comes last
     of_hops = [
         {"draft": hop.draft, "read": hop.read, "retrieved": _ranking_entries(example, hop.retrieved)} for hop in hops
     ]
     return record | {"prediction": prediction, "hops": of_hops} | text
 
 
-def _ranking_entries(example: Example, ranking: Sequence[tuple[int, float]]) -> list[dict]:
+def _ranking_entries(example: Example, ranking: Ranking) -> list[dict]:
     for passage, score in ranking:
         if not math.isfinite(score):
             raise ValueError(f"example '{example.id}': the score of passage {passage} is {score}")
     return [{"passage": int(passage), "score": float(f"{score:.6g}")} for passage, score in ranking]
 
 
-def _retrieved_record(example: Example, ranking: Sequence[tuple[int, float]]) -> dict:
+def _retrieved_record(example: Example, ranking: Ranking) -> dict:
     document, evidence, evidence_words = example.document, example.evidence, example.evidence_words
     entries = _ranking_entries(example, ranking)
-    if isinstance(document, Corpus):  # of which the record keeps what it names, under numbers of its own
+    record: dict[str, Any] = {"id": example.id, "query": example.query}
+    if isinstance(document, Corpus):  # the record keeps only passages that it names, and numbers them anew
         kept = list(dict.fromkeys([entry["passage"] for entry in entries] + (evidence or [])))
-        positions = {number: position for position, number in enumerate(kept)}
-        entries = [entry | {"passage": positions[entry["passage"]]} for entry in entries]
+        new_number = {number: position for position, number in enumerate(kept)}
+        entries = [entry | {"passage": new_number[entry["passage"]]} for entry in entries]
         if evidence:
-            words = dict(zip([positions[number] for number in evidence], evidence_words, strict=True))
-            evidence, evidence_words = sorted(words), [words[position] for position in sorted(words)]
+            words = dict(zip([new_number[number] for number in evidence], evidence_words, strict=True))
+            evidence, evidence_words = sorted(words), [words[number] for number in sorted(words)]
         text = {"passages": document.passages[kept], "passage_ids": document.ids[kept]}
     else:
         text = {"passages": document.passages}
-
-    record: dict[str, Any] = {"id": example.id, "query": example.query}
-    if not isinstance(document, Corpus):
         record["doc_id"] = document.id
     if example.summaries:
         record["summary"] = example.summaries if len(example.summaries) > 1 else example.summaries[0]
     if evidence:
-        record["evidence"] = evidence
-        record["evidence_words"] = evidence_words
+        record |= {"evidence": evidence, "evidence_words": evidence_words}
     record["retrieved"] = entries
     return record | text

@@ -1,28 +1,23 @@
-"""Reading and checking examples.
-
-`load_examples` reads one example a record, `{"id", "query", "passages" or "document", "summary", "evidence"}`, from
-JSON Lines, JSON, CSV, Parquet, a folder or the Hub. Examples about the same document share one `Document`, so that
-whatever is computed for a document is computed once.
-"""
+"""Reads and checks examples: training and validation splits, or the examples of one file."""
 
 import itertools
 import os
 from pathlib import Path
 
 from utils.data.corpus import load_corpus
-from utils.data.documents import Shelf, Source, read_identifier
+from utils.data.documents import Documents, Source
 from utils.data.examples import Corpus, Example, blocks
 from utils.data.fields import number_evidence, read_evidence, read_hops, read_ranking, read_summaries
-from utils.data.rows import Row, build_all, read_rows, shown
+from utils.data.rows import Row, build_all, read_identifier, read_rows, shown
 from utils.data.trec import read_qrels
 from utils.errors import BadRecord, DataError
 
 
 def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples as the flags of `DataArguments` say; without files, the embedded data set.
+    """Training and validation examples, as selected by `args` (`DataArguments`); without files, the embedded data set.
 
-    A folder or Hub name as `train_file` brings its own validation split. `rejected_file` as in `load_examples`. With
-    `corpus_file` all examples of both splits share one `Corpus`.
+    If `train_file` is a folder or a Hub name, it may hold the validation split too. With `corpus_file` all examples of
+    both splits share one `Corpus`. `rejected_file` is as in `load_examples`.
     """
     for name in ("train_qrels_file", "validation_qrels_file"):
         if getattr(args, name) and not args.corpus_file:
@@ -43,7 +38,7 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[l
     has_splits = Path(args.train_file).is_dir() or not Path(args.train_file).exists()
     if not args.validation_file and not has_splits:
         raise DataError("--train_file needs --validation_file")
-    options = args.reading_options()
+    options = args.reading_options() | {"rejected_file": rejected_file}
     if args.corpus_file:
         options["corpus"] = load_corpus(
             args.corpus_file, skip_bad_examples=args.skip_bad_examples, rejected_file=rejected_file
@@ -54,7 +49,6 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[l
         documents_file=args.documents_file,
         qrels_file=args.train_qrels_file,
         max_examples=args.max_train_examples,
-        rejected_file=rejected_file,
         **options,
     )
     validation = load_examples(
@@ -63,7 +57,6 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[l
         documents_file=args.validation_documents_file or args.documents_file,
         qrels_file=args.validation_qrels_file,
         max_examples=args.max_eval_examples,
-        rejected_file=rejected_file,
         **options,
     )
     return train, validation
@@ -91,14 +84,16 @@ def load_examples(
     rejected_file: str | os.PathLike | None = None,
     max_examples: int | None = None,
 ) -> list[Example]:
-    """Reads and checks the examples of a file, a folder or a Hub data set; raises DataError for anything unusable.
+    """Reads and checks the examples of a file (JSON Lines, JSON, CSV, Parquet), a folder or a Hub data set.
 
-    `split` and `dataset_config_name` matter for folders and Hub names only: a file is one split. With `documents_file`
-    the text comes from there, by doc_id; without it each record holds its own `passages` or, failing them, `document`.
-    With a `corpus` the records hold none: a query is wanted, a summary is not, and evidence is a list of the corpus's
-    ids; for records without, that of `qrels_file` (see `read_qrels`), by the records' ids.
-    `skip_bad_examples` goes on without bad records and writes them with reasons to `rejected_file`, which keeps what
-    other loaded files have there. `max_examples` (None or 0: all) stops reading after that many good examples.
+    Each record holds its own `passages` or, without them, a `document`. With `documents_file` records name a document
+    of that file by doc_id instead. Examples about the same document share one `Document` object, so that work on a
+    document is done once. With a `corpus` records hold no text: they need a query but no summary, and their evidence
+    is a list of corpus ids; a record without evidence takes that of `qrels_file` (see `read_qrels`), by its id.
+
+    Raises DataError for unusable data. With `skip_bad_examples` bad records are left out and written with the reasons
+    to `rejected_file`, which keeps the entries of other files. `split` and `dataset_config_name` matter only for
+    folders and Hub names. Reading stops after `max_examples` good examples (None or 0: all).
     """
     if passage_words < 1:
         raise DataError(f"--passage_words is {passage_words}, but a passage needs at least 1 word")
@@ -119,10 +114,10 @@ def load_examples(
     }
     list_columns = (passages_column, evidence_column, "evidence_words", "retrieved", "hops")
     rejection = {"skip": skip_bad_examples, "rejected_file": rejected_file}
-    shelf = Shelf(columns, passage_words, merge_passages)
+    documents = Documents(columns, passage_words, merge_passages)
     own_text = documents_file is None and corpus is None
     require_summary = require_summary and corpus is None
-    numbers: dict[str, int] = {}  # of the corpus's passages
+    numbers: dict[str, int] = {}  # corpus id -> passage number
     qrels: dict[str, dict[str, int]] = {}
 
     if corpus is not None:
@@ -133,14 +128,14 @@ def load_examples(
     elif not own_text:
         rows = read_rows(documents_file, split, dataset_config_name, list_columns)
         used = {field: columns[field] for field in ("doc_id", "document", "passages")}
-        build_all(rows, str(documents_file), shelf.add, used, [("doc_id",), ("document", "passages")], **rejection)
+        build_all(rows, str(documents_file), documents.add, used, [("doc_id",), ("document", "passages")], **rejection)
 
     first_places: dict[str, str] = {}
 
     def build_example(row: Row) -> Example:
         record = row.record
-        # the ids of a qrels file are never row numbers, which would match by chance
-        example_id = read_identifier(record, id_column, **({} if qrels else {"default": str(row.number)}))
+        # qrels need true ids: a row number could match one of their ids by chance
+        example_id = read_identifier(record, id_column) if qrels or id_column in record else str(row.number)
         if example_id in first_places:
             raise BadRecord(f"'{id_column}' is '{example_id}', as at {first_places[example_id]}; it must be unique")
         query = record.get(query_column, "")
@@ -153,7 +148,7 @@ def load_examples(
             source = whole_corpus
             record = number_evidence(record, evidence_column, numbers, qrels.get(example_id, {}))
         else:
-            source = shelf.take(row) if own_text else shelf.find(record, str(documents_file))
+            source = documents.read(row) if own_text else documents.find(record, str(documents_file))
         evidence, evidence_words = read_evidence(record, evidence_column, passages_column, source)
         retrieved = read_ranking(record, passages_column, source)
         hops = read_hops(record, passages_column, source)
@@ -170,8 +165,8 @@ def load_examples(
     if require_summary:
         required.append(("summary",))
     else:
-        del used["summary"]  # a file to be summarized need not have the column that the training file has
-    examples = build_all(rows, str(path), build_example, used, required, max_built=max_examples, **rejection)
+        del used["summary"]  # a file to be summarized may lack the column that was named for the training file
+    examples, _ = build_all(rows, str(path), build_example, used, required, max_built=max_examples, **rejection)
     if qrels and not max_examples and not any(example.id in qrels for example in examples):
         raise DataError(
             f"{qrels_file}: none of its queries, such as '{next(iter(qrels))}', is among the examples of {path}, such "

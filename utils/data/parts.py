@@ -1,6 +1,6 @@
-"""A long output made in parts: each is kept once it is done, so that a run that was stopped continues.
+"""Writes a long output in parts; a stopped run keeps its finished parts and continues after them.
 
-A part is a JSON Lines file: what it cost, then a record for each example of its block.
+A part is a JSON Lines file: the costs, then one record for each example of its block.
 """
 
 import itertools
@@ -27,14 +27,13 @@ def write_parts(
     poll: Callable,
     show_bar: bool = False,
 ) -> None:
-    """Writes a part for each block of example numbers, those that are not there yet; called on all processes.
+    """Writes the missing parts, one for each block of example numbers; called on all processes.
 
     Args:
-        parts: the folder, whose name ends with a dot and a key of all that decides what is written. Folders of the same
-            name with other keys are removed.
-        work: `work(examples)` returns what they cost, by hop, and their records; each process calls it for blocks of
-            its own.
-        say: says a line to the user.
+        parts: the folder. Its name ends with a dot and a key of everything that decides the output; folders with the
+            same name and another key are removed.
+        work: `work(examples)` returns their costs, by hop, and their records; each process calls it for its own blocks.
+        say: shows a line to the user.
         poll: called on all processes between two blocks; may raise.
     """
     if accelerator.is_main_process:
@@ -46,7 +45,7 @@ def write_parts(
     remaining = [number for number in range(len(blocks)) if not (parts / f"{number}.jsonl").exists()]
     if len(remaining) < len(blocks):
         say(f"{len(blocks) - len(remaining)} of {len(blocks)} parts were done before")
-    accelerator.wait_for_everyone()  # before any of them writes another
+    accelerator.wait_for_everyone()  # all processes must have listed the parts before one of them writes
     processes = accelerator.num_processes
     for first in tqdm(range(0, len(remaining), processes), disable=not show_bar):
         poll()
@@ -58,7 +57,7 @@ def write_parts(
 
 
 def read_parts(parts: Path, blocks: Sequence[list[int]], num_hops: int) -> tuple[list[dict], list[Counter]]:
-    """The records of all blocks, in the examples' order, and the sum of what each hop cost."""
+    """The records of all examples, in order, and the total costs of each hop."""
     records, costs = [None] * sum(map(len, blocks)), [Counter() for _ in range(num_hops)]
     for number, numbers in enumerate(blocks):
         with (parts / f"{number}.jsonl").open(encoding="utf-8") as lines:

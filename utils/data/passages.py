@@ -1,33 +1,38 @@
-"""Splitting a document into passages, a text into sentences, and merging passages into longer ones.
+"""Splits documents into passages and texts into sentences, and merges short passages.
 
-*Words* are runs of characters between white space, everywhere.
+In this module a word is a run of characters between white space.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 
 _STOPS = ".!?…。！？।؟۔"
 _CLOSERS = "\"'”’»)]}"
 _OPENERS = "\"'“‘«([{"
-# Followed by a name, hence never the end of a sentence ...
+# The end of a Chinese or Japanese sentence that `_ends_sentence` misses: no white space follows its stop and closing
+# marks, or one of these marks is full-width.
+_FULL_WIDTH_END = re.compile(f"[。！？][{_STOPS}]*+[{re.escape(_CLOSERS)}」』）]*+(?:(?=\\S)|(?<=[」』）]))")
+# Abbreviations before a name never end a sentence.
 _TITLES = frozenset(
     "mr mrs ms messrs mme dr prof st mt sen rep gov gen col maj sgt capt lt cmdr rev hon pres vs cf viz".split()
 )
-# ... or by a number ("No. 5", "Fig. 2", "Jan. 3"), and otherwise the end of one ("No. He left.")
+# These end no sentence before a number ("No. 5", "Fig. 2", "Jan. 3") and do otherwise ("No. He left.").
 _NUMBERED = frozenset(
     "no nos fig figs eq sec sect ch vol art p pp ca approx jan feb mar apr jun jul aug sep sept oct nov dec".split()
 )
 
 
 def split_document(text: str, passage_words: int) -> list[str]:
-    """Splits a text into passages of at most `passage_words` words, on sentence and line ends; no word is lost.
+    """Splits a text into passages of at most `passage_words` words, at sentence and line ends; no word is lost.
 
-    A line (a turn, a paragraph) that does not fit into what is left of a passage starts a new one if the passage is
-    half full already and the line fits there whole. Only a sentence longer than a passage is cut between words.
+    A line (a turn, a paragraph) that does not fit into the current passage starts a new one if the current passage is
+    at least half full and the line fits into one passage. A sentence is cut, between words, only if it is longer than
+    a passage.
     """
     passages: list[str] = []
-    pieces: list[str] = []  # of the passage being filled, each after the first with its separator in front
-    filled = 0
-    any_case = text.islower()  # without capitals, a small letter after a stop may well begin a sentence
+    pieces: list[str] = []  # the current passage; every piece but the first begins with its separator
+    filled = 0  # words in the current passage
+    any_case = text.islower()  # in a text without capitals a sentence may begin with a small letter
     for line in text.splitlines():
         words = line.split()
         separator = "\n"
@@ -47,13 +52,18 @@ def split_document(text: str, passage_words: int) -> list[str]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, none of which goes over the end of a line; in doubt, two stay together."""
+    """The sentences of a text; a line end always ends a sentence, and two sentences stay together in doubt.
+
+    Unlike `split_document`, which keeps words whole, it also splits at a full-width stop inside a word, because Chinese
+    and Japanese have no white space between sentences.
+    """
     any_case = text.islower()
-    return [" ".join(sentence) for line in text.splitlines() for sentence in _sentences(line.split(), any_case)]
+    lines = _FULL_WIDTH_END.sub(r"\g<0>\n", text).splitlines()
+    return [" ".join(sentence) for line in lines for sentence in _sentences(line.split(), any_case)]
 
 
 def _sentences(words: list[str], any_case: bool) -> Iterator[list[str]]:
-    """The sentences of one line as lists of words; in doubt, two sentences stay together."""
+    """The sentences of one line, as lists of words."""
     start = 0
     for end in range(1, len(words)):
         if _ends_sentence(words, start, end - 1, any_case):
@@ -64,10 +74,10 @@ def _sentences(words: list[str], any_case: bool) -> Iterator[list[str]]:
 
 
 def _ends_sentence(words: list[str], start: int, last: int, any_case: bool) -> bool:
-    """Whether a sentence that began at word `start` ends with word `last`, which another word follows."""
+    """Whether a sentence that begins at word `start` ends after word `last`, which is not the last of the line."""
     following = words[last + 1]
     if all(character in "'”’»)]}" for character in following):
-        return False  # tokenized text: the closing quote or bracket stands alone (a straight " may open as well)
+        return False  # in tokenized text a closing mark is a word of its own (a straight " may also open)
     while last > start and all(character in _CLOSERS for character in words[last]):
         last -= 1
     core = words[last].rstrip(_CLOSERS)
@@ -76,7 +86,7 @@ def _ends_sentence(words: list[str], start: int, last: int, any_case: bool) -> b
     if not stop:
         return False
     if not stem and stop.strip("…") and stop.count(".") < 2:
-        return True  # a stop that stands alone ("OK , we 're on ."), other than dots ("well ... you know")
+        return True  # a stop that is a word of its own ("OK , we 're on ."), but not dots ("well ... you know")
     if not any_case and following.lstrip(_OPENERS)[:1].islower():
         return False  # "Go!" he said
     if stop != ".":
@@ -91,9 +101,9 @@ def _ends_sentence(words: list[str], start: int, last: int, any_case: bool) -> b
 
 
 def merge_passages(passages: Sequence[str], passage_words: int) -> tuple[list[str], list[dict[int, int]]]:
-    """Merges consecutive passages, one a line, into chunks of at most `passage_words` words; splits longer ones.
+    """Merges consecutive passages into chunks of at most `passage_words` words, one passage a line; splits longer ones.
 
-    Returns the chunks and, for each given passage, how many of its words went into which chunk.
+    Returns the chunks and, for each given passage, {chunk number: words of the passage in this chunk}.
     """
     chunks: list[list[str]] = []
     placed: list[dict[int, int]] = []

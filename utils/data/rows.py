@@ -1,4 +1,4 @@
-"""Rows of data files of any kind, and one report on all bad ones."""
+"""Reads the rows of data files of any kind and reports all bad rows of a file together."""
 
 import csv
 import gzip
@@ -19,29 +19,22 @@ from utils.errors import BadRecord, DataError
 from utils.files import write_jsonl
 
 logger = logging.getLogger(__name__)
-SHOWN_PROBLEMS = 20  # bad lines spelled out in one error; the rest are counted
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def listed_fields(record: dict) -> str:
-    """What a record has, for the error that says what it lacks."""
-    return f"the record has {', '.join(sorted(map(str, record)))}" if record else "the record is empty"
+SHOWN_PROBLEMS = 20  # an error shows this many problems; the rest are counted
+REMEDY = "fix the lines, or pass --skip_bad_examples to go on without them"
 
 
 @dataclass(slots=True)
 class Row:
-    """A record of a file, or what is wrong with it."""
+    """A record of a file, or the reason why it could not be read."""
 
     number: int  # of the line or row, from 1
     place: str  # "train.jsonl:17" or "train.csv: row 17"
     record: dict | None  # None if there is a problem
     problem: str = ""
-    text: str = ""  # what was read instead of a record
+    text: str = ""  # the raw text, which the rejected file shows if there is no record
+
+
+# ---- building something from each row
 
 
 def build_all(
@@ -51,38 +44,28 @@ def build_all(
     columns: dict[str, str],
     required: list[tuple[str, ...]],
     *,
-    skip: bool,
-    rejected_file: str | os.PathLike | None,
+    skip: bool = False,
+    rejected_file: str | os.PathLike | None = None,
     max_built: int | None = None,
     holds: str = "record, such as one JSON object a line",
-) -> list:
-    """`build(row)` of all rows; problems are gathered and raised together, or set aside.
-
-    `columns` are the columns that may be read, by field; of each group in `required` one must be in some record.
-    `holds` says, after "at least one", what an empty file must hold.
-    """
-    built, problems = build_each(rows, file, build, columns, required, skip=skip, max_built=max_built, holds=holds)
-    report_problems(problems, file, found_good=bool(built), skip=skip, rejected_file=rejected_file)
-    return built
-
-
-def build_each(
-    rows: Iterable[Row],
-    file: str,
-    build: Callable[[Row], Any],
-    columns: dict[str, str],
-    required: list[tuple[str, ...]],
-    *,
-    skip: bool,
-    max_built: int | None = None,
-    holds: str = "record, such as one JSON object a line",
+    remedy: str = REMEDY,
 ) -> tuple[list, list[tuple[str, dict]]]:
-    """What was built, and (place, entry of the rejected file) of each problem, with its content if `skip`."""
-    built, problems, found, stopped = [], [], set(), False  # found: columns
+    """Calls `build(row)` for every row; returns what was built, and the problems that `report_problems` reported.
+
+    Args:
+        build: raises BadRecord for a bad row.
+        columns: field name -> column name, for all columns that may be read.
+        required: groups of fields; at least one field of each group must occur in some record.
+        skip: leave bad rows out instead of raising DataError.
+        max_built: stop reading after so many good rows; None or 0 reads all.
+        holds: ends the error message for an empty file, after "at least one".
+        remedy: the last line of the error that lists the bad rows.
+    """
+    built, problems, found_columns = [], [], set()
     for row in rows:
         reason = row.problem
         if row.record is not None:
-            found |= row.record.keys()
+            found_columns |= row.record.keys()
             row.record = {name: value for name, value in row.record.items() if not _is_absent(value)}
             try:
                 built.append(build(row))
@@ -93,13 +76,15 @@ def build_each(
             entry = {"file": file, "line": row.number, "reason": reason}
             problems.append((row.place, entry | content if skip else entry))
         elif len(built) == max_built:
-            stopped = True
             break
     if not built and not problems:
         raise DataError(f"{file}: is empty; it must hold at least one {holds}")
-    if found:
-        # the error of a single record lists its columns anyway, and says where it is
-        _check_columns(file, found, columns, required if len(built) + len(problems) > 1 else [], not stopped)
+    if found_columns:
+        # a single record needs no summary of the columns: its own error lists them and says where it is
+        required = required if len(built) + len(problems) > 1 else []
+        all_read = not max_built or len(built) < max_built  # a column that was not found yet may come later
+        _check_columns(file, found_columns, columns, required, all_read)
+    report_problems(problems, file, any_good=bool(built), skip=skip, rejected_file=rejected_file, remedy=remedy)
     return built, problems
 
 
@@ -107,27 +92,31 @@ def report_problems(
     problems: list[tuple[str, dict]],
     file: str,
     *,
-    found_good: bool,
+    any_good: bool,
     skip: bool,
     rejected_file: str | os.PathLike | None,
+    remedy: str = REMEDY,
 ) -> None:
-    """One DataError for all problems, or a warning and the rejected file where they are to be skipped."""
+    """Raises one DataError that lists all problems; with `skip` it warns instead if there are `any_good` rows.
+
+    A problem is a place and an entry for the rejected file, which is written with `skip`.
+    """
     if skip and rejected_file is not None:
         _write_rejected(rejected_file, file, [entry for _, entry in problems])
-    if not problems:
-        return
-    if skip and found_good:
+    if problems and skip and any_good:
         where = f"; they are in {rejected_file}" if rejected_file is not None else ""
         logger.warning("%d bad records left out, the first at %s%s", len(problems), problems[0][0], where)
         return
-    report = [f"{place}: {entry['reason']}" for place, entry in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        report.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
     if skip:
-        report.append("fix the lines: --skip_bad_examples has none left to go on with")
-    else:
-        report.append("fix the lines, or pass --skip_bad_examples to go on without them")
-    raise DataError("\n".join(report))
+        remedy = "fix the lines: --skip_bad_examples has none left to go on with"
+    raise_all([f"{place}: {entry['reason']}" for place, entry in problems], remedy)
+
+
+def raise_all(problems: Sequence[str], remedy: str) -> None:
+    """Raises one DataError for all problems, with the remedy in its last line; does nothing without problems."""
+    if problems:
+        rest = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
+        raise DataError("\n".join([*problems[:SHOWN_PROBLEMS], *rest, remedy]))
 
 
 def _is_absent(value: Any) -> bool:
@@ -135,36 +124,66 @@ def _is_absent(value: Any) -> bool:
 
 
 def _check_columns(
-    file: str, found: set[str], columns: dict[str, str], required: list[tuple[str, ...]], optional_too: bool
+    file: str, found: set[str], columns: dict[str, str], required: list[tuple[str, ...]], all_read: bool
 ) -> None:
-    """One error, instead of one a line, for a column that no record has."""
-    wanted = [fields for fields in required if all(columns[field] not in found for field in fields)]
-    if optional_too:  # a flag that was set to another name than the default, which is the field's own
-        wanted += [(field,) for field, column in columns.items() if column != field and column not in found]
-    if not wanted:
+    """Raises one error, instead of one for each row, if no record has a column."""
+    missing = [fields for fields in required if all(columns[field] not in found for field in fields)]
+    if all_read:  # a column that the user named (the default is the field's own name) must exist even if optional
+        missing += [(field,) for field, column in columns.items() if column != field and column not in found]
+    if not missing:
         return
-    names = " or ".join(f"'{columns[field]}'" for field in wanted[0])
-    if "_id" in columns:  # of a corpus, which has no flags for its columns
+    names = " or ".join(f"'{columns[field]}'" for field in missing[0])
+    if "_id" in columns:  # a corpus, which has no flags for its columns
         remedy = 'a corpus has records such as {"_id": "d7", "title": "A title", "text": "The passage."}'
-        raise DataError(f"{file}: no record has {names}; the columns found are {', '.join(sorted(found))}: {remedy}")
-    flags = " or ".join(f"--{field}_column" for field in wanted[0])
-    hint = "; for documents in a file of their own give --documents_file" if "doc_id" in found else ""
-    raise DataError(
-        f"{file}: no record has {names}; the columns found are {', '.join(sorted(found))}: "
-        f"name the right one with {flags}{hint if 'document' in wanted[0] else ''}"
-    )
+    else:
+        remedy = f"name the right one with {' or '.join(f'--{field}_column' for field in missing[0])}"
+        if "doc_id" in found and "document" in missing[0]:
+            remedy += "; for documents in a file of their own give --documents_file"
+    raise DataError(f"{file}: no record has {names}; the columns found are {', '.join(sorted(found))}: {remedy}")
 
 
 def _write_rejected(path: str | os.PathLike, file: str, entries: list[dict]) -> None:
-    """Puts the bad records of `file` into the rejected file in place of those of an earlier run; other files' stay."""
+    """Replaces the entries of `file` in the rejected file and keeps those of other files."""
     kept = []
     if Path(path).exists():
-        rows = _json_line_rows(str(path), io.BytesIO(Path(path).read_bytes()))
+        rows = _line_rows(str(path), io.BytesIO(Path(path).read_bytes()), _parse_json)
         kept = [row.record for row in rows if row.record is not None and row.record.get("file") != file]
     elif not entries:
         return
     write_jsonl(path, kept + entries)
 
+
+# ---- checks of a record
+
+
+def shown(value: Any) -> str:
+    """Formats a value for an error message; long values are cut."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def listed_fields(record: dict) -> str:
+    """Lists the fields of a record, for the error that names a missing one."""
+    return f"the record has {', '.join(sorted(map(str, record)))}" if record else "the record is empty"
+
+
+def is_whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_identifier(record: dict, column: str) -> str:
+    """An id as a string; the record may hold a whole number. Raises BadRecord if it is missing or empty."""
+    if column not in record:
+        raise BadRecord(f"no '{column}'; {listed_fields(record)}")
+    value = record[column]
+    if not is_whole_number(value) and not isinstance(value, str):
+        raise BadRecord(f"'{column}' must be a string or a whole number, not {shown(value)}")
+    if value == "":
+        raise BadRecord(f"'{column}' is empty")
+    return str(value)
+
+
+# ---- reading rows
 
 _OPENERS_BY_ENDING = {".gz": gzip.open, ".xz": lzma.open}
 _ENDINGS = ".jsonl, .json, .csv, .tsv (also with .gz or .xz) or .parquet"
@@ -174,12 +193,23 @@ _HALF_CHARACTER = "invalid UTF-8, or half of a character pair (such as \\ud83d a
 def read_rows(
     path: str | os.PathLike, split: str, config_name: str | None, list_columns: Sequence[str]
 ) -> Iterator[Row]:
-    """Rows of a file, a folder or a Hub data set."""
-    return guarded(path, lambda: _choose_reader(path, split, config_name, list_columns))
+    """Rows of a file, a folder or a Hub data set.
+
+    Tables may keep a list as text: in `list_columns`, text that begins with "[" is parsed as JSON.
+    """
+    return _guarded(path, lambda: _choose_reader(path, split, config_name, list_columns))
 
 
-def guarded(path: str | os.PathLike, read: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """The rows that `read()` gives; DataError if they cannot be read on, whatever the reason."""
+def read_line_rows(path: str | os.PathLike, parse: Callable[[str], dict | None]) -> Iterator[Row]:
+    """Rows of a text file with one record a line, also packed (.gz, .xz); blank lines are skipped.
+
+    `parse(line)` returns a record, returns None to skip the line, or raises BadRecord.
+    """
+    return _guarded(path, lambda: _line_rows(str(path), _open_bytes(path), parse))
+
+
+def _guarded(path: str | os.PathLike, read: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """Rows of `read()`; raises DataError if the file cannot be opened or read to its end."""
     number = 0
     try:
         for row in read():
@@ -193,8 +223,8 @@ def guarded(path: str | os.PathLike, read: Callable[[], Iterator[Row]]) -> Itera
         ) from None
 
 
-def open_bytes(path: str | os.PathLike) -> BinaryIO:
-    """What a file holds, unpacked."""
+def _open_bytes(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file and unpacks it if its ending says so."""
     return _OPENERS_BY_ENDING.get(Path(path).suffix.lower(), open)(path, "rb")
 
 
@@ -202,66 +232,72 @@ def _choose_reader(
     path: str | os.PathLike, split: str, config_name: str | None, list_columns: Sequence[str]
 ) -> Iterator[Row]:
     name, file = str(path), Path(path)
-    endings = [ending.lower() for ending in file.suffixes]
-    open_file = _OPENERS_BY_ENDING.get(endings[-1] if endings else "", open)
-    if open_file is not open:
-        endings.pop()
-    kind = endings[-1] if endings else ""
+    is_packed = file.suffix.lower() in _OPENERS_BY_ENDING
+    kind = Path(file.stem if is_packed else file.name).suffix.lower()
     if file.is_dir():
         return _dataset_rows(name, list_columns, name, config_name, split=split)
     if not file.exists():
         file_endings = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-        if re.fullmatch(r"[\w-]+(/[\w.-]+)?", name) and kind not in file_endings and open_file is open:
+        if re.fullmatch(r"[\w-]+(/[\w.-]+)?", name) and kind not in file_endings and not is_packed:
             return _dataset_rows(name, list_columns, name, config_name, split=split)
         raise DataError(f"{name}: no such file or folder; give a {_ENDINGS} file, a folder, or a Hub name (owner/name)")
     if kind == ".parquet":
         return _dataset_rows(name, list_columns, "parquet", data_files=name, split="train")
     if kind in (".csv", ".tsv"):
-        return _csv_rows(name, open_file(file, "rb"), "\t" if kind == ".tsv" else ",", list_columns)
+        return _csv_rows(name, _open_bytes(file), "\t" if kind == ".tsv" else ",", list_columns)
     if kind == ".json":
-        return _json_rows(name, open_file(file, "rb"))
+        return _json_rows(name, _open_bytes(file))
     if kind in (".jsonl", ".ndjson", ""):
-        return _json_line_rows(name, open_file(file, "rb"))
+        return _line_rows(name, _open_bytes(file), _parse_json)
     raise DataError(f"{name}: unknown kind of file '{kind}'; give a {_ENDINGS} file")
 
 
-def read_lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines without the byte order mark that some editors put in front."""
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Lines of a file, without the byte order mark that some editors write at its start."""
     with stream:
         for number, line in enumerate(stream):
             yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
 
 
-def _json_line_rows(name: str, stream: Iterable[bytes]) -> Iterator[Row]:
-    for number, line in enumerate(read_lines(stream), 1):
+def _line_rows(name: str, stream: BinaryIO, parse: Callable[[str], dict | None]) -> Iterator[Row]:
+    for number, line in enumerate(_lines(stream), 1):
         if not line.strip():
             continue
         record, problem = None, ""
         try:
             text = line.decode("utf-8").rstrip("\r\n")
-            record = json.loads(text)
+            record = parse(text)
         except UnicodeDecodeError as error:
+            text = line.decode("utf-8", "replace").rstrip("\r\n")
             where = f"0x{line[error.start]:02x} at byte {error.start + 1} of the line"
             problem = f"invalid UTF-8: {where}; save the file as UTF-8"
-        except json.JSONDecodeError as error:
-            problem = f"invalid JSON: {error.msg} at column {error.colno}"
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested without end
-            problem = f"invalid JSON: {error}"
-        else:
-            problem = _object_problem(record, may_hold_halves="\\ud" in text or "\\uD" in text)
-        text = line.decode("utf-8", "replace").rstrip("\r\n") if problem else ""
-        yield Row(number, f"{name}:{number}", None if problem else record, problem, text)
+        except BadRecord as error:
+            problem = str(error)
+        if problem or record is not None:
+            yield Row(number, f"{name}:{number}", record, problem, text)
+
+
+def _parse_json(line: str) -> dict:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"invalid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or lists nested too deep
+        raise BadRecord(f"invalid JSON: {error}") from None
+    if problem := _object_problem(record, may_hold_halves="\\ud" in line or "\\uD" in line):
+        raise BadRecord(problem)
+    return record
 
 
 def _json_rows(name: str, stream: BinaryIO) -> Iterator[Row]:
-    """A `.json` file: one array of records, or JSON Lines under the other name."""
+    """Rows of a `.json` file, which holds one array of records, one record, or JSON Lines."""
     with stream:
         data = stream.read()
     try:
         records = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from _json_line_rows(name, io.BytesIO(data))
+            yield from _line_rows(name, io.BytesIO(data), _parse_json)
             return
         if isinstance(error, UnicodeDecodeError):
             line = data[: error.start].count(b"\n") + 1
@@ -275,6 +311,7 @@ def _json_rows(name: str, stream: BinaryIO) -> Iterator[Row]:
 
 
 def _object_problem(record: Any, may_hold_halves: bool) -> str:
+    """Says why a value is no usable record; `may_hold_halves`: it may contain half of a surrogate pair."""
     if not isinstance(record, dict):
         return f'must be a JSON object such as {{"passages": [...], "summary": "..."}}, not {shown(record)}'
     if may_hold_halves:
@@ -286,9 +323,9 @@ def _object_problem(record: Any, may_hold_halves: bool) -> str:
 
 
 def _csv_rows(name: str, stream: BinaryIO, delimiter: str, list_columns: Sequence[str]) -> Iterator[Row]:
-    """Rows of a CSV file as they are: no cell is taken for a number, and none named "NA" for nothing."""
-    csv.field_size_limit(2**31 - 1)  # the csv module's own limit, 131,072 characters, is less than a long document
-    lines = (line.decode("utf-8", "surrogateescape") for line in read_lines(stream))
+    """Rows of a CSV file; cells stay text: none becomes a number, and "NA" does not mean missing."""
+    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is shorter than a long document
+    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(stream))
     for number, cells in enumerate(csv.DictReader(lines, delimiter=delimiter), 1):
         surplus = cells.pop(None, None)
         record = {column: cell for column, cell in cells.items() if cell != ""}
@@ -301,12 +338,12 @@ def _csv_rows(name: str, stream: BinaryIO, delimiter: str, list_columns: Sequenc
 
 
 def _dataset_rows(name: str, list_columns: Sequence[str], *arguments: Any, **options: Any) -> Iterator[Row]:
-    """Rows of whatever `datasets.load_dataset` reads."""
-    import datasets  # seconds to import, and JSON Lines and CSV do without it
+    """Rows of `datasets.load_dataset(*arguments, **options)`."""
+    import datasets  # takes seconds, and JSON Lines and CSV do not need it
 
     try:
         rows = datasets.load_dataset(*arguments, **options)
-    except Exception as error:  # of any class: network, Hub, cache, Arrow, pandas, the data set's own features
+    except Exception as error:  # of many classes: network, Hub, cache, Arrow, pandas, features of the data set
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         message = " ".join(str(cause or error).split()) or type(error).__name__
         if Path(name).exists():
@@ -320,12 +357,11 @@ def _dataset_rows(name: str, list_columns: Sequence[str], *arguments: Any, **opt
 
 
 def _decode_lists(record: dict, list_columns: Sequence[str]) -> dict:
-    """Tables keep lists as text: '[3, 7]' in a column of lists is that list."""
     for column in list_columns:
         cell = record.get(column)
         if isinstance(cell, str) and cell.lstrip().startswith("["):
             try:
                 record[column] = json.loads(cell)
             except (ValueError, RecursionError):
-                continue  # left as text, which the check of the field refuses with its place
+                continue  # it stays text, and the check of the field rejects it with its place
     return record

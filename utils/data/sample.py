@@ -1,17 +1,18 @@
-"""The embedded data set: meeting transcripts with questions, generated from a seed, that need no network and no file.
+"""The embedded data set: meeting transcripts with questions, generated from a seed, without network or files.
 
-Each transcript has about 50 turns by a dozen speakers. One-hop questions ask what was agreed about a subject: the
-answer is spread over two or three turns that all name it. Two-hop questions ask what the person who looks after a
-subject reported: one turn names that person, and only that name leads to the second turn, which the person speaks and
-which never mentions the subject. Every subject also has distractors, turns that share the question's words and answer
-nothing, and every speaker reports something, so that a report cannot be found by its form.
+A transcript has about 50 turns by a dozen speakers. A one-hop question asks what was agreed about a subject; two or
+three turns answer it, and all of them name the subject. A two-hop question asks what the person who looks after a
+subject reported: one turn names this person, and only the name leads to the second turn, which the person speaks
+without mentioning the subject. Every subject has distractors, turns that share words with a question and answer
+nothing. Every speaker reports something, so that the form of a report does not give the answer away.
 
-To look at it, or to use it as files: ``python -m utils.data.sample --split validation > sample.jsonl``
+To see it or to use it as a file: ``python -m utils.data.sample --split validation > sample.jsonl``
 """
 
 import argparse
 import json
 import random
+from collections.abc import Iterator
 
 from utils.data.examples import Document, Example
 
@@ -37,28 +38,17 @@ office park pier porch quarry roof stable street tunnel valley warehouse yard"""
 MONTHS = "January February March April May June July August September October November December".split()
 NUMBERS = """two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
 eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
-# The wording of a question sets the wording of its reference, so that the wording varies and can still be known.
-AGREED = [  # question, then the frame around each fact in the reference
-    (
-        "What did the group agree about the {subject}?",
-        "They want {choice}.",
-        "It costs {cost}.",
-        "It opens in {month}.",
-    ),
-    (
-        "Summarize the plans for the {subject}.",
-        "Planned are {choice}.",
-        "The price is {cost}.",
-        "The opening is in {month}.",
-    ),
-    ("How will the {subject} be built?", "It gets {choice}.", "They pay {cost}.", "Work ends in {month}."),
-    (
-        "What was said about changes to the {subject}?",
-        "New are {choice}.",
-        "The budget is {cost}.",
-        "It is ready by {month}.",
-    ),
-]
+# The wording of a question decides the wording of its reference: it varies, yet a model can learn it.
+AGREED = [  # question, then the sentences of the reference for each kind of fact: choice, cost, month
+    ("What did the group agree about the {subject}?",
+     "They want {choice}.", "It costs {cost}.", "It opens in {month}."),
+    ("Summarize the plans for the {subject}.",
+     "Planned are {choice}.", "The price is {cost}.", "The opening is in {month}."),
+    ("How will the {subject} be built?",
+     "It gets {choice}.", "They pay {cost}.", "Work ends in {month}."),
+    ("What was said about changes to the {subject}?",
+     "New are {choice}.", "The budget is {cost}.", "It is ready by {month}."),
+]  # fmt: skip
 REPORTED = [
     ("What did the person who looks after the {subject} report?", "{name} said that {report}."),
     ("Who is in charge of the {subject} and what did they find?", "{name} found that {report}."),
@@ -92,7 +82,7 @@ REPORT_TURNS = [
     "Just so you know, {report}.",
     "This week {report}.",
 ]
-DISTRACTOR_TURNS = [  # they share a question's words and answer none
+DISTRACTOR_TURNS = [  # these share words with the questions and answer none
     "What did the group agree about the {subject} last year? I forget.",
     "We should summarize the plans for the {subject} some other time.",
     "I cannot say how the {subject} will be built.",
@@ -112,10 +102,10 @@ SMALL_TALK = [
 SPEAKERS, AGREED_SUBJECTS, OWNED_SUBJECTS, SMALL_TALK_TURNS = 12, 3, 3, 9
 
 
-def generate_document(number: int, seed: str) -> list[dict]:
-    """The questions about transcript ``number``, as records in the self-contained layout of the data format.
+def generate_document(number: int, seed: str) -> Iterator[dict]:
+    """The questions about transcript `number`, as self-contained records.
 
-    Each record also holds ``evidence_hops``: for each hop, the numbers of the passages that only this hop can find.
+    Each record also holds `evidence_hops`: for each hop, the numbers of the passages that only this hop can find.
     """
     rng = random.Random(f"{seed}/{number}")
     speakers = rng.sample(NAMES, SPEAKERS)
@@ -125,18 +115,15 @@ def generate_document(number: int, seed: str) -> list[dict]:
     owners = dict(zip(subjects[AGREED_SUBJECTS:], rng.sample(speakers, OWNED_SUBJECTS), strict=True))
     reports = {name: _report(rng) for name in speakers}
 
-    turns: list[tuple[str, str, object]] = []  # speaker, text, what the turn is evidence for
-    questions = []
+    turns: list[tuple[str, str, str | None]] = []  # speaker, text, key: the subject or person that it is evidence for
+    questions = []  # question, reference, keys of the evidence of each hop, subject
     for subject in subjects:
         if subject in owners:
             name = owners[subject]
             question, reference = rng.choice(REPORTED)
-            turns.append(
-                (_other(rng, speakers, name), rng.choice(OWNER_TURNS).format(subject=subject, name=name), subject)
-            )
-            questions.append(
-                (question, reference.format(name=name, report=reports[name]), [[subject], [name]], subject)
-            )
+            speaker = rng.choice([other for other in speakers if other != name])
+            turns.append((speaker, rng.choice(OWNER_TURNS).format(subject=subject, name=name), subject))
+            summary, keys = reference.format(name=name, report=reports[name]), [[subject], [name]]
         else:
             facts = {"choice": f"{_phrase(rng)} and {_phrase(rng)}", "cost": f"{rng.choice(NUMBERS)} thousand pounds",
                      "month": rng.choice(MONTHS)}  # fmt: skip
@@ -145,9 +132,8 @@ def generate_document(number: int, seed: str) -> list[dict]:
             for which in kept:
                 wording = rng.choice((CHOICE_TURNS, COST_TURNS, MONTH_TURNS)[which])
                 turns.append((rng.choice(speakers), wording.format(subject=subject, **facts), subject))
-            questions.append(
-                (question, " ".join(frames[which].format(**facts) for which in kept), [[subject]], subject)
-            )
+            summary, keys = " ".join(frames[which].format(**facts) for which in kept), [[subject]]
+        questions.append((question, summary, keys, subject))
         turns += [(rng.choice(speakers), wording.format(subject=subject), None)
                   for wording in rng.sample(DISTRACTOR_TURNS, 3 if subject in owners else 1)]  # fmt: skip
     turns += [(name, rng.choice(REPORT_TURNS).format(report=report), name) for name, report in reports.items()]
@@ -158,32 +144,28 @@ def generate_document(number: int, seed: str) -> list[dict]:
 
     passages = [f"{speaker}: {text}" for speaker, text, _ in turns]
     places = {}
-    for place, (_, _, evidence_for) in enumerate(turns):
-        places.setdefault(evidence_for, []).append(place)
-    records = []
-    for which, (question, reference, keys, subject) in enumerate(questions):
+    for place, (_, _, key) in enumerate(turns):
+        places.setdefault(key, []).append(place)
+    for which, (question, summary, keys, subject) in enumerate(questions):
         hops = [[place for key in hop for place in places[key]] for hop in keys]
-        records.append(
-            {
-                "id": f"{seed}{number}.q{which}",
-                "doc_id": f"{seed}{number}",
-                "query": question.format(subject=subject),
-                "passages": passages,
-                "summary": reference,
-                "evidence": sorted(place for hop in hops for place in hop),
-                "evidence_hops": hops,
-            }
-        )
-    return records
+        yield {
+            "id": f"{seed}{number}.q{which}",
+            "doc_id": f"{seed}{number}",
+            "query": question.format(subject=subject),
+            "passages": passages,
+            "summary": summary,
+            "evidence": sorted(place for hop in hops for place in hop),
+            "evidence_hops": hops,
+        }
 
 
 def sample_records(split: str, num_documents: int) -> list[dict]:
-    """Records of `num_documents` transcripts, six questions each; `split` ("train", "validation", ...) is the seed."""
+    """Records of `num_documents` transcripts with six questions each; `split`, such as "train", is the seed."""
     return [record for number in range(num_documents) for record in generate_document(number, seed=split)]
 
 
 def sample_examples(split: str, num_documents: int) -> list[Example]:
-    """The same as examples, those of one transcript sharing its document."""
+    """The same as examples; those about one transcript share its document."""
     documents: dict[str, Document] = {}
     examples = []
     for record in sample_records(split, num_documents):
@@ -202,10 +184,6 @@ def _phrase(rng: random.Random) -> str:
 def _report(rng: random.Random) -> str:
     first, second = rng.sample(HAPPENINGS, 2)
     return f"{_phrase(rng)} {first} in the {rng.choice(PLACES)} and {_phrase(rng)} {second}"
-
-
-def _other(rng: random.Random, speakers: list[str], name: str) -> str:
-    return rng.choice([speaker for speaker in speakers if speaker != name])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Rankings and evidence in TREC's files, which search engines write and trec_eval reads: runs and qrels.
+"""TREC runs (rankings) and qrels (relevance judgements), as search engines write them and trec_eval reads them.
 
-A line of a run is `qid Q0 docid rank score tag`, one of qrels `qid 0 docid grade`. The qid is the id of an example, the
-docid that of a passage (`Document.passage_id`). Columns are separated by white space; white space and percent signs
+A line of a run is `qid Q0 docid rank score tag`, a line of qrels is `qid 0 docid grade`. The qid is an example's id and
+the docid a passage's id (`Document.passage_id`). White space separates the columns; white space and percent signs
 within an id are percent-encoded.
 """
 
@@ -9,32 +9,32 @@ import math
 import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import BinaryIO, TypeVar
+from operator import itemgetter
+from typing import TypeVar
 from urllib.parse import quote, unquote
 
 import numpy as np
 
 from utils.data.examples import Document, Example, Ranking
-from utils.data.rows import SHOWN_PROBLEMS, Row, build_all, guarded, open_bytes, read_lines, shown
-from utils.errors import BadRecord, DataError
+from utils.data.rows import Row, build_all, raise_all, read_line_rows, shown
+from utils.errors import BadRecord
 from utils.files import write_lines
 
-RUN_COLUMNS = "qid Q0 docid rank score tag"
+RUN_COLUMNS = ("qid", "Q0", "docid", "rank", "score", "tag")
+BEIR_QRELS_COLUMNS = ("query-id", "corpus-id", "score")
+TREC_QRELS_COLUMNS = ("query-id", "0", "corpus-id", "score")
 Value = TypeVar("Value", float, int)
 
 
-class _BadLine(Exception):
-    """What is wrong with one line; caught where the file and the line are known."""
+# ---- writing
 
 
 def write_run(path: str | os.PathLike, examples: Sequence[Example], rankings: Sequence[Ranking], tag: str) -> None:
     """Writes a TREC run with one ranking for each example, completely or not at all; `tag` names the system.
 
-    trec_eval looks at scores only: it reads them as float32, sorts, and puts ties in descending order of docid. So that
-    it sees the ranking as it is, a score that is not below the one before it at float32 (a tie, or a difference too
-    small) is lowered to the next float32 number below. Raises ValueError for a score that is not finite.
-
-    An example with an empty ranking has no line.
+    trec_eval ignores the ranks: it reads the scores as float32, sorts by score, and breaks ties by descending docid. To
+    keep the order of the ranking, a score that is not lower as float32 than the one before is written as the next lower
+    float32 number. Raises ValueError for a score that is not finite. An example with an empty ranking has no line.
     """
     if not tag:
         raise ValueError("a run needs a tag: its last column names the system")
@@ -44,25 +44,20 @@ def write_run(path: str | os.PathLike, examples: Sequence[Example], rankings: Se
 def _run_lines(examples: Sequence[Example], rankings: Sequence[Ranking], tag: str) -> Iterator[str]:
     for example, ranking in zip(examples, rankings, strict=True):
         written = math.inf
-        for position, (passage, score) in enumerate(ranking, start=1):
+        for rank, (passage, score) in enumerate(ranking, start=1):
             below = float(np.nextafter(np.float32(written), np.float32(-np.inf)))
             written = _as_float32(min(score, below))
             if not (math.isfinite(score) and math.isfinite(written)):
                 raise ValueError(f"example '{example.id}': the score of passage {passage} is {score}")
             docid = _encode(example.document.passage_id(passage))
-            yield f"{_encode(example.id)} Q0 {docid} {position} {written:.9g} {tag}"
+            yield f"{_encode(example.id)} Q0 {docid} {rank} {written:.9g} {tag}"
 
 
 def write_qrels(path: str | os.PathLike, examples: Iterable[Example]) -> None:
-    """Writes the evidence as TREC qrels of grade 1, completely or not at all; without evidence there are no lines."""
-    write_lines(
-        path,
-        (
-            f"{_encode(example.id)} 0 {_encode(example.document.passage_id(passage))} 1"
-            for example in examples
-            for passage in example.evidence or ()
-        ),
-    )
+    """Writes the evidence as TREC qrels of grade 1, completely or not at all."""
+    pairs = ((example, passage) for example in examples for passage in example.evidence or ())
+    lines = (f"{_encode(example.id)} 0 {_encode(example.document.passage_id(passage))} 1" for example, passage in pairs)
+    write_lines(path, lines)
 
 
 def _encode(text: str) -> str:
@@ -70,93 +65,54 @@ def _encode(text: str) -> str:
 
 
 def _as_float32(score: float) -> float:
-    with np.errstate(over="ignore"):  # to infinity
+    with np.errstate(over="ignore"):  # a score beyond float32 becomes infinite
         return float(np.float32(score))
 
 
+# ---- reading runs
+
+
 def read_run(path: str | os.PathLike) -> dict[str, list[tuple[str, float]]]:
-    """The (docid, score) pairs of each query of a TREC run, in trec_eval's order.
+    """The (docid, score) pairs of each query of a TREC run, in the order in which trec_eval sees them.
 
-    That is by score at float32, best first, and of equal scores by docid, as it stands in the file, descending; the
-    column of ranks is not looked at. Raises DataError with all lines that are malformed or name a docid again.
+    That order is by score as float32, best first; ties are in descending order of the docid as it is written in the
+    file. Ranks are ignored. One DataError lists all lines that are malformed or repeat a docid.
     """
-    found: dict[str, dict[str, tuple[float, str, float]]] = {}
+    found: dict[str, dict[str, tuple[float, str, str, float]]] = {}  # query -> docid -> two sort keys, docid, score
 
-    def add(line: bytes) -> None:
-        query, _, written_docid, _, written_score, _ = _columns(line, RUN_COLUMNS)
+    def add(row: Row) -> None:
+        query, docid, written_score = unquote(row.record["qid"]), unquote(row.record["docid"]), row.record["score"]
         try:
             score = float(written_score)
         except ValueError:
             score = math.nan
         if not math.isfinite(_as_float32(score)):
-            raise _BadLine(f"the score is '{written_score}'; a finite number is wanted")
-        entry = (_as_float32(score), written_docid, score)
-        _add_once(found, unquote(query), unquote(written_docid), entry)
+            raise BadRecord(f"the score is '{written_score}'; a finite number is wanted")
+        if docid in found.setdefault(query, {}):
+            raise BadRecord(f"docid '{docid}' is there twice for query '{query}'; once is wanted")
+        found[query][docid] = (_as_float32(score), row.record["docid"], docid, score)
 
-    _read_lines(path, add, RUN_COLUMNS)
+    rows = read_line_rows(path, _parse_run_line)
+    holds, remedy = f"line of '{' '.join(RUN_COLUMNS)}'", "fix the lines, or write the file again"
+    build_all(rows, str(path), add, {}, [], holds=holds, remedy=remedy)
     return {
-        query: [
-            (docid, entry[-1]) for docid, entry in sorted(entries.items(), key=lambda pair: pair[1][:2], reverse=True)
-        ]
+        query: [(docid, score) for _, _, docid, score in sorted(entries.values(), key=itemgetter(0, 1), reverse=True)]
         for query, entries in found.items()
     }
 
 
-def _read_lines(path: str | os.PathLike, add: Callable[[bytes], None], wanted: str) -> None:
-    """Calls `add` with each line that is not blank; DataError with all that it refused."""
-    problems, is_empty = [], True
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # an editor's byte order mark
-                if not line.strip():
-                    continue
-                is_empty = False
-                try:
-                    add(line)
-                except _BadLine as problem:
-                    problems.append(f"{path}:{number}: {problem}")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if is_empty:
-        raise DataError(f"{path}: is empty; lines of '{wanted}' are wanted")
-    _raise_all(problems, "fix the lines, or write the file again")
-
-
-def _columns(line: bytes, wanted: str) -> list[str]:
-    _decoded(line)  # or say where it cannot be
-    # bytes: only ASCII white space divides columns, as for trec_eval
-    columns = [part.decode() for part in line.split()]
-    if len(columns) != len(wanted.split()):
-        raise _BadLine(f"{len(columns)} columns; '{wanted}' is wanted")
-    return columns
-
-
-def _decoded(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"0x{line[error.start]:02x} at byte {error.start + 1} of the line"
-        raise _BadLine(f"invalid UTF-8: {where}; save the file as UTF-8") from None
-
-
-def _add_once(found: dict[str, dict], query: str, docid: str, entry) -> None:
-    if docid in found.setdefault(query, {}):
-        raise _BadLine(f"docid '{docid}' is there twice for query '{query}'; once is wanted")
-    found[query][docid] = entry
-
-
-def _raise_all(problems: Sequence[str], remedy: str) -> None:
-    if problems:
-        rest = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
-        raise DataError("\n".join([*problems[:SHOWN_PROBLEMS], *rest, remedy]))
+def _parse_run_line(line: str) -> dict:
+    cells = re.findall(r"[^ \t\n\r\v\f]+", line)  # only ASCII white space separates columns, as in trec_eval
+    if len(cells) != len(RUN_COLUMNS):
+        raise BadRecord(f"{len(cells)} columns; '{' '.join(RUN_COLUMNS)}' is wanted")
+    return dict(zip(RUN_COLUMNS, cells, strict=True))
 
 
 def run_rankings(path: str | os.PathLike, examples: Sequence[Example]) -> list[Ranking]:
-    """The ranking that a TREC run holds for each example, by its id; lines about other queries are left out.
+    """The ranking of each example in a TREC run, found by the example's id; lines of other queries are ignored.
 
-    Docids as for `by_passage_number`. Raises DataError with all examples that have no line, all docids that are no
-    passage of the example's document, and all examples that cannot be told apart by id.
+    Docids are as in `by_passage_number`. Raises DataError if examples have no line, if docids are not passages of the
+    example's document, or if different examples share an id; all such examples or docids are listed.
     """
     run = read_run(path)
     first: dict[str, Example] = {}
@@ -167,19 +123,20 @@ def run_rankings(path: str | os.PathLike, examples: Sequence[Example]) -> list[R
             problems.append(f"{path}: no line for example '{example.id}'")
         elif (other.query, other.document.id) != (example.query, example.document.id):
             problems.append(f"{path}: two different examples have the id '{example.id}', so that its lines fit both")
-    _raise_all(problems, "a run must rank passages for every example, training and validation, each with an id its own")
+    raise_all(problems, "a run must rank passages for every example, training and validation, each with an id its own")
     return by_passage_number(path, run, examples)
 
 
 def by_passage_number(
     path: str | os.PathLike, found: Mapping[str, Iterable[tuple[str, Value]]], examples: Sequence[Example]
 ) -> list[list[tuple[int, Value]]]:
-    """What a run or qrels file holds for each example, with passage numbers in place of docids; nothing: [].
+    """The (passage number, value) pairs of each example in a run or in qrels; [] for an example without lines.
 
-    A docid is a passage id ("m1#3"), or a passage number ("3") where no passage has a number for its id. Raises
-    DataError with all docids that are neither or mean the same passage as another; `path` names the file in it.
+    A docid is a passage id ("m1#3"). It may also be a passage number ("3"), unless the ids of the passages are numbers
+    themselves. One DataError lists all docids that are neither, or that name a passage a second time; `path` is the
+    file that the error names.
     """
-    numbers_of: dict[int, dict[str, int]] = {}  # by document
+    numbers_of: dict[int, dict[str, int]] = {}  # id(document) -> docid -> passage number
     problems, numbered = [], []
     for example in examples:
         document = example.document
@@ -199,16 +156,19 @@ def by_passage_number(
             else:
                 entries[number] = value
         numbered.append(list(entries.items()))
-    _raise_all(problems, "name passages by these ids, or by their numbers from 0, split or merged as in the examples")
+    raise_all(problems, "name passages by these ids, or by their numbers from 0, split or merged as in the examples")
     return numbered
 
 
 def _passage_numbers(document: Document) -> dict[str, int]:
-    """Passage numbers by what a docid may be."""
+    """docid -> passage number, for every docid that `by_passage_number` accepts."""
     numbers = {document.passage_id(number): number for number in range(len(document.passages))}
     if not any(map(str.isdecimal, numbers)):
         numbers |= {str(number): number for number in range(len(document.passages))}
     return numbers
+
+
+# ---- reading qrels
 
 
 def read_qrels(
@@ -218,16 +178,16 @@ def read_qrels(
     skip: bool = False,
     rejected_file: str | os.PathLike | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Relevance judgements: {query id: {passage id: relevance}}, of which more than 0 means relevant.
+    """Relevance judgements, {query id: {passage id: relevance}}; a passage is relevant if its relevance is above 0.
 
-    Reads BEIR's files (a header `query-id corpus-id score`, then three columns with tabs between) and TREC's (query, a
-    column that nobody uses, passage, relevance, with white space between), also with .gz or .xz. Raises DataError for
-    anything unusable, such as a relevant passage that is not among the `known_passages`; `skip` and `rejected_file` as
+    Reads the layout of BEIR (a header `query-id corpus-id score`, then three columns separated by tabs) and that of
+    TREC (query, an unused column, passage, relevance, separated by white space), also with .gz or .xz. Raises DataError
+    for unusable lines and for relevant passages that are not in `known_passages`; `skip` and `rejected_file` are
     `skip_bad_examples` and `rejected_file` of `load_examples`.
     """
     qrels: dict[str, dict[str, int]] = {}
 
-    def take(row: Row) -> None:
+    def add(row: Row) -> None:
         query, passage, text = row.record["query-id"], row.record["corpus-id"], row.record["score"]
         try:
             relevance = int(text)
@@ -242,33 +202,35 @@ def read_qrels(
             )
         qrels.setdefault(query, {})[passage] = relevance
 
-    rows = guarded(path, lambda: _qrels_rows(str(path), open_bytes(path)))
+    rows = read_line_rows(path, _qrels_parser())
     holds = "query with a passage and its relevance"
-    build_all(rows, str(path), take, {}, [], skip=skip, rejected_file=rejected_file, holds=holds)
+    build_all(rows, str(path), add, {}, [], skip=skip, rejected_file=rejected_file, holds=holds)
     return qrels
 
 
-def _qrels_rows(name: str, stream: BinaryIO) -> Iterator[Row]:
-    fields, separator, wanted = ("query-id", "0", "corpus-id", "score"), None, "TREC's four columns"
-    is_first = True
-    for number, line in enumerate(read_lines(stream), 1):
-        try:
-            text, problem = line.decode("utf-8").strip("\r\n"), ""
-        except UnicodeDecodeError:
-            text, problem = line.decode("utf-8", "replace").strip("\r\n"), "invalid UTF-8; save the file as UTF-8"
-        if not text.strip():
-            continue
-        cells = text.split(separator)
-        if is_first and cells == ["query-id", "corpus-id", "score"]:
-            fields, separator, wanted = tuple(cells), "\t", "BEIR's three columns, with tabs between"
-            is_first = False
-            continue
-        is_first = False
-        if len(cells) != len(fields) and not problem:
-            problem = f"has {len(cells)} columns; {wanted} are wanted"
-            if separator is None:
-                problem += ", or BEIR's three under the header 'query-id corpus-id score'"
-        if separator is None:  # TREC's ids, in which white space is percent-encoded
-            cells = [unquote(cell) for cell in cells]
-        record = None if problem else dict(zip(fields, cells, strict=True))
-        yield Row(number, f"{name}:{number}", record, problem, text if problem else "")
+def _qrels_parser() -> Callable[[str], dict | None]:
+    """Returns a parser for the lines of one file; its first line decides between the two layouts."""
+    is_beir = None
+
+    def parse(line: str) -> dict | None:
+        nonlocal is_beir
+        cells = line.split()
+        if not cells:
+            return None
+        if is_beir is None:
+            is_beir = tuple(cells) == BEIR_QRELS_COLUMNS
+            if is_beir:
+                return None
+        if is_beir:
+            columns, cells = BEIR_QRELS_COLUMNS, line.strip("\r\n").split("\t")
+            wanted = "BEIR's three columns, separated by tabs, are wanted"
+        else:
+            columns, cells = TREC_QRELS_COLUMNS, [unquote(cell) for cell in cells]
+            wanted = (
+                f"TREC's four columns are wanted, or BEIR's three under the header '{' '.join(BEIR_QRELS_COLUMNS)}'"
+            )
+        if len(cells) != len(columns):
+            raise BadRecord(f"has {len(cells)} columns; {wanted}")
+        return dict(zip(columns, cells, strict=True))
+
+    return parse

@@ -1,5 +1,6 @@
-"""What extracting sentences achieves: the scores that a trained summarizer is compared with."""
+"""ROUGE of extracts, with which a trained summarizer is compared."""
 
+import itertools
 from collections.abc import Sequence
 
 from utils.data.examples import Example
@@ -7,31 +8,25 @@ from utils.retrieval.baselines import oracle_ranking
 
 
 def score_extracts(train: Sequence[Example], validation: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """ROUGE of two extracts of each validation document: {"lead": scores, "oracle": scores}.
+    """Returns ROUGE of two extracts of each validation document: {"lead": scores, "oracle": scores}.
 
-    "lead" is the beginning of the document, as long as the training references are on average; "oracle" the passages
-    that `oracle_ranking` chooses with the reference in hand.
+    "lead" is the beginning of the document, as long as the average training reference. "oracle" is the passages that
+    `oracle_ranking` chooses; it sees the reference.
     """
     from utils.evaluation.rouge import Rouge  # imports `evaluate`, which takes seconds
 
     lengths = [len(text.split()) for example in train for text in example.summaries]
-    extracts = {
-        "lead": [lead_text(example.document.passages, sum(lengths) / len(lengths)) for example in validation],
-        "oracle": [
-            " ".join(example.document.passages[passage] for passage, _ in oracle_ranking(example))
-            for example in validation
-        ],
-    }
+    words = sum(lengths) / len(lengths)
+    extracts = {"lead": [], "oracle": []}
+    for example in validation:
+        passages = example.document.passages
+        extracts["lead"].append(_lead_text(passages, words))
+        extracts["oracle"].append(" ".join(passages[passage] for passage, _ in oracle_ranking(example)))
     references = [example.summaries for example in validation]
     return {name: Rouge().compute(predictions=texts, references=references) for name, texts in extracts.items()}
 
 
-def lead_text(passages: Sequence[str], words: float) -> str:
-    """The beginning of a document: whole passages until `words` words are reached."""
-    lead, count = [], 0
-    for passage in passages:
-        if count >= words:
-            break
-        lead.append(passage)
-        count += len(passage.split())
-    return " ".join(lead)
+def _lead_text(passages: Sequence[str], words: float) -> str:
+    """Whole passages from the beginning, until they have `words` words."""
+    words_before = itertools.accumulate((len(passage.split()) for passage in passages), initial=0)
+    return " ".join(passage for passage, before in zip(passages, words_before, strict=False) if before < words)

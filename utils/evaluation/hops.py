@@ -1,4 +1,4 @@
-"""Scores of each hop: of the passages found, and of the drafts."""
+"""Scores of each hop: of its ranking, and of its draft."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from utils.data.examples import Example
 
 
 def score_hop(examples: Sequence[Example], records: Sequence[dict], number: int) -> dict[str, float]:
-    """Mean scores after hop `number` (from 1): of the rankings where there is evidence, and ROUGE of the drafts.
+    """Mean scores after hop `number` (from 1): of the rankings if there is evidence, and ROUGE if there are references.
 
-    `records` are those of `hops_record`. An example whose search ended earlier counts with its last hop. After the last
-    hop of all, the predictions are scored in place of the drafts. Without references there is no ROUGE.
+    `records` come from `hops_record`. An example whose search ended earlier counts with its last hop. ROUGE scores the
+    drafts of the hop, or after the last hop the predictions.
     """
     from utils.evaluation.retrieval import score_rankings  # imports `evaluate`, which takes seconds
     from utils.evaluation.rouge import Rouge

@@ -10,11 +10,11 @@ DRAWN_AT_ONCE = 2**22  # groups; bounds the memory of the bootstrap
 def bootstrap_means(
     scores: np.ndarray, groups: Sequence[Hashable], *, draws: int = 10_000, seed: int = 42
 ) -> np.ndarray:
-    """Means of `scores` over groups drawn with replacement, as many as there are: the cluster bootstrap.
+    """Cluster bootstrap: the mean scores of groups drawn with replacement, as many groups as there are.
 
-    `scores` is (queries, columns), `groups` has a label for each query. Columns are drawn together, so that those of
-    differences are paired. Returns (draws, columns); their percentiles are an interval (Efron and Tibshirani, 1993,
-    chapter 13).
+    `scores` is (queries, columns); `groups` has a label for each query. All columns share the draws, so a column of
+    differences is a paired comparison. Returns (draws, columns); their percentiles are a confidence interval (Efron and
+    Tibshirani, 1993, chapter 13).
     """
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     members = np.array([numbers[group] for group in groups])

@@ -25,14 +25,14 @@ def retrieval_scores(
     rank_cutoff: int = RANK_CUTOFF,
     word_budget: int = WORD_BUDGET,
 ) -> dict[str, float]:
-    """Recall@k, MRR@k, nDCG@k (binary gains) and gold_words@budget, 0 to 100, of one ranking of a document's passages.
+    """Scores one ranking of a document's passages: recall@k, MRR@k, nDCG@k (binary gains), gold_words@budget; 0 to 100.
 
-    `ranking` holds passage numbers, best first, and may be cut short; `passage_words` the number of words of every
-    passage; `evidence_words` the number of gold words in each passage of `evidence` (default: all its words).
+    `ranking` holds passage numbers, best first, and need not be complete. `passage_words` holds the number of words of
+    every passage, `evidence_words` the number of gold words in each passage of `evidence` (default: all its words).
 
-    gold_words@budget is the share of the gold words that a reader finds who takes passages in ranked order until the
-    budget of words is spent. The passage in which it runs out is read in part, and gives the same part of its gold
-    words.
+    gold_words@budget: somebody reads the passages in ranked order until `word_budget` words are read. The score is the
+    share of all gold words that they read. If they read a part of the last passage, the same part of its gold words
+    counts.
     """
     if not len(evidence):
         raise ValueError("recall without evidence is undefined; leave the example out")
@@ -65,53 +65,43 @@ def retrieval_scores(
 
 
 class Retrieval(LocalMetric):
-    """Retrieval scores (see `retrieval_scores`, whose keywords `compute` accepts), mean over examples with evidence.
+    """The mean of `retrieval_scores` over the examples that have evidence.
 
-    `predictions` are rankings of passage numbers, `references` the evidence or None. The result counts the examples
-    that have evidence as `examples`; if there are none, that count is all it holds.
+    `predictions` are rankings of passage numbers, `references` the evidence or None. `compute` accepts the keywords of
+    `retrieval_scores`. The result also counts the examples with evidence, as `examples`; it holds nothing else if there
+    are none.
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        numbers = ListOf(Value("int64"))
+        columns = ("predictions", "references", "passage_words", "evidence_words")
         return evaluate.MetricInfo(
             description="Recall@k, MRR@k, nDCG@k and share of gold words within a word budget, in percent.",
             citation="",
             inputs_description="predictions: ranked passage numbers; references: evidence; words of all passages; "
             "gold words of the evidence.",
-            features=Features(
-                {"predictions": numbers, "references": numbers, "passage_words": numbers, "evidence_words": numbers}
-            ),
+            features=Features(dict.fromkeys(columns, ListOf(Value("int64")))),
         )
 
-    def add_batch(self, *, predictions, references, passage_words, evidence_words):
-        """Adds rankings with evidence, the words of all passages, and the gold words of the evidence."""
-        columns = {
-            "predictions": predictions,
-            "references": references,
-            "passage_words": passage_words,
-            "evidence_words": evidence_words,
-        }
+    def add_batch(self, **columns: Sequence):
+        """Adds `predictions`, `references`, `passage_words` and `evidence_words`, each with an entry per example."""
         _check_equally_many(**columns)
         super().add_batch(**{name: list(column) for name, column in columns.items()})
 
     def _compute(self, *, predictions, references, passage_words, evidence_words, **cutoffs) -> dict:
         examples = zip(predictions, references, passage_words, evidence_words, strict=True)
         scores = [retrieval_scores(*example, **cutoffs) for example in examples if example[1]]
-        means = {
-            name: math.fsum(score[name] for score in scores) / len(scores) for name in (scores[0] if scores else ())
-        }
+        names = scores[0] if scores else ()
+        means = {name: math.fsum(score[name] for score in scores) / len(scores) for name in names}
         return {**means, "examples": len(scores)}
 
 
 def score_rankings(examples: Sequence[Example], rankings: Sequence[Ranking], evidence: Sequence) -> dict:
-    """`Retrieval` of the rankings of examples' passages, (passage number, score) pairs, against `evidence` or None.
-
-    Of a corpus only the passages in a ranking or its evidence are read.
-    """
+    """Scores the examples' rankings against `evidence`, a list or None for each, with `Retrieval`."""
     columns = {"predictions": [], "references": [], "passage_words": []}
     for example, ranking, relevant in zip(examples, rankings, evidence, strict=True):
+        # only these passages are read, and numbered anew: a corpus may be large
         numbers = list(dict.fromkeys([passage for passage, _ in ranking] + (relevant or [])))
-        places = {passage: place for place, passage in enumerate(numbers)}  # they are numbered anew
+        places = {passage: place for place, passage in enumerate(numbers)}
         texts = example.document.passages
         if isinstance(example.document, Corpus):
             texts = texts[numbers] if numbers else []

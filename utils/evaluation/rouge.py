@@ -1,16 +1,13 @@
-"""ROUGE and retrieval metrics as local `evaluate` modules: nothing is fetched, nothing is shared between processes.
+"""ROUGE as a local `evaluate` module: it needs no network and shares no files between processes.
 
     rouge = Rouge()
     rouge.compute(predictions=["a draft"], references=[["a reference", "another"]])    # {"rouge1": 66.7, ...}
-    retrieval = Retrieval()
-    retrieval.compute(predictions=[[2, 0, 1]], references=[[0]], passage_words=[[90, 80, 95]], evidence_words=[[80]])
 
-All scores are percentages. Scripts gather the predictions of all processes and compute on the main one. Importing
+Scores are percentages. Scripts gather the predictions of all processes and compute on the main process. Importing
 `evaluate` takes seconds: import this module where validation begins.
 """
 
 import math
-import re
 import tempfile
 from collections.abc import Sequence
 
@@ -20,14 +17,14 @@ from datasets import Sequence as ListOf
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
+from utils.data.passages import split_sentences
 from utils.data.words import rouge_words
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)\]])\s+|(?<=[。！？])|\n")
 
 
 class RougeWords(Tokenizer):
-    """Hands our words, cached and of all scripts, to rouge-score."""
+    """Makes rouge-score use `rouge_words`, which caches and counts words of all scripts."""
 
     def tokenize(self, text: str) -> tuple[str, ...]:
         return rouge_words(text)
@@ -36,27 +33,24 @@ class RougeWords(Tokenizer):
 def rouge_scores(prediction: str, references: str | Sequence[str]) -> dict[str, float]:
     """ROUGE-1, -2, -L and -Lsum F-measures (0 to 100) of one prediction; with several references the maximum of each.
 
-    They are rouge-score's with `use_stemmer=True`, after a line break was put at every sentence end (which only
-    Lsum looks at) and with letters of all scripts counted as such.
+    They equal those of rouge-score with `use_stemmer=True` on one sentence a line (only Lsum looks at lines), except
+    that letters of all scripts count.
     """
     if isinstance(references, str):
         references = [references]
     if not references:
         raise ValueError("a prediction has no reference; at least one is wanted")
     scorer = RougeScorer(ROUGE_TYPES, tokenizer=RougeWords())
-    best = scorer.score_multi([_one_sentence_a_line(text) for text in references], _one_sentence_a_line(prediction))
+    prediction, *references = ("\n".join(split_sentences(text)) for text in (prediction, *references))
+    best = scorer.score_multi(references, prediction)
     return {name: 100 * score.fmeasure for name, score in best.items()}
-
-
-def _one_sentence_a_line(text: str) -> str:
-    return "\n".join(SENTENCE_END.split(text))
 
 
 class LocalMetric(evaluate.Metric):
     """A metric that keeps its inputs in memory and writes nothing to the shared cache folder of `evaluate`."""
 
     def __init__(self, **kwargs):
-        # evaluate creates its cache folder even for a metric in memory: let it be one that is ours and soon gone
+        # evaluate creates its cache folder even for a metric in memory; a temporary one may be removed at once
         with tempfile.TemporaryDirectory(prefix="metric-") as folder:
             super().__init__(keep_in_memory=True, cache_dir=folder, **kwargs)
 
@@ -64,15 +58,13 @@ class LocalMetric(evaluate.Metric):
 class Rouge(LocalMetric):
     """ROUGE F-measures (see `rouge_scores`), mean over examples; references are strings or lists of strings.
 
-    `compute(predictions, references, use_aggregator=False)` gives the list of scores, one an example, in place of
-    each mean.
+    `compute(predictions, references, use_aggregator=False)` returns one score for each example instead of the means.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum F-measures in percent, by rouge-score.",
             citation="Lin, 2004. ROUGE: A Package for Automatic Evaluation of Summaries.",
-            inputs_description="predictions: strings; references: for each a string or a list of strings.",
             features=Features({"predictions": Value("string"), "references": ListOf(Value("string"))}),
         )
 
@@ -91,9 +83,9 @@ class Rouge(LocalMetric):
         if not scores:
             raise ValueError("no predictions to score")
         columns = {name: [score[name] for score in scores] for name in ROUGE_TYPES}
-        return (
-            {name: math.fsum(column) / len(column) for name, column in columns.items()} if use_aggregator else columns
-        )
+        if not use_aggregator:
+            return columns
+        return {name: math.fsum(column) / len(column) for name, column in columns.items()}
 
 
 def _check_equally_many(**columns: Sequence):

@@ -1,17 +1,17 @@
-"""The summarizer: building and loading it, how passages enter it, its loss, and generation.
+"""The summarizer: building, loading and saving an encoder-decoder, its forward pass, loss and generation.
 
-A source is one or more token sequences. Concatenated passages are one sequence (``concat``); in Fusion-in-Decoder
-every passage is a sequence with the query in front (``fid``). The encoder reads each sequence by itself and the decoder
-attends to all of an example's tokens at once, so ``concat`` is ``fid`` with a single sequence and one path serves both.
+A source is one or more token sequences. The encoder reads each sequence separately, and the decoder attends to the
+tokens of all sequences of an example (Fusion-in-Decoder). Concatenated passages are the case of one sequence.
 """
 
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
@@ -23,19 +23,19 @@ from utils.fast.packing import laid_end_to_end, remove_padding_of_both
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
 from utils.models.sources import tokens_per_example
 
-# tokens, with their padding, in generation: few on processors, whose cache they should fit
-ENCODED_ON_CPU, ENCODED_AT_ONCE = 2048, 8192
+# most tokens, padding included, that generation encodes at once; fewer on a CPU, to fit its cache
+ENCODED_ON_CPU, ENCODED_ON_GPU = 2048, 8192
 
 
 def build_small_bart(
     tokenizer, *, d_model: int = 128, layers: int = 2, heads: int = 8, dropout: float = 0.0
 ) -> BartForConditionalGeneration:
-    """A BART of about a million parameters with random weights, that learns to copy within minutes on a processor.
+    """A BART of about a million parameters with random weights, which learns to copy within minutes on a CPU.
 
-    Weights start at the width's own scale rather than at 0.02, made for d_model 768, and positions start as sinusoids
-    (Vaswani et al., 2017, arXiv:1706.03762), from which attending to the next token is quickly learned.
+    Position embeddings start as sinusoids (Vaswani et al., 2017, arXiv:1706.03762): from these, attending to the next
+    token is learned quickly.
     """
-    init_std = 0.06
+    init_std = 0.06  # suits this width; BART's 0.02 is made for d_model 768
     config = BartConfig(
         vocab_size=len(tokenizer),
         d_model=d_model,
@@ -63,16 +63,13 @@ def build_small_bart(
 
 
 def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, name: str = "--model_name_or_path"):
-    """A pretrained encoder-decoder and its tokenizer from a folder or the Hub.
-
-    Raises a UsageError that names the flag `name` if there is none.
-    """
+    """Loads an encoder-decoder and its tokenizer from a folder or the Hub; a UsageError names the flag `name`."""
     if Path(name_or_path).is_dir() and not Path(name_or_path, "config.json").exists():
         raise UsageError(f"{name} {name_or_path}: no model in this folder; a run writes it when its training is done")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path)
-        for name in ("dropout", "dropout_rate"):  # BART's and T5's
+        for name in ("dropout", "dropout_rate"):  # as BART and T5 call it
             if dropout is not None and hasattr(config, name):
                 setattr(config, name, dropout)
         model = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, config=config, dtype=torch.float32)
@@ -84,9 +81,9 @@ def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, na
 
 
 class Summarizer(nn.Module):
-    """Any encoder-decoder of Transformers, reading one or more sequences for each example.
+    """Fusion-in-Decoder (Izacard and Grave, 2021, arXiv:2007.01282) around any encoder-decoder of Transformers.
 
-    Fusion-in-Decoder (Izacard and Grave, 2021, arXiv:2007.01282). It adds no parameter: `.model` saves as it is.
+    It adds no parameters: `.model` can be saved and loaded without this class.
     """
 
     def __init__(self, model):
@@ -94,44 +91,30 @@ class Summarizer(nn.Module):
         self.model = model
         use_fast_layers(model)
         self.is_packed = remove_padding_of_both(model)
-        head, capped = model.get_output_embeddings(), ("final_logit_softcapping", "logits_scaling", "logit_scale")
-        # whether logits are more than a product of matrices and BART's bias, or the weights out of reach between layers
+        # vocabulary_loss knows a matrix product plus BART's bias; DeepSpeed ZeRO-3 frees the weights outside of layers
+        head, scaled = model.get_output_embeddings(), ("final_logit_softcapping", "logits_scaling", "logit_scale")
         self.has_own_logits = type(head) is not Linear or head.bias is not None or is_deepspeed_zero3_enabled()
-        self.has_own_logits |= any(getattr(model.config, name, None) for name in capped)
-
-    def encode(self, input_ids, attention_mask, sequences_per_example):
-        """(sequences, tokens) -> (examples, tokens of an example, hidden) and its mask.
-
-        An example's sequences are laid end to end without the padding between them, so that the decoder attends to
-        real tokens only.
-        """
-        hidden = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if len(sequences_per_example) == len(input_ids):
-            return hidden, attention_mask
-        examples = hidden[attention_mask.bool()].split(tokens_per_example(attention_mask, sequences_per_example))
-        hidden = nn.utils.rnn.pad_sequence(examples, batch_first=True)
-        ones = [torch.ones(len(example), dtype=attention_mask.dtype, device=hidden.device) for example in examples]
-        return hidden, nn.utils.rnn.pad_sequence(ones, batch_first=True)
+        self.has_own_logits |= any(getattr(model.config, name, None) for name in scaled)
 
     def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):
         """Logits (target tokens, vocabulary) at the real target positions, in the order of ``labels[labels != -100]``.
 
-        With `label_smoothing_factor`, their `label_smoothed_loss` instead, in less memory and time. The vocabulary is
-        by far the widest layer: padded positions never reach it, and for the loss its output is not kept.
+        With `label_smoothing_factor`: their `label_smoothed_loss` instead, with less memory and time.
         """
         real = labels != -100
         vocabulary, states = self.model.get_output_embeddings(), []
         wants_logits = label_smoothing_factor is None or self.has_own_logits
-        packs = self.is_packed and bool(real.any())  # not a dummy, which has no target
+        packs = self.is_packed and bool(real.any())  # a dummy has no target
 
+        # The output layer is by far the widest. It gets real positions only, or a single one for vocabulary_loss.
         def keep_real(module, inputs):
             states.append(inputs[0][0] if packs else inputs[0][real])
             return (states[0][None] if wants_logits else states[0][None, :1],)
 
-        decoder_ids, targets = self.shift_right(labels), real.sum(1).tolist()
+        decoder_ids, targets = self._shift_right(labels), real.sum(1).tolist()
         handle = vocabulary.register_forward_pre_hook(keep_real)
         try:
-            if packs:  # all sequences end to end, so that no layer sees padding
+            if packs:  # no layer sees padding
                 lengths = attention_mask.sum(1).tolist()
                 sources = tokens_per_example(attention_mask, sequences_per_example)
                 fast_dropout = FunctionalDropout if labels.device.type == "cpu" and self.training else nullcontext
@@ -156,50 +139,66 @@ class Summarizer(nn.Module):
         bias = getattr(self.model, "final_logits_bias", None)
         return vocabulary_loss(states[0], labels[real], label_smoothing_factor, vocabulary.weight, bias)
 
-    def shift_right(self, labels) -> torch.Tensor:
-        """Decoder inputs: the start token, then the labels but the last; padding in place of -100."""
+    def _shift_right(self, labels) -> torch.Tensor:
+        """Decoder inputs: the start token, then the labels without the last one; padding in place of -100.
+
+        Not the models' own method, because mBART's starts with the language code instead.
+        """
         config = self.model.config
         start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
         return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], dim=1)
+
+    def encode(self, input_ids, attention_mask, sequences_per_example):
+        """(sequences, tokens) -> (examples, tokens of an example, hidden) and its mask.
+
+        The padding between the sequences of an example is removed.
+        """
+        hidden = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if len(sequences_per_example) == len(input_ids):
+            return hidden, attention_mask
+        tokens = tokens_per_example(attention_mask, sequences_per_example)
+        return _pad_states(hidden[attention_mask.bool()].split(tokens))
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, sequences_per_example, **generation) -> torch.Tensor:
         """Token ids (examples, generated tokens); `generation` as in Transformers' `generate`.
 
-        Sequences are padded on their right. They are encoded in order of length and in parts, so that there is little
-        padding among them and that memory does not grow with the number of passages; the search is `beam_search`.
+        Inputs are padded on the right.
         """
         with laid_out_weights(self.model):
             hidden, mask = self._encode_in_parts(input_ids, attention_mask, sequences_per_example)
             return beam_search(self.model, hidden, mask, **generation)
 
     def _encode_in_parts(self, input_ids, attention_mask, sequences_per_example):
-        """What `encode` returns, the longest sequences first, some at a time."""
+        """Like `encode`, a few sequences at a time, the longest first.
+
+        There is little padding, and memory does not grow with the number of passages.
+        """
         lengths = attention_mask.sum(1).tolist()
         longest_first = torch.tensor(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
         states = [None] * len(lengths)
-        at_once = max(1, (ENCODED_ON_CPU if input_ids.device.type == "cpu" else ENCODED_AT_ONCE) // input_ids.shape[1])
-        # at once where layers are sharded over processes, which must then run them equally often
-        is_sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
-        for part in longest_first.split(len(lengths) if is_sharded else at_once):
+        at_once = (ENCODED_ON_CPU if input_ids.device.type == "cpu" else ENCODED_ON_GPU) // input_ids.shape[1]
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            at_once = len(lengths)  # a model sharded over processes must run equally often on each
+        for part in longest_first.split(max(1, at_once)):
             longest = lengths[part[0]]
             hidden = self.model.get_encoder()(
                 input_ids=input_ids[part, :longest], attention_mask=attention_mask[part, :longest]
             ).last_hidden_state
             for i, row in zip(part.tolist(), hidden, strict=True):
                 states[i] = row[: lengths[i]]
-        starts = [0, *sequences_per_example.cumsum(0).tolist()]
-        examples = [torch.cat(states[start:end]) for start, end in pairwise(starts)]
-        hidden = nn.utils.rnn.pad_sequence(examples, batch_first=True)
-        tokens = torch.tensor([len(example) for example in examples], device=hidden.device)
-        return hidden, (torch.arange(hidden.shape[1], device=hidden.device) < tokens[:, None]).long()
+        rows = iter(states)
+        return _pad_states([torch.cat(list(islice(rows, count))) for count in sequences_per_example.tolist()])
+
+
+def _pad_states(examples) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encoder states of each example, (tokens, hidden) -> (examples, most tokens, hidden) and the attention mask."""
+    ones = [example.new_ones(len(example), dtype=torch.long) for example in examples]
+    return pad_sequence(examples, batch_first=True), pad_sequence(ones, batch_first=True)
 
 
 def save_pretrained(summarizer: Summarizer, tokenizer, folder: str | Path, weights: dict) -> None:
-    """The folder that `AutoModelForSeq2SeqLM.from_pretrained` and `AutoTokenizer.from_pretrained` load unchanged.
-
-    `weights` is the summarizer's state dict.
-    """
+    """Writes a folder for `AutoModelForSeq2SeqLM` and `AutoTokenizer`; `weights` is the summarizer's state dict."""
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     summarizer.model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Label-smoothed cross entropy, also without holding the logits of the whole vocabulary."""
+"""Label-smoothed cross entropy, from logits or from hidden states without storing all logits."""
 
 import torch
 
@@ -6,9 +6,9 @@ from utils.fast.cpu import multiply
 
 
 def label_smoothed_loss(logits, targets, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed label-smoothed cross entropy and the summed plain one, in nats; logits (tokens, vocabulary).
+    """Summed cross entropy with and without label smoothing, in nats; logits (tokens, vocabulary).
 
-    Smoothing spreads its share over the whole vocabulary (Szegedy et al., 2016, arXiv:1512.00567).
+    The share `smoothing` is spread over the whole vocabulary (Szegedy et al., 2016, arXiv:1512.00567).
     """
     log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
     nll = -log_probabilities.gather(1, targets[:, None]).sum()
@@ -17,17 +17,17 @@ def label_smoothed_loss(logits, targets, smoothing: float) -> tuple[torch.Tensor
 
 
 def vocabulary_loss(hidden, targets, smoothing: float, weight, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`label_smoothed_loss` of ``hidden @ weight.T + bias``, of which a part exists at any time.
+    """`label_smoothed_loss` of the logits ``hidden @ weight.T + bias``, of which only a chunk exists at any time.
 
-    The gradient is made along with the loss, in chunks of tokens, so that logits are computed once and never kept
-    (Hsu et al., 2024, arXiv:2410.10989). hidden (tokens, width), weight (vocabulary, width), bias (1, vocabulary).
+    The forward pass computes the gradients too, chunk by chunk, so that logits are computed once and never stored (Hsu
+    et al., 2024, arXiv:2410.10989). hidden (tokens, width), weight (vocabulary, width), bias (1, vocabulary).
     """
-    # autograd says what needs a gradient even where none is made, and nothing of that within the function
+    # needs_input_grad is True under no_grad too, and within the function gradients are always off: hence the argument
     return _VocabularyLoss.apply(hidden, targets, smoothing, weight, bias, torch.is_grad_enabled())
 
 
 class _VocabularyLoss(torch.autograd.Function):
-    LOGITS = 2**25  # in a chunk at most
+    CHUNK = 2**25  # most logits in a chunk
 
     @staticmethod
     def forward(ctx, hidden, targets, smoothing, weight, bias, with_gradient):
@@ -37,8 +37,8 @@ class _VocabularyLoss(torch.autograd.Function):
         nll, uniform = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
-        scale = 2**10 if dtype == torch.float16 else 1  # in which the gradient of what is well predicted would vanish
-        size = max(1, _VocabularyLoss.LOGITS // len(weight))
+        scale = 2**10 if dtype == torch.float16 else 1  # in float16 small gradients would become 0
+        size = max(1, _VocabularyLoss.CHUNK // len(weight))
         for start in range(0, len(hidden), size):
             rows, labels = low_hidden[start : start + size], targets[start : start + size]
             logits = multiply(rows, low_weight.T)

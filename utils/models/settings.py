@@ -1,4 +1,4 @@
-"""The settings that a trained model is used with: those of the run that made it."""
+"""The flags that a model was trained with."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def saved_arguments(folder: str | os.PathLike) -> dict:
-    """The flags of the run that wrote a folder, by name; empty where no script of this project wrote it."""
+    """Flags by name of the run that wrote `folder`; {} if no run of this project wrote it."""
     try:
         found = json.loads((Path(folder) / "arguments.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

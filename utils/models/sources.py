@@ -1,26 +1,26 @@
-"""What the summarizer reads: the query and the passages as token sequences, and batches of them.
+"""The summarizer's input: sources of query and passages as token sequences, and batches of them.
 
-A source is one or more token sequences. Concatenated passages are one sequence (``concat``). In Fusion-in-Decoder every
-passage is a sequence of its own, after the query (``fid``).
+A source is one or more token sequences. With fusion "concat", all passages are in one sequence. With "fid"
+(Fusion-in-Decoder), each passage has a sequence of its own. Every sequence starts with the query.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
-from torch import nn
 from transformers import BatchEncoding
 
-from utils.models.tokenizer import tokenize
+from utils.models.tokenizer import pad, tokenize
+
+# ---- from passages to token sequences
 
 
 @dataclass
 class Sources:
     """Turns a query and ranked passages into a source: a list of token sequences.
 
-    `fusion` is "concat" or "fid". Sequences hold at most `max_source_length` tokens, special tokens included; a query
-    takes at most half of it. With concat, passages are taken in rank order until the sequence is full, the last one
-    cut short, and then stand in rank or document order as `passage_order` says ("rank" or "document").
+    `fusion` is "concat" or "fid". A sequence has at most `max_source_length` tokens, special tokens included; the query
+    takes at most half of them. With "concat", passages are added in rank order until the sequence is full, and the last
+    one is cut. They then stand in the order of `passage_order`: "rank" or "document".
     """
 
     tokenizer: object
@@ -29,102 +29,95 @@ class Sources:
     passage_order: str
 
     def __post_init__(self):
-        self.passage_tokens: dict = {}  # a document is tokenized once, however many its queries
+        self.passage_tokens: dict = {}  # by document: each document is tokenized once
         tokenizer = self.tokenizer
-        separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-        self.separator = [separator]
-        bare, whole = tokenize_bare(tokenizer, ["a"])[0], tokenizer("a")["input_ids"]
+        self.separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+        # the special tokens that this tokenizer puts around a text
+        bare, whole = _tokenize_bare(tokenizer, ["a"])[0], tokenizer("a")["input_ids"]
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         self.prefix, self.suffix = whole[:start], whole[start + len(bare) :]
         self.room = self.max_source_length - len(self.prefix) - len(self.suffix)
 
     def read(self, documents) -> None:
-        """Tokenizes documents, each once, together: what is kept on disk is then read at once."""
+        """Tokenizes documents in one call, so that the cache on disk serves all of them."""
         documents = [document for document in dict.fromkeys(documents) if document not in self.passage_tokens]
-        tokens = iter(tokenize_bare(self.tokenizer, [text for document in documents for text in document.passages]))
+        tokens = iter(_tokenize_bare(self.tokenizer, [text for document in documents for text in document.passages]))
         for document in documents:
             self.passage_tokens[document] = [next(tokens) for _ in document.passages]
 
     def build(self, query: str, document, passage_numbers: list[int]) -> tuple[list[list[int]], list[int]]:
-        """The sequences, and the numbers of the passages that they hold, in their order."""
-        if document not in self.passage_tokens:
-            self.read([document])
+        """The token sequences, and the numbers of the passages in them, in the same order."""
+        self.read([document])
         passages = self.passage_tokens[document]
-        query_tokens = tokenize_bare(self.tokenizer, [query])[0][: self.room // 2] if query else []
+        query_tokens = _tokenize_bare(self.tokenizer, [query])[0][: self.room // 2] if query else []
         kept, free = [], self.room - len(query_tokens)
         for number in passage_numbers:
-            room = free - len(self.separator)
+            room = free - 1  # after the separator
             if room <= 0 and kept:
                 break
             kept.append((number, passages[number][: max(room, 0)]))
             if self.fusion == "concat":
-                free -= len(self.separator) + len(kept[-1][1])
+                free = room - len(kept[-1][1])
         if self.passage_order == "document":
             kept.sort()
         if self.fusion == "concat":
-            texts = [[query_tokens, *(passage for _, passage in kept)]]
+            sequences = [self._join([query_tokens, *(passage for _, passage in kept)])]
         else:
-            texts = [[query_tokens, passage] for _, passage in kept]
-        bodies = [self.join(text) for text in texts]
-        return [self.prefix + body + self.suffix for body in bodies], [number for number, _ in kept]
+            sequences = [self._join([query_tokens, passage]) for _, passage in kept]
+        return sequences, [number for number, _ in kept]
 
-    def join(self, texts: list[list[int]]) -> list[int]:
-        """Token sequences with a separator between them; empty ones are left out."""
-        texts = [text for text in texts if text]
-        return [token for text in texts for token in self.separator + text][len(self.separator) :]
+    def _join(self, texts: list[list[int]]) -> list[int]:
+        """One sequence of several texts, with separators and special tokens; empty texts are left out."""
+        body = [token for text in texts if text for token in (self.separator, *text)][1:]
+        return self.prefix + body + self.suffix
 
 
-def tokenize_bare(tokenizer, texts: list[str]) -> list[list[int]]:
+def _tokenize_bare(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenize(tokenizer, texts, add_special_tokens=False, verbose=False)
+
+
+# ---- batches
 
 
 def collate(sources: list[list[list[int]]], targets: list[list[int]], pad_token_id: int) -> BatchEncoding:
     """Pads sources and targets into the keyword arguments of `Summarizer.forward`.
 
-    `input_ids` and `attention_mask` are (sequences, tokens): all examples' sequences one below the other;
-    `sequences_per_example` is (examples,), `labels` (examples, target tokens) with -100 as padding.
+    `input_ids` and `attention_mask` are (sequences, tokens), with the sequences of all examples one below the other.
+    `sequences_per_example` is (examples,). `labels` is (examples, target tokens), padded with -100.
     """
-    sequences = [torch.tensor(sequence) for source in sources for sequence in source]
-    batch = {
-        "input_ids": nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True),
-        "sequences_per_example": torch.tensor([len(source) for source in sources]),
-    }
-    labels = [torch.tensor(target) for target in targets]
-    batch["labels"] = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    batch = pad([sequence for source in sources for sequence in source], pad_token_id)
+    batch["sequences_per_example"] = torch.tensor([len(source) for source in sources])
+    batch["labels"] = pad(targets, -100)["input_ids"]
     return BatchEncoding(batch)
 
 
 def count_targets(batch: dict) -> int:
-    """Target tokens of a micro-batch; 0 of a dummy."""
+    """Number of target tokens of a micro-batch; 0 for a dummy."""
     return int((batch["labels"] != -100).sum())
 
 
 def count_tokens(batch: dict, is_packed: bool) -> dict[str, int]:
-    """`examples` and `tokens` of a micro-batch without padding, and `slots`, the tokens that are computed."""
+    """`examples`, `tokens` without padding, and `slots`: the token positions that are computed."""
     real = [batch["attention_mask"] != 0, batch["labels"] != -100]
-    examples = int(real[1].any(1).sum())  # 0 if it is a dummy, which is all padding
+    examples = int(real[1].any(1).sum())  # 0 for a dummy, whose labels are all padding
     tokens = sum(int(mask.sum()) for mask in real) if examples else 0
-    return {
-        "examples": examples,
-        "tokens": tokens,
-        "slots": tokens if is_packed and examples else sum(mask.numel() for mask in real),
-    }
+    slots = tokens if is_packed and examples else sum(mask.numel() for mask in real)
+    return {"examples": examples, "tokens": tokens, "slots": slots}
+
+
+def tokens_per_example(attention_mask, sequences_per_example) -> list[int]:
+    """Number of source tokens of each example, without padding."""
+    return [int(part.sum()) for part in attention_mask.sum(1).cpu().split(sequences_per_example.tolist())]
 
 
 def halves(batches: list[dict]) -> list[dict]:
-    """Each batch as two with half of its examples; [] if none has more than one example."""
+    """Splits each batch into two halves of its examples; [] if no batch has more than one example."""
     parts = []
     for batch in batches:
         middle = len(batch["labels"]) // 2
         sequences = int(batch["sequences_per_example"][:middle].sum())
         cut = {name: sequences if name in ("input_ids", "attention_mask") else middle for name in batch}
-        parts += [BatchEncoding({name: rows[: cut[name]] for name, rows in batch.items()})] if middle else []
-        parts += [BatchEncoding({name: rows[cut[name] :] for name, rows in batch.items()})]
+        if middle:
+            parts.append(BatchEncoding({name: rows[: cut[name]] for name, rows in batch.items()}))
+        parts.append(BatchEncoding({name: rows[cut[name] :] for name, rows in batch.items()}))
     return parts if len(parts) > len(batches) else []
-
-
-def tokens_per_example(attention_mask, sequences_per_example) -> list[int]:
-    tokens = attention_mask.sum(1).tolist()
-    starts = [0, *sequences_per_example.cumsum(0).tolist()]
-    return [sum(tokens[start:end]) for start, end in pairwise(starts)]

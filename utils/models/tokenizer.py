@@ -1,4 +1,4 @@
-"""A tokenizer for models built from scratch, trained on their own text; token ids that are kept between runs."""
+"""Training a tokenizer, tokenizing with a cache on disk, and padding."""
 
 import contextlib
 import hashlib
@@ -12,15 +12,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from utils.files import cache_folder
+from utils.files import cache_folder, write_whole
+
+CACHED_FROM = 2**20  # characters in total; tokenizing fewer is faster than reading the cache
 
 
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int = 8192, lowercase: bool = False, max_length: int = 1024
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of BART's kind, `<s> text </s>`; the same text gives the same tokenizer."""
+    """Trains a byte-level BPE tokenizer with BART's format `<s> text </s>`; deterministic."""
     bpe = ByteLevelBPETokenizer(add_prefix_space=True, lowercase=lowercase)
     special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     bpe.train_from_iterator(
@@ -34,52 +37,50 @@ def train_tokenizer(
     )
 
 
-KEPT_FROM = 2**20  # characters in all: fewer are tokenized sooner than looked up
+def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, both (texts, tokens), padded on the right."""
+    rows = [torch.tensor(ids) for ids in token_ids]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+    }
 
 
 def tokenize(tokenizer, texts: list[str], **options) -> list[list[int]]:
-    """Token ids of each text, `options` being those of the tokenizer's call.
+    """Token ids of each text; `options` are those of the tokenizer's call.
 
-    Large collections are tokenized once: what comes out is kept in `$HF_HOME/multistep-retrieve-summarize` for later
-    runs and the other processes of this one, under a checksum of texts, tokenizer and options. A file there that is
-    damaged is made anew, and a folder that cannot be written to costs no more than the time.
+    The token ids of large collections are cached in `$HF_HOME/multistep-retrieve-summarize`, for later runs and for
+    other processes of this run. The key is a checksum of texts, tokenizer and options. A damaged cache file is written
+    anew. Without write access to the folder, texts are tokenized each time.
     """
     if not texts:
         return []
-    if sum(map(len, texts)) < KEPT_FROM or not hasattr(tokenizer, "backend_tokenizer"):
+    if sum(map(len, texts)) < CACHED_FROM or not hasattr(tokenizer, "backend_tokenizer"):
         return tokenizer(texts, **options)["input_ids"]
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules |= {"truncation": tokenizer.truncation_side, "padding": tokenizer.model_max_length}  # not of the last call
+    # the tokenizer's own settings, because the backend holds those of its last call
+    rules |= {"truncation": tokenizer.truncation_side, "padding": tokenizer.model_max_length}
     key = hashlib.sha256(json.dumps([rules, options, texts]).encode()).hexdigest()
     path = cache_folder() / f"tokens_{key[:32]}.safetensors"
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")))  # the first of several processes does the work
-        if (kept := _read_tokens(path, len(texts))) is not None:
-            return kept
+            stack.enter_context(FileLock(path.with_suffix(".lock")))  # one process tokenizes, the others wait
+        if (cached := _read_tokens(path, len(texts))) is not None:
+            return cached
         token_ids = tokenizer(texts, **options)["input_ids"]
+        tensors = {
+            "ids": torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int32),
+            "lengths": torch.tensor([len(ids) for ids in token_ids], dtype=torch.int32),
+        }
+        tensors["sha256"] = _checksum(tensors)
         with contextlib.suppress(OSError, SafetensorError):
-            _write_tokens(path, token_ids)
+            write_whole(path, lambda temporary: save_file(tensors, temporary))
     return token_ids
 
 
-def _write_tokens(path: Path, token_ids: list[list[int]]) -> None:
-    tensors = {
-        "ids": torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int32),
-        "lengths": torch.tensor([len(ids) for ids in token_ids], dtype=torch.int32),
-    }
-    tensors["sha256"] = _checksum(tensors)
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(tensors, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _read_tokens(path: Path, count: int) -> list[list[int]] | None:
-    """None if there is no such file, or a damaged one."""
+    """Cached token ids of `count` texts; None if the file is missing or damaged."""
     try:
         tensors = load_file(path)
         if not torch.equal(tensors["sha256"], _checksum(tensors)) or len(tensors["lengths"]) != count:

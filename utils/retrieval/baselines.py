@@ -1,4 +1,4 @@
-"""Rankings that use no retriever: lead, random and oracle."""
+"""Rankings that need no retriever: lead, random and oracle."""
 
 import random
 from collections.abc import Iterable
@@ -13,14 +13,14 @@ def lead_ranking(example: Example, top_k: int | None = None) -> Ranking:
 
 
 def random_ranking(example: Example, top_k: int | None = None, seed: int = 42) -> Ranking:
-    """Shuffles the passages, in the same way for the same example id and seed in every process and run."""
+    """Shuffles the passages. The order depends only on the example's id and the seed."""
     passages = list(range(len(example.document.passages)))
     random.Random(f"{seed} {example.id}").shuffle(passages)
     return _in_order(passages, top_k)
 
 
 def oracle_ranking(example: Example, top_k: int | None = None) -> Ranking:
-    """Ranks the evidence, in document order, and nothing else; without evidence, the greedy ROUGE oracle's choice."""
+    """Ranks only the evidence, in document order, or without evidence the choice of the greedy ROUGE oracle."""
     if example.evidence:
         return _in_order(sorted(example.evidence), top_k)
     return _in_order(greedy_rouge_oracle(example.document.passages, example.summaries, max_passages=top_k), top_k)

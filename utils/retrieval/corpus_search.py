@@ -1,4 +1,4 @@
-"""Search over one corpus for all examples: BM25, dense or both."""
+"""Search in one corpus for all examples, with the same methods as `DocumentSearch`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,36 +8,42 @@ from accelerate.utils import broadcast_object_list
 from utils.data.examples import Corpus, Example, Ranking
 from utils.retrieval.bm25 import bm25_index, bm25_search
 from utils.retrieval.exact_search import dense_search, recall_lost
-from utils.retrieval.ranking import reciprocal_rank_fusion
+from utils.retrieval.ranking import reciprocal_rank_fusion, search_texts
 from utils.retrieval.vectors import encode_corpus
 
 
 class CorpusSearch:
-    """Ranks the passages of one corpus for examples: the functions of `utils/search.py` that do so for documents.
+    """Ranks the passages of the corpus, the same for all examples.
 
     Args:
-        folder: of the passages' vectors, which are encoded anew when `weights_key()`, the encoder's checksum, changes.
-        index: "flat", "ivf" or "hnsw"; of the latter two the log says how much they miss.
+        folder: where the passages' vectors are kept. They are encoded again when `weights_key()`, a checksum of the
+            encoder, changes.
+        index: "flat", "ivf" or "hnsw". The last two are approximate; the log says how many passages they miss.
     """
 
     def __init__(self, corpus: Corpus, *, folder: Path, weights_key: Callable[[], str], index: str, accelerator, log):
         self.corpus, self.folder, self.weights_key, self.index = corpus, folder, weights_key, index
-        self.accelerator, self.log, self.checked = accelerator, log, ""
+        self.accelerator, self.log = accelerator, log
         self.lexical = bm25_index(corpus)
+        self.checked = ""  # the key of the vectors that the index was last compared with exact search on
 
     def bm25_rankings(
         self, examples: Sequence[Example], top_k: int, queries: Sequence[str] | None = None
     ) -> list[Ranking]:
-        return bm25_search(self.lexical, queries or [example.query for example in examples], top_k)
+        """Ranks passages by BM25 for each example's query, or for its search text in `queries`."""
+        return bm25_search(self.lexical, search_texts(examples, queries), top_k)
 
     def dense_rankings(
         self, examples: Sequence[Example], encode, top_k: int, queries: Sequence[str] | None = None
     ) -> list[Ranking]:
-        """Called on all processes, as `encode(texts, kind)` is; the result is on all of them."""
+        """Ranks passages by dot product with the vector of each example's query, or of its search text in `queries`.
+
+        Call it on all processes; `encode(texts, kind)` runs on all, and the result is on all.
+        """
         key = f"{self.corpus.id} {self.weights_key()} {self.accelerator.mixed_precision}"
         vectors = encode_corpus(self.corpus.passages, lambda texts: encode(texts, "passage"), self.folder,
                                 key=key, accelerator=self.accelerator)  # fmt: skip
-        query_vectors = encode(queries or [example.query for example in examples], "query")
+        query_vectors = encode(search_texts(examples, queries), "query")
         found = [None]
         if self.accelerator.is_main_process:
             found = [dense_search(query_vectors, vectors, top_k, index=self.index)]
@@ -48,7 +54,10 @@ class CorpusSearch:
         return broadcast_object_list(found)[0]
 
     def retriever_rankings(self, examples: Sequence[Example], encode, settings: dict, queries=None) -> list[Ranking]:
-        """The `top_k` of `settings` passages; with ranking "hybrid", fused with BM25's by reciprocal rank."""
+        """Ranks passages as the retriever's `settings` (flags of train_retrieve.py) say: by vectors, or with BM25 too.
+
+        Gives the `top_k` best passages. BM25 is fused in by reciprocal rank.
+        """
         top_k = settings["top_k"]
         dense = self.dense_rankings(examples, encode, top_k, queries)
         if settings["ranking"] == "dense":

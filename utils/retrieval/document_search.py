@@ -1,4 +1,4 @@
-"""Search within each example's own document, with the methods that `CorpusSearch` has for a corpus."""
+"""Search in each example's own document, with the same methods as `CorpusSearch`."""
 
 from utils.retrieval.bm25 import bm25_rankings
 from utils.retrieval.dense import dense_rankings, retriever_rankings

@@ -1,7 +1,7 @@
-"""Drafts, the summaries that a hop writes and the next one searches with: for training, and without a summarizer.
+"""Drafts for training, and drafts without a summarizer.
 
-A retriever that serves every hop is trained on queries alone and on queries with a draft. Drafts are made of the
-references, or they are what `retrieve_and_summarize.py` wrote, with a summarizer or by extracting sentences.
+A hop writes a draft, and the next hop searches with it. The retriever is therefore trained on queries alone and on
+queries with a draft. The drafts come from the references, or from a file that `retrieve_and_summarize.py` wrote.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,17 +11,17 @@ import numpy as np
 from utils.data.examples import Example
 from utils.data.passages import split_sentences
 
-SHORTEST_SENTENCE = 4  # words; turns of a meeting such as "Yeah . OK ." are no draft
+MIN_SENTENCE_WORDS = 4  # a short turn of a meeting, such as "Yeah . OK .", is of no use in a draft
 
 
 def reference_draft(summaries: Sequence[str], rng: np.random.Generator) -> str:
-    """A draft as an early hop might write it: about half of a reference's sentences, less up to half of their words."""
+    """Imitates an early draft: about half the sentences of a random reference, without up to half of their words."""
     sentences = split_sentences(summaries[rng.integers(len(summaries))])
     kept = rng.random(len(sentences)) < 0.5
     kept[rng.integers(len(sentences))] = True
     words = " ".join(sentence for sentence, keep in zip(sentences, kept, strict=True) if keep).split()
-    share = rng.uniform(0, 0.5)
-    return " ".join(word for word, lot in zip(words, rng.random(len(words)), strict=True) if lot >= share)
+    dropped = rng.uniform(0, 0.5)  # share of the words
+    return " ".join(word for word, lot in zip(words, rng.random(len(words)), strict=True) if lot >= dropped)
 
 
 def extract_drafts(
@@ -30,30 +30,28 @@ def extract_drafts(
     encode: Callable[[list[str], str], np.ndarray],
     max_words: int,
 ) -> list[str]:
-    """A draft for each example without a summarizer: the sentences of the passages `read` that are nearest its query.
+    """Extracts a draft for each example: the sentences nearest to its query, from its passages in `read`.
 
-    Sentences are taken from the nearest on until they have `max_words` words, and stand in the document's order.
-    `encode(texts, kind)` is a retriever's, kind being "query" or "passage", and may be one trained on sentences.
+    The nearest sentences are taken until `max_words` is reached (always at least one), and put in document order.
+    `encode(texts, kind)` is a retriever's, with kind "query" or "passage"; the retriever may be trained on sentences.
     """
     sentences = [
         list(dict.fromkeys(
             sentence for passage in sorted(passages) for sentence in split_sentences(example.document.passages[passage])
-            if len(sentence.split()) >= SHORTEST_SENTENCE
+            if len(sentence.split()) >= MIN_SENTENCE_WORDS
         ))
         for example, passages in zip(examples, read, strict=True)
     ]  # fmt: skip
     texts = list(dict.fromkeys(sentence for group in sentences for sentence in group))
-    row = {text: number for number, text in enumerate(texts)}
-    vectors = encode(texts, "passage") if texts else np.empty((0, 1))
+    vectors = dict(zip(texts, encode(texts, "passage") if texts else (), strict=True))
     queries = encode([example.query for example in examples], "query")
     drafts = []
     for group, query in zip(sentences, queries, strict=True):
         if not group:
             drafts.append("")
             continue
-        nearest = np.argsort(-(vectors[[row[text] for text in group]] @ query), kind="stable")
-        lengths = np.array([len(group[number].split()) for number in nearest])
-        fits = np.cumsum(lengths) <= max_words
-        fits[0] = True  # one at least
+        nearest = np.argsort(-(np.stack([vectors[text] for text in group]) @ query), kind="stable")
+        fits = np.cumsum([len(group[number].split()) for number in nearest]) <= max_words
+        fits[0] = True
         drafts.append(" ".join(group[number] for number in sorted(nearest[fits])))
     return drafts

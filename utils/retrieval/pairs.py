@@ -1,7 +1,7 @@
-"""What the retriever is trained on: pairs of a query and the passages that it is compared with.
+"""The retriever's training data: pairs of a query and the passages that it is compared with.
 
-A pair's positives are the evidence that somebody marked, the passages that a ROUGE oracle chooses, or those that make
-the reference likely to a summarizer. Its hard negatives rank high for what the pair searches with and are none of them.
+Positives are gold evidence, passages chosen by a ROUGE oracle, or passages that make the reference likely to a
+summarizer (the teacher). Hard negatives are other passages that rank high for the pair's search text.
 """
 
 import itertools
@@ -20,32 +20,16 @@ from utils.retrieval.oracle import greedy_rouge_oracle
 from utils.retrieval.ranking import hard_negatives, search_text
 
 
-@dataclass
-class Pair:
-    """A training query and its passages, whose keys number the passages of all documents."""
-
-    number: int  # its own, among all pairs
-    example: Example
-    document: int  # the key of its document's first passage
-    query: list[int]  # tokens
-    searches: list[str]  # what the first hop searches with and, where drafts are trained on, a later one
-    drafts: list[tuple[str, list[int]]]  # real ones, each with the keys of the passages that it was written from
-    evidence: list[int]  # keys
-    weights: np.ndarray  # (evidence,) how often each is drawn as a positive, or the teacher's probability of each
-    is_distribution: bool  # whether it is the latter
-    negatives: list[list[int]]  # keys for each of `searches`, best first
-
-
 def is_marked(example: Example, supervision: str) -> bool:
-    """Whether its positives are evidence that somebody marked."""
+    """Whether its positives are gold evidence."""
     return example.evidence is not None and supervision == "evidence"
 
 
 def positives(example: Example, supervision: str, oracle_passages: int) -> tuple[list[int], list[int]]:
-    """Passage numbers, and how often each is drawn: as its gold words, which are few in some chunks of turns.
+    """Returns the passage numbers of the positives, and the weight with which each is drawn.
 
-    Without marked evidence, or with `supervision` "rouge", they are what the greedy ROUGE oracle chooses, at most
-    `oracle_passages`; from a corpus it chooses none.
+    Gold evidence is weighted by its gold words, because some chunks of turns hold few of them. Without evidence, or if
+    `supervision` is "rouge", the greedy ROUGE oracle chooses up to `oracle_passages`. It does not choose from a corpus.
     """
     if is_marked(example, supervision) or isinstance(example.document, Corpus):
         return example.evidence or [], example.evidence_words or []
@@ -54,7 +38,7 @@ def positives(example: Example, supervision: str, oracle_passages: int) -> tuple
 
 
 def gold_passages(examples: Sequence[Example], args) -> list[list[int] | None]:
-    """What rankings are scored against: marked evidence, or the ROUGE oracle's choice if nothing is marked.
+    """The passages that rankings are scored against: gold evidence, or the ROUGE oracle's choice if no example has any.
 
     Raises UsageError if there are none.
     """
@@ -68,12 +52,28 @@ def gold_passages(examples: Sequence[Example], args) -> list[list[int] | None]:
     return gold
 
 
+@dataclass
+class Pair:
+    """A training query and its passages. A passage's key is its number, counted through all documents."""
+
+    number: int  # among all pairs
+    example: Example
+    document: int  # key of the document's first passage
+    query: list[int]  # tokens
+    searches: list[str]  # search texts: the query, and the query with a draft if drafts are trained on
+    drafts: list[tuple[str, list[int]]]  # from the drafts file, each with the keys of the passages that it used
+    evidence: list[int]  # keys of the positives
+    weights: np.ndarray  # (evidence,) the probability that a positive is drawn, or the teacher's of each passage
+    is_distribution: bool  # whether the weights are the teacher's; then all positives are used
+    negatives: list[list[int]]  # keys of the hard negatives, best first; a list for each of `searches`
+
+
 class Pairs:
-    """The pairs of the examples that have positives, and the tokens of their passages.
+    """A pair for each example that has positives, and the tokens of their passages.
 
     Args:
-        args: those of train_retrieve.py, of which the flags about positives, negatives, drafts and the teacher count.
-        documents: those of the examples, or the one corpus.
+        args: the flags of train_retrieve.py about positives, negatives, drafts and the teacher.
+        documents: the documents of the examples, or the one corpus.
         lexical: `lexical(examples, top_k, queries)` ranks passages by BM25.
     """
 
@@ -83,18 +83,18 @@ class Pairs:
         self.args, self.documents, self.retriever = args, documents, retriever
         self.is_corpus = isinstance(documents[0], Corpus)
         first_keys = np.cumsum([0, *(len(document.passages) for document in documents)]).tolist()
-        first_key = dict(zip(map(id, documents), first_keys, strict=False))
+        first_key = dict(zip(documents, first_keys, strict=False))
 
         drafts = read_drafts(args.drafts_file, examples) if args.drafts_file else [[] for _ in examples]
         searches = [[example.query] for example in examples]
-        for example, those, of_hops in zip(examples, drafts, searches, strict=True):
-            if args.draft_share:
-                texts = [*example.summaries[:1], *(text for text, _ in those)]
-                of_hops.append(search_text(example.query, texts[-1] if texts else ""))
-        top_k = args.negatives_pool + 100 if self.is_corpus else None  # of a document all
-        hops = 2 if args.draft_share else 1  # in one call, so that each document is indexed once
-        asking = [example for example in examples for _ in range(hops)]
-        ranked = lexical(asking, top_k, list(itertools.chain(*searches)))
+        if args.draft_share:
+            for example, of_file, texts in zip(examples, drafts, searches, strict=True):
+                draft = ["", *example.summaries[:1], *(text for text, _ in of_file)][-1]
+                texts.append(search_text(example.query, draft))
+        hops = 2 if args.draft_share else 1
+        top_k = args.negatives_pool + 100 if self.is_corpus else None
+        # one call for all hops, so that each document is indexed once
+        ranked = lexical([e for e in examples for _ in range(hops)], top_k, list(itertools.chain(*searches)))
         ranked = [ranked[hop::hops] for hop in range(hops)]
         taught = self._ask_teacher(examples, ranked[0], accelerator) if args.teacher else {}
 
@@ -104,7 +104,7 @@ class Pairs:
             evidence, weights = taught.get(number) or positives(example, args.supervision, args.oracle_passages)
             if not sum(weights):
                 continue
-            first = first_key[id(example.document)]
+            first = first_key[example.document]
             negatives = [hard_negatives(of_hop[number], evidence, args.negatives_pool) for of_hop in ranked]
             self.rows.append(Pair(
                 number=len(self.rows),
@@ -122,35 +122,25 @@ class Pairs:
             remedy = "" if self.is_corpus else " or shares a word with its summary"
             raise UsageError(f"no training example has evidence{remedy}: nothing to train on")
         self.passage_tokens: dict[int, list[int]] = {}
-        self._read_passages()
-
-    def describe(self) -> str:
-        """How many pairs there are, and where their positives come from."""
-        marked = sum(is_marked(pair.example, self.args.supervision) for pair in self.rows)
-        others = "the teacher" if self.args.teacher else "the ROUGE oracle"
-        return f"{len(self.rows)} with positives ({marked} from evidence, the others from {others})"
-
-    def is_mining_due(self, epoch: int, mined_in: int) -> bool:
-        """Whether hard negatives are to be mined before this epoch, and were not: `mined_in` is the epoch they were."""
-        every = self.args.mine_negatives_every
-        return bool(every and epoch and epoch % every == 0 and mined_in != epoch)
+        self._tokenize_passages()
 
     def _ask_teacher(self, examples: Sequence[Example], rankings: list[Ranking], accelerator) -> dict[int, tuple]:
-        """By the number of an example without marked evidence: passage numbers and the probability of each."""
-        from utils.retrieval.teacher import passage_likelihoods  # which only those pay for who ask
+        """Returns passage numbers and the probability of each, by the number of an example without gold evidence."""
+        from utils.retrieval.teacher import passage_likelihoods  # slow to import, and only needed here
 
         args = self.args
         unmarked = [number for number, example in enumerate(examples) if not is_marked(example, args.supervision)]
-        best = [rankings[number][: args.teacher_candidates] for number in unmarked]
-        candidates = [sorted(passage for passage, _ in ranking) for ranking in best]
+        candidates = [
+            sorted(passage for passage, _ in rankings[number][: args.teacher_candidates]) for number in unmarked
+        ]
         likelihoods = passage_likelihoods(args.teacher, [examples[n] for n in unmarked], candidates, accelerator)
-        return {
+        return {  # `Pairs` divides the weights by their sum
             number: (passages, np.exp((of_each - of_each.max()) / args.teacher_temperature))
             for number, passages, of_each in zip(unmarked, candidates, likelihoods, strict=True)
         }
 
-    def _read_passages(self) -> None:
-        """Tokenizes documents whole, and of a corpus the positives and hard negatives; each passage once."""
+    def _tokenize_passages(self) -> None:
+        """Tokenizes each passage once: all of the documents, or of a corpus only positives and hard negatives."""
         texts, keys = [], []
         if self.is_corpus:
             wanted = {key for pair in self.rows for key in sum(pair.negatives, pair.evidence)}
@@ -161,25 +151,30 @@ class Pairs:
             keys = range(len(texts))
         self.passage_tokens.update(zip(keys, tokenize(self.retriever, texts, "passage"), strict=True))
 
+    def describe(self) -> str:
+        """How many pairs there are, and where their positives come from."""
+        marked = sum(is_marked(pair.example, self.args.supervision) for pair in self.rows)
+        others = "the teacher" if self.args.teacher else "the ROUGE oracle"
+        return f"{len(self.rows)} with positives ({marked} from evidence, the others from {others})"
+
     def digest(self) -> str:
-        """A checksum of what is trained on."""
+        """A checksum of the training data."""
         return digest([
             sorted(self.passage_tokens.items()),
-            # a teacher's likelihoods are rounded otherwise on another card
+            # rounded, because a teacher's likelihoods differ slightly between GPU models
             [[pair.query, pair.evidence, pair.weights.round(4).tolist(), pair.negatives, pair.drafts]
              for pair in self.rows],
         ])  # fmt: skip
 
     def lengths(self) -> list[list[int]]:
-        """(pairs, 2): tokens of the search text, and of positives and negatives, at most; each epoch draws others.
+        """(pairs, 2) The most tokens that an epoch may draw: of the search text, and of positives and negatives.
 
-        Mined negatives may be longer: plans are made once, so that a run can go on from any step.
+        Negatives that are mined later may be longer. The lengths still stay, so that a run can resume from any step.
         """
-        drafts = [
-            max((*pair.example.summaries, *(text for text, _ in pair.drafts)), key=len, default="")
-            if self.args.draft_share else "" for pair in self.rows
-        ]  # fmt: skip
-        longest = [search_text(pair.example.query, draft) for pair, draft in zip(self.rows, drafts, strict=True)]
+        longest = []
+        for pair in self.rows:
+            drafts = [*pair.example.summaries, *(text for text, _ in pair.drafts)] if self.args.draft_share else []
+            longest.append(search_text(pair.example.query, max(drafts, key=len, default="")))
         lengths = []
         for pair, search in zip(self.rows, tokenize(self.retriever, longest, "query"), strict=True):
             passage = max(len(self.passage_tokens[key]) for key in sum(pair.negatives, pair.evidence))
@@ -189,11 +184,11 @@ class Pairs:
         return lengths
 
     def draw(self, pair: Pair, epoch: int) -> tuple[list[int], np.ndarray, list[int]]:
-        """Draws hop, positives and hard negatives, in each epoch anew.
+        """Draws the hop, positives and hard negatives of a pair for one epoch.
 
-        The draw is by the pair's own number: it does not depend on how a step is split into batches.
+        The random numbers depend on the seed, the epoch and the pair, and not on how a step is split into batches.
 
-        Returns the tokens to search with, the weights of the pair's evidence, and the keys drawn.
+        Returns the tokens of the search text, the weights of the pair's evidence, and the keys of the passages drawn.
         """
         args, rng = self.args, np.random.default_rng([self.args.seed, epoch, pair.number])
         search, weights, hop = pair.query, pair.weights, 0
@@ -202,13 +197,13 @@ class Pairs:
             if pair.drafts:
                 draft, read = pair.drafts[rng.integers(len(pair.drafts))]
                 missing = ~np.isin(pair.evidence, read)
-                if missing.any():  # what the draft was written from is found: a later hop is there for the rest
+                if missing.any():  # a later hop should find what the draft did not use
                     weights = weights * np.where(missing, 1.0, args.found_weight)
                     weights = weights / weights.sum()
             else:
                 draft = reference_draft(pair.example.summaries, rng)
             search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query")[0]
-        if pair.is_distribution:  # over all of them
+        if pair.is_distribution:
             drawn = list(pair.evidence)
         else:
             count = min(args.num_positives, np.count_nonzero(weights))
@@ -217,33 +212,40 @@ class Pairs:
         drawn += rng.choice(pair.negatives[hop], count, replace=False).tolist() if count else []
         return search, weights, drawn
 
-    def mine(self, ranked: Callable) -> None:
-        """Gives each pair the hard negatives that the model as it is ranks highest; called on all processes.
+    # ---- mining of hard negatives
 
-        `ranked(examples, top_k=..., queries=...)` ranks passages by the model.
+    def is_mining_due(self, epoch: int, mined_in: int) -> bool:
+        """Whether to mine hard negatives before this epoch. `mined_in` is the epoch of the last mining."""
+        every = self.args.mine_negatives_every
+        return bool(every and epoch and epoch % every == 0 and mined_in != epoch)
+
+    def mine(self, ranked: Callable) -> None:
+        """Replaces the hard negatives of each pair with those that the current model ranks highest.
+
+        Call it on all processes. `ranked(examples, top_k=..., queries=...)` ranks passages with the model.
         """
         args, mined = self.args, self.negatives()
-        # of how many pairs the rankings are in memory, and how many passages of each
+        # rankings from a corpus are cut and made block by block, to save memory
         at_once, top_k = (2**13, 5 * args.negatives_pool + 100) if self.is_corpus else (len(self.rows), None)
         for first in range(0, len(self.rows), at_once):
             block = self.rows[first : first + at_once]
+            # first all searches of the first hop, then those of the second, in one call: each document is encoded once
             queries = list(itertools.chain(*zip(*(pair.searches for pair in block), strict=True)))
-            # all hops' together, so that each document is encoded once
-            asking = [pair.example for pair in block] * (len(queries) // len(block))
-            for number, ranking in enumerate(ranked(asking, top_k=top_k, queries=queries)):
+            examples = [pair.example for pair in block] * (len(queries) // len(block))
+            for number, ranking in enumerate(ranked(examples, top_k=top_k, queries=queries)):
                 hop, place = divmod(number, len(block))
                 pair = block[place]
                 evidence = [key - pair.document for key in pair.evidence]
                 found = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
                 if found:
                     mined[pair.number][hop] = [pair.document + passage for passage in found]
-        self.set_negatives(mined)  # only now: an interrupted search leaves those that there were
+        self.set_negatives(mined)  # at the end, so that an interrupted search changes nothing
 
     def negatives(self) -> list[list[list[int]]]:
-        """Those of each pair, for a checkpoint; `set_negatives` takes them back."""
+        """The hard negatives of each pair, for a checkpoint. `set_negatives` restores them."""
         return [list(pair.negatives) for pair in self.rows]
 
     def set_negatives(self, negatives: list[list[list[int]]]) -> None:
-        for pair, those in zip(self.rows, negatives, strict=True):
-            pair.negatives = those
-        self._read_passages()
+        for pair, of_pair in zip(self.rows, negatives, strict=True):
+            pair.negatives = of_pair
+        self._tokenize_passages()

@@ -1,4 +1,4 @@
-"""A trained summarizer as teacher: how likely each passage makes the reference."""
+"""A trained summarizer as the retriever's teacher: how likely each passage makes the reference."""
 
 import numpy as np
 import torch
@@ -11,25 +11,25 @@ from utils.models.sources import Sources, collate
 
 @torch.no_grad()
 def passage_likelihoods(folder, examples, candidates, accelerator, *, batch_size: int = 16) -> list[np.ndarray]:
-    """How likely a trained summarizer finds each example's references, given its query and each candidate alone.
+    """How likely a trained summarizer finds each example's references, given the query and one candidate.
 
-    For each example (candidates,) the mean log-likelihood in nats of a reference's token, and of that the mean over
-    the references; a candidate is a passage number, or a list of them that are read together. The work is divided over
-    the processes, the result on all of them.
+    A candidate is a passage number, or a list of passage numbers that are read together. Returns for each example
+    (candidates,) mean log-likelihoods of a reference token, in nats, averaged over the references. The processes share
+    the work, and all get the result.
     """
     pretrained, tokenizer = load_model_and_tokenizer(folder, name="--teacher")
     summarizer = Summarizer(pretrained).to(accelerator.device).eval()
     saved = saved_arguments(folder)
     sources = Sources(tokenizer, "concat", saved.get("max_source_length", 512), "rank")
-    rows = []  # example, candidate, source, target
+    rows = []  # (example, candidate, source, target)
     for number, (example, passages) in enumerate(zip(examples, candidates, strict=True)):
         targets = tokenizer(text_target=example.summaries, truncation=True,
                             max_length=saved.get("max_target_length", 128))["input_ids"]  # fmt: skip
-        for place, passage in enumerate(passages):
+        for candidate, passage in enumerate(passages):
             numbers = passage if isinstance(passage, list) else [passage]
             source = sources.build(example.query, example.document, numbers)[0]
-            rows += [(number, place, source, target) for target in targets]
-    rows.sort(key=lambda row: (-len(row[2][0]), -len(row[3])))
+            rows += [(number, candidate, source, target) for target in targets]
+    rows.sort(key=lambda row: (-len(row[2][0]), -len(row[3])))  # similar lengths together, for less padding
     batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     found = []
     for batch in batches[accelerator.process_index :: accelerator.num_processes]:
@@ -42,10 +42,9 @@ def passage_likelihoods(folder, examples, candidates, accelerator, *, batch_size
         log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
         tokens[real] = log_probabilities.gather(1, labels[real][:, None])[:, 0]
         means = (tokens.sum(1) / real.sum(1)).tolist()
-        found += [(number, place, mean) for (number, place, _, _), mean in zip(batch, means, strict=True)]
-    if accelerator.num_processes > 1:
-        found = gather_object(found)
+        found += [(number, candidate, mean) for (number, candidate, _, _), mean in zip(batch, means, strict=True)]
     totals = [np.zeros(len(passages)) for passages in candidates]
-    for number, place, mean in sorted(found):
-        totals[number][place] += mean / len(examples[number].summaries)
+    # sorted, because the order of the sum must not depend on the number of processes
+    for number, candidate, mean in sorted(gather_object(found)):
+        totals[number][candidate] += mean / len(examples[number].summaries)
     return totals
