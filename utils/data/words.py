@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import bm25s
 import Stemmer
 
+STOPWORDS = "en"  # the name of a list of bm25s
 
-def search_words(texts: Sequence[str], stopwords: str = "en") -> list[list[str]]:
+
+def search_words(texts: Sequence[str]) -> list[list[str]]:
     """The words of each text for BM25: two or more characters, in lower case, stemmed, without stopwords."""
     # a new stemmer for each call: it costs nothing, and threads must not share one
     stemmer = Stemmer.Stemmer("english")
-    return bm25s.tokenize(list(texts), stopwords=stopwords, stemmer=stemmer, return_ids=False, show_progress=False)
+    return bm25s.tokenize(list(texts), stopwords=STOPWORDS, stemmer=stemmer, return_ids=False, show_progress=False)
 
 
 # Scripts without spaces (kana, Han): each character is a word.

@@ -15,7 +15,7 @@ import Stemmer
 from filelock import FileLock
 
 from utils.data.examples import Corpus, Document, Example, Ranking, blocks
-from utils.data.words import search_words
+from utils.data.words import STOPWORDS, search_words
 from utils.files import cache_folder, write_whole
 from utils.retrieval.ranking import examples_by_document, rank, search_texts
 
@@ -82,7 +82,6 @@ def _scores(index: bm25s.BM25 | None, passages: int, query_words: Sequence[list[
 
 # ---- search in a corpus
 
-STOPWORDS = "en"  # as in search_words
 BM25_BLOCK = 2**13  # passages tokenized at once
 
 
