@@ -344,7 +344,7 @@ def test_laid_out_weights_give_what_autocast_gives_and_only_while_they_are(monke
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = torch.randn(3, 7, 48)
     products = []
-    monkeypatch.setattr(cpu, "_times", lambda *given, times=cpu._times: products.append(1) or times(*given))
+    monkeypatch.setattr(cpu, "_onednn", lambda *given, times=cpu._onednn: products.append(1) or times(*given))
 
     def run():
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,1 +1,1 @@
-"""Optional accelerations; without this room the suite runs, slower."""
+"""Accelerations; each falls back to plain PyTorch or Transformers where it does not apply."""

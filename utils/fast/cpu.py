@@ -1,9 +1,13 @@
-"""Layers that PyTorch computes slowly on processors: products of matrices, and dropout.
+"""Faster linear layers and dropout on CPUs.
 
-Float32 products go through oneDNN, forward and backward: PyTorch's own way is MKL, which leaves AVX-512 unused on other
-makes than Intel's, at half the speed; on those MKL stays, which is faster backward. In bfloat16 weights that do not
-change are laid out once, not at each product. Dropout takes 16 random bits for each element, where PyTorch draws a
-number.
+* Float32 matrix products use oneDNN. PyTorch uses MKL, which ignores AVX-512 on processors that are not Intel's and
+  takes twice as long there. On Intel's, MKL stays, because its backward pass is faster.
+* In bfloat16, weights that do not change are brought into oneDNN's layout once, not for each product.
+* Dropout draws 16 random bits for each element, where PyTorch draws a whole random number.
+
+Leans on these internals of PyTorch: `torch.ops.mkldnn._linear_pointwise`, `_reorder_linear_weight` and
+`_is_mkldnn_bf16_supported`; that an `nn.Linear` or `nn.Dropout` may change its class; and that a `TorchFunctionMode`
+sees calls of `nn.functional.dropout`.
 """
 
 from contextlib import contextmanager
@@ -18,44 +22,21 @@ IS_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn
 HAS_BFLOAT16 = IS_AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 CPUINFO = Path("/proc/cpuinfo")
 IS_FASTER = not (torch.backends.mkl.is_available() and CPUINFO.exists() and "GenuineIntel" in CPUINFO.read_text())
-FEWEST = 2**21  # multiplications; with fewer, the call takes longer than it saves
-ROWS_AT_ONCE = 1024  # so many at most are transposed at a time, and fit the cache
+FEWEST = 2**21  # multiplications in a product; with fewer, the call costs more than it saves
+ROWS_AT_ONCE = 1024  # most rows that are transposed at a time, to fit the cache
 
 
 def use_fast_layers(model: nn.Module) -> None:
-    """Has the model's linear and dropout layers compute as here from now on, wherever that is possible and faster.
+    """Replaces the class of the model's linear and dropout layers by the ones here; saving and loading stay the same.
 
-    They change their class and nothing else; what is saved, copied and loaded is the same.
+    A layer computes as before wherever the fast way is impossible or slower.
     """
     for module in model.modules():
         if type(module) in FAST:
             module.__class__ = FAST[type(module)]
 
 
-def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """Dropout of a probability rounded to a 65,536th, and the scale that belongs to it."""
-    dropped = round(p * 2**16)
-    is_ours = training and not inplace and type(x) is torch.Tensor and x.device.type == "cpu"
-    if not is_ours or not 0 < dropped < 2**16:
-        return nn.functional.dropout(x, p, training, inplace)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15
-    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-
-
-class Dropout(nn.Dropout):
-    def forward(self, x):
-        return dropout(x, self.p, self.training, self.inplace)
-
-
-class FunctionalDropout(TorchFunctionMode):
-    """Within it `nn.functional.dropout`, which BART and its kin call, is the one here.
-
-    It must also span whatever computes the forward pass anew, such as activation checkpointing.
-    """
-
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        return (dropout if function is nn.functional.dropout else function)(*arguments, **(options or {}))
+# ---- matrix products
 
 
 class Linear(nn.Linear):
@@ -64,17 +45,17 @@ class Linear(nn.Linear):
     def forward(self, x):
         weight, bias = self.weight, self.bias
         if self.laid_out and torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled():
-            return _times(x.to(torch.bfloat16), *self.laid_out)
-        if not _goes(x, weight):
+            return _onednn(x.to(torch.bfloat16), *self.laid_out)
+        if not _suits_onednn(x, weight):
             return nn.functional.linear(x, weight, bias)
-        return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _times(x, weight, bias)
+        return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
 
 
 @contextmanager
 def laid_out_weights(model: nn.Module):
-    """Within it, weights of the model's linear layers do not change: autocast to bfloat16 casts and sorts them once.
+    """Speeds up inference under bfloat16 autocast on a CPU: weights of linear layers are cast and laid out once.
 
-    Of use without gradients only; it takes no more memory than what autocast keeps.
+    The weights must not change within it. It takes no more memory than autocast's own cache.
     """
     layers = []
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 and HAS_BFLOAT16:
@@ -90,17 +71,17 @@ def laid_out_weights(model: nn.Module):
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` of two matrices, without a gradient."""
-    return _times(a, b.T) if _goes(a, b.T) else a @ b
+    """``a @ b`` of two matrices, without gradients."""
+    return _onednn(a, b.T) if _suits_onednn(a, b.T) else a @ b
 
 
-def _goes(x, weight) -> bool:
-    """Whether oneDNN multiplies them, and faster."""
+def _suits_onednn(x, weight) -> bool:
+    """Whether oneDNN can compute ``x @ weight.T``, and faster than PyTorch."""
     return (
         IS_AVAILABLE
         and IS_FASTER
         and x.numel() * len(weight) >= FEWEST
-        and x.shape[-1] == weight.shape[-1]  # else it is for PyTorch to say what is wrong
+        and x.shape[-1] == weight.shape[-1]  # else PyTorch raises the error
         and not torch.is_autocast_enabled("cpu")
         and _is_plain(x)
         and _is_plain(weight)
@@ -108,11 +89,11 @@ def _goes(x, weight) -> bool:
 
 
 def _is_plain(x) -> bool:
-    """Whether it is float32 on a processor, neither sharded nor of another subclass."""
+    """Whether it is a float32 tensor on a CPU, and neither sharded nor of another subclass."""
     return type(x) in (torch.Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def _times(x, weight, bias=None):
+def _onednn(x, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -121,7 +102,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         for_x, for_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
-        return _times(x, weight, bias)
+        return _onednn(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -130,15 +111,44 @@ class _Linear(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         for_x = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = _times(gradient, weight.T)
+            for_x = _onednn(gradient, weight.T)
         if ctx.needs_input_grad[1]:
             x = x.reshape(-1, x.shape[-1])
             for part, inputs in zip(rows.split(ROWS_AT_ONCE), x.split(ROWS_AT_ONCE), strict=True):
-                product = _times(part.T, inputs.T)
+                product = _onednn(part.T, inputs.T)
                 for_weight = product if for_weight is None else for_weight.add_(product)
         if ctx.needs_input_grad[2]:
             for_bias = rows.sum(0)
         return for_x, for_weight, for_bias
+
+
+# ---- dropout
+
+
+def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """`nn.functional.dropout` with the probability rounded to a multiple of 1 / 65,536, and scaled accordingly."""
+    dropped = round(p * 2**16)
+    is_ours = training and not inplace and type(x) is torch.Tensor and x.device.type == "cpu"
+    if not is_ours or not 0 < dropped < 2**16:
+        return nn.functional.dropout(x, p, training, inplace)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return dropout(x, self.p, self.training, self.inplace)
+
+
+class FunctionalDropout(TorchFunctionMode):
+    """Within it, `nn.functional.dropout`, which BART-like models call, is `dropout`.
+
+    With activation checkpointing it must be active in the recomputed forward pass too.
+    """
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        return (dropout if function is nn.functional.dropout else function)(*arguments, **(options or {}))
 
 
 FAST = {nn.Linear: Linear, nn.Dropout: Dropout}

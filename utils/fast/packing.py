@@ -1,11 +1,17 @@
-"""Padding removed inside an encoder: the sequences of a batch laid end to end, with attention within each.
+"""Removes padding inside a model: the sequences of a batch lie end to end, and each attends to itself only.
 
-`remove_padding(retriever)` hooks the packing around the encoder of a SentenceTransformer: its token-wise layers see
-(1, real tokens, hidden). What goes in stays padded (texts, tokens), and so does what comes out, unless a processor
-pools it next: then it is flat, in sentence-transformers' own way. `remove_padding_of_both(model)` lets an
-encoder-decoder take sequences that are `laid_end_to_end`, which must also span whatever computes the forward pass anew,
-such as activation checkpointing. Nothing of either is saved with the model.
-The idea is that of "Efficient Sequence Packing without Cross-contamination" (Krell et al., 2021, arXiv:2107.02027).
+All layers other than attention see (1, real tokens, hidden). The idea is that of "Efficient Sequence Packing without
+Cross-contamination" (Krell et al., 2021, arXiv:2107.02027). Nothing of it is saved with the model.
+
+* `remove_padding(retriever)`: for the encoder of a SentenceTransformer. Its inputs and outputs stay padded. Only on a
+  CPU, and only before pooling, outputs are flat, in a form that sentence-transformers can pool.
+* `remove_padding_of_both(model)`: for an encoder-decoder, which then accepts sequences within `laid_end_to_end`.
+
+Leans on these internals. PyTorch: `varlen_attn`, `torch.ops.aten._softmax_backward_data`. Transformers:
+`AttentionInterface`, `AttentionMaskInterface`, `sdpa_attention_forward`, `sdpa_mask`, `config._attn_implementation`,
+`is_backend_compatible`; that encoders hand unknown keyword arguments (`packing`) down to the attention function; and
+the `embed_positions` of BART-like models. Sentence-transformers: the attributes `auto_model`, `modality_config` and
+`model_forward_params` of its `Transformer`, and that its pooling understands `cu_seq_lens_q`.
 """
 
 import logging
@@ -15,6 +21,7 @@ from itertools import accumulate, groupby
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -22,64 +29,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 logger = logging.getLogger(__name__)
-LONGEST_KEPT = 512  # tokens; attention weights of longer sequences are computed anew in the backward pass
-NAME = "packed"
+NAME, BOTH = "packed", "packed_encoder_decoder"  # attention functions: of encoders, and of encoder-decoders
+LONGEST_KEPT = 512  # tokens; longer sequences use PyTorch's kernel, which does not keep attention weights
+STEP = 16  # lengths are rounded up to a multiple, because oneDNN compiles a kernel for each new shape
 
-
-@dataclass
-class Packing:
-    """Where the tokens of a batch lie.
-
-    Attributes:
-        shape: (texts, tokens) of the padded batch.
-        index: (real tokens,) their places in the flattened padded batch, text by text; then, on processors, copies of
-            one that round a large batch's number of tokens up, and are a text to themselves.
-        real: how many are no such copies.
-        lengths: tokens of each text.
-        layouts: how they lie for attention, once computed.
-        features: the padded batch.
-    """
-
-    shape: tuple[int, int]
-    index: torch.Tensor
-    real: int
-    lengths: list[int]
-    layouts: dict = field(default_factory=dict)
-    features: dict = field(default_factory=dict)
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(texts, tokens, ...) -> (1, real tokens, ...)"""
-        return tensor.flatten(0, 1).index_select(0, self.index)[None]
-
-    def unpack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(1, real tokens, ...) -> (texts, tokens, ...), zeros as padding."""
-        texts, tokens = self.shape
-        rows = tensor.new_zeros(texts * tokens, *tensor.shape[2:])
-        return rows.index_copy(0, self.index[: self.real], tensor[0, : self.real]).unflatten(0, (texts, tokens))
-
-
-def plan_packing(attention_mask: torch.Tensor) -> Packing:
-    """The packing of a batch whose `attention_mask` (texts, tokens) is 1 at real tokens."""
-    lengths = attention_mask.sum(1).tolist()
-    index = attention_mask.flatten().nonzero()[:, 0]
-    count = len(index)
-    # a new number of rows has oneDNN compile new kernels, milliseconds and a megabyte for each layer
-    extra = -count % 64 if count >= 2048 and index.device.type == "cpu" else 0
-    index = torch.cat([index, index[-1:].expand(extra)])
-    lengths += [extra] * bool(extra)
-    return Packing(tuple(attention_mask.shape), index, count, lengths)
+# ---- attention within sequences
 
 
 @dataclass
 class Layout:
-    """How sequences lie for attention on a processor: heads apart, lengths rounded up, those of equal length together.
+    """Order of the rows for attention on a CPU: heads apart, lengths rounded up, sequences of equal length together.
 
     Attributes:
-        groups: sequences that attend side by side, few enough for the processor's cache. Each is (first row of the
-            queries, first row of the keys, sequences times heads, queries, keys, what hides the keys' padding or None).
-        rows, key_rows: (rows,) where each row is in (tokens * heads, d).
-        places, key_places: (tokens * heads,) where each row came to lie.
-        padding: (padded rows,) of the queries.
+        groups: sequences that are computed together, few enough for the CPU's cache. Each group is (first query row,
+            first key row, sequences * heads, queries, keys, bias that hides the padding of the keys or None).
+        rows, key_rows: (laid out rows,), the index of each in (tokens * heads, d).
+        places, key_places: (tokens * heads,), the inverse: where each row was laid out.
+        padding: indices of the laid out query rows that are padding.
     """
 
     groups: list[tuple[int, int, int, int, int, torch.Tensor | None]]
@@ -90,15 +56,12 @@ class Layout:
     padding: torch.Tensor
 
 
-STEP = 16  # to which lengths are rounded up: oneDNN compiles a kernel for each shape that it meets
-
-
 def lay_out(lengths: list[int], key_lengths: list[int], heads: int) -> Layout:
-    """The layout of sequences of queries, end to end, each with its own sequence of keys."""
-    shapes = [(-(-length // STEP) * STEP, -(-keys // STEP) * STEP) for length, keys in zip(lengths, key_lengths,
-                                                                                          strict=True)]  # fmt: skip
-    if any(keys and not length for length, keys in zip(lengths, key_lengths, strict=True)):
+    """Layout of sequences of queries that lie end to end, each with its own sequence of keys."""
+    pairs = list(zip(lengths, key_lengths, strict=True))
+    if any(keys and not length for length, keys in pairs):
         raise ValueError("a sequence without a query has keys")
+    shapes = [(-(-length // STEP) * STEP, -(-keys // STEP) * STEP) for length, keys in pairs]
     starts, key_starts = np.cumsum([0, *lengths]), np.cumsum([0, *key_lengths])
     groups, rows, key_rows, real, key_real = [], [], [], [], []
     at = key_at = 0
@@ -126,7 +89,7 @@ def lay_out(lengths: list[int], key_lengths: list[int], heads: int) -> Layout:
 
 
 def _rows(starts, lengths, longest: int, heads: int):
-    """(sequences * heads * longest,) rows of some sequences, the last one in place of padding; and which are real."""
+    """Rows of some sequences, (sequences * heads * longest,), and which are real; padding repeats the last row."""
     places = np.arange(longest)
     tokens = starts[:, None] + np.minimum(places, lengths[:, None] - 1)
     rows = tokens[:, None, :] * heads + np.arange(heads)[:, None]
@@ -134,15 +97,15 @@ def _rows(starts, lengths, longest: int, heads: int):
 
 
 def _unseen(length: int, causal: bool, window: int | None, device) -> torch.Tensor:
-    """(length, length), true where a token must not see another."""
+    """(length, length) bool, True where a query must not see a key."""
     ahead = torch.arange(length, device=device) - torch.arange(length, device=device)[:, None]
     return (ahead > 0 if causal else ahead.new_zeros((), dtype=torch.bool)) | (ahead.abs() >= (window or length))
 
 
 class _Attention(torch.autograd.Function):
-    """Softmax attention by matrix products of each group, in which weights stay in the cache.
+    """Softmax attention on a CPU by matrix products, group by group, so that the weights fit the cache.
 
-    On processors this is several times faster than PyTorch's fused kernel, above all in bf16 and backward.
+    Several times faster than PyTorch's fused kernel, above all in bfloat16 and in the backward pass.
     """
 
     @staticmethod
@@ -157,8 +120,8 @@ class _Attention(torch.autograd.Function):
                 scores = torch.baddbmm(bias, q_g, k_g.transpose(1, 2), beta=float(hidden is not None), alpha=scale)
                 if causal or (window and scores.shape[1] > window):
                     unseen = _unseen(scores.shape[1], causal, window, scores.device)
-                    scores.masked_fill_(unseen, torch.finfo(dtype).min)  # finite: padding may see nothing at all
-                probabilities = scores.softmax(-1)  # computed in float32, also of bf16
+                    scores.masked_fill_(unseen, torch.finfo(dtype).min)  # not -inf: padding may see no key
+                probabilities = scores.softmax(-1)  # computed in float32 for bfloat16 too
                 torch.bmm(probabilities, v_g, out=out_g)
                 if keep:
                     weights.append(probabilities)
@@ -189,7 +152,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _groups(layout: Layout, rows: tuple, key_rows: tuple):
-    """For each group its parts of tensors of query and of key rows, (sequences * heads, tokens, d), and what hides."""
+    """For each group: its parts of the tensors, (sequences * heads, tokens, d), and its bias."""
     for at, key_at, count, length, key_length, hidden in layout.groups:
         yield (
             [tensor[at : at + count * length].view(count, length, -1) for tensor in rows],
@@ -199,7 +162,7 @@ def _groups(layout: Layout, rows: tuple, key_rows: tuple):
 
 
 def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout) -> torch.Tensor:
-    """PyTorch's own kernel, one sequence after the other: for dropout, long sequences, and float32 on a GPU."""
+    """PyTorch's kernel, one sequence at a time: for dropout, long sequences, windows, and float32 on a GPU."""
     parts = []
     each = (
         tensor.transpose(0, 1)[None].split(of, 2)
@@ -217,9 +180,9 @@ def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, wind
 
 
 def _attend(query, key, value, lengths, key_lengths, layouts, *, scale, causal=False, window=None, dropout=0.0):
-    """(tokens, heads, d) -> (tokens, heads, d), each sequence of queries to its own sequence of keys.
+    """(tokens, heads, d) -> (tokens, heads, d); each sequence of queries attends to its own sequence of keys.
 
-    `layouts` keeps what all layers of a forward pass have in common.
+    `layouts` is a cache that the layers of a forward pass share.
     """
     longest, longest_key = max(lengths), max(key_lengths)
     has_kernel = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -236,23 +199,97 @@ def _attend(query, key, value, lengths, key_lengths, layouts, *, scale, causal=F
     return _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout)
 
 
+def _attend_packed(query, key, value, lengths, key_lengths, layouts, scaling, **options):
+    """`_attend` with the shapes of Transformers: (1, heads, tokens, d) -> (1, tokens, heads, d)."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return _attend(query, key, value, lengths, key_lengths, layouts, scale=scale, **options)[None]
+
+
+@torch.no_grad()
+def _keep_if_equal(module, attending, name: str, hooks: list, padded, packed) -> bool:
+    """Gives the model `attending` the attention `name`; undone, with `hooks`, and False if it fails or outputs change.
+
+    `module` is put in evaluation mode meanwhile. `padded()` and `packed()` compute its outputs at real tokens.
+    """
+    before, was_training = attending.config._attn_implementation, module.training
+    module.eval()
+    try:
+        expected = padded()
+        attending.set_attn_implementation(name)
+        if (packed() - expected).abs().max() <= 1e-4 * expected.abs().max():
+            return True
+    except Exception as error:  # models of others may raise anything
+        logger.info("batches stay padded: %s", error)
+    finally:
+        module.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    attending.set_attn_implementation(before)
+    return False
+
+
+# ---- encoders of sentence-transformers
+
+
+@dataclass
+class Packing:
+    """Where the tokens of a padded batch are.
+
+    Attributes:
+        shape: (texts, tokens) of the padded batch.
+        index: places of the real tokens in the flattened padded batch. On a CPU, in a large batch, copies of the last
+            one follow, as a text of their own, and round the number of tokens up.
+        real: number of real tokens.
+        lengths: tokens of each text, the text of copies included.
+        layouts: the cache of `_attend`.
+        features: the padded batch.
+    """
+
+    shape: tuple[int, int]
+    index: torch.Tensor
+    real: int
+    lengths: list[int]
+    layouts: dict = field(default_factory=dict)
+    features: dict = field(default_factory=dict)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(texts, tokens, ...) -> (1, real tokens, ...)"""
+        return tensor.flatten(0, 1).index_select(0, self.index)[None]
+
+    def unpack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(1, real tokens, ...) -> (texts, tokens, ...), padded with zeros."""
+        texts, tokens = self.shape
+        rows = tensor.new_zeros(texts * tokens, *tensor.shape[2:])
+        return rows.index_copy(0, self.index[: self.real], tensor[0, : self.real]).unflatten(0, (texts, tokens))
+
+
+def plan_packing(attention_mask: torch.Tensor) -> Packing:
+    """The packing of a batch; `attention_mask` (texts, tokens) is 1 at real tokens."""
+    lengths = attention_mask.sum(1).tolist()
+    index = attention_mask.flatten().nonzero()[:, 0]
+    count = len(index)
+    # oneDNN compiles new kernels for a new number of rows: milliseconds and a megabyte for each layer
+    extra = -count % 64 if count >= 2048 and index.device.type == "cpu" else 0
+    index = torch.cat([index, index[-1:].expand(extra)])
+    lengths += [extra] * bool(extra)
+    return Packing(tuple(attention_mask.shape), index, count, lengths)
+
+
 def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, **options):
-    """An attention function of Transformers: (1, heads, tokens, d) -> (1, tokens, heads, d), within each sequence."""
-    if packing is None:  # a call that nobody packed
+    """Attention function of encoders; without `packing`, the usual one."""
+    if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
-    window = options.get("sliding_window")
     unknown = [name for name in ("position_bias", "softcap", "s_aux", "cache") if options.get(name) is not None]
     if attention_mask is not None or unknown or getattr(module, "is_causal", False) or query.shape != key.shape:
         raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    lengths = packing.lengths
-    out = _attend(query, key, value, lengths, lengths, packing.layouts, scale=scale, window=window, dropout=dropout)
-    return out[None], None
+    lengths, window = packing.lengths, options.get("sliding_window")
+    out = _attend_packed(query, key, value, lengths, lengths, packing.layouts, scaling, window=window, dropout=dropout)
+    return out, None
 
 
 def _mask(*arguments, attention_mask=None, **options):
-    # a packed batch comes without a mask; sentence-transformers gives one with every other
+    # a packed batch has no mask; sentence-transformers gives a mask with any other batch
     return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
 
 
@@ -280,7 +317,7 @@ def _unpack(transformer, arguments, output):
     packing = output.pop("packing", None)
     if packing is None:
         return None
-    output |= packing.features  # as they came: ids and mask
+    output |= packing.features  # the padded ids and mask
     output.pop("position_ids")
     if transformer.is_pooled_packed and output["token_embeddings"].device.type == "cpu":
         output["token_embeddings"] = output["token_embeddings"][:, : packing.real]
@@ -293,7 +330,7 @@ def _unpack(transformer, arguments, output):
 
 
 def _first_position(encoder) -> int:
-    """0, or for RoBERTa and its kin the position after the padding's id."""
+    """Number of a text's first position: 0, or for RoBERTa-like models the padding's id plus 1."""
     for module in encoder.modules():
         if isinstance(getattr(module, "padding_idx", None), int) and hasattr(module, "position_embeddings"):
             return module.padding_idx + 1
@@ -301,20 +338,17 @@ def _first_position(encoder) -> int:
 
 
 def is_packed(transformer) -> bool:
-    """Whether batches go through this sentence-transformers `Transformer` module without their padding."""
+    """Whether this sentence-transformers `Transformer` module computes its batches without padding."""
     encoder = getattr(transformer, "auto_model", None)
     return encoder is not None and encoder.config._attn_implementation == NAME
 
 
-@torch.no_grad()
 def remove_padding(retriever) -> bool:
-    """Packs the batches of a SentenceTransformer's encoder from now on, where that changes no embedding.
+    """Makes the encoder of a SentenceTransformer compute without padding, if that changes no embedding.
 
-    False, and the batches stay padded, for an encoder whose attention cannot be replaced, and for one that answers
-    otherwise on three random texts, longer than its sliding window if it has one.
+    False, and the model is unchanged, if its attention cannot be replaced or its outputs for three random texts differ.
     """
-    # only for those who have one anyhow: it takes seconds
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # takes seconds
 
     transformer = retriever[0]
     if not isinstance(transformer, Transformer) or transformer.modality_config.keys() != {"text"}:
@@ -322,7 +356,7 @@ def remove_padding(retriever) -> bool:
     encoder, config = transformer.auto_model, transformer.auto_model.config
     if not encoder.is_backend_compatible() or not hasattr(config, "vocab_size"):
         return False
-    before, was_training = config._attn_implementation, transformer.training
+    # longer than a sliding window, if the encoder has one
     longest = 2 * (getattr(config, "sliding_window", None) or 0) + 40
     longest = min(longest, getattr(config, "max_position_embeddings", longest + 8) - 8)
     mask = (torch.arange(longest) < torch.tensor([[longest], [5], [20]])).long()
@@ -330,39 +364,31 @@ def remove_padding(retriever) -> bool:
         config.vocab_size // 2, config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)
     )
     features = {"input_ids": ids.to(encoder.device), "attention_mask": mask.to(encoder.device)}
-    transformer.is_pooled_packed = False  # while padded outputs are compared
-    transformer.eval()
-    handles = []
-    try:
-        expected = transformer(dict(features))["token_embeddings"]
-        encoder.set_attn_implementation(NAME)
-        if transformer.model_forward_params is not None:  # the names that sentence-transformers hands on
-            transformer.model_forward_params |= {"position_ids", "packing"}
-        handles = [transformer.register_forward_pre_hook(_pack), transformer.register_forward_hook(_unpack)]
-        packed = transformer(dict(features))["token_embeddings"]
-        if ((packed - expected)[mask.bool()]).abs().max() <= 1e-4 * expected.abs().max():
-            transformer.is_pooled_packed = len(retriever) > 1 and isinstance(retriever[1], Pooling)
-            return True
-    except Exception as error:  # whatever a foreign model says to it, its batches stay padded
-        logger.info("batches stay padded: %s", error)
-    finally:
-        transformer.train(was_training)
-    for handle in handles:
-        handle.remove()
-    encoder.set_attn_implementation(before)
-    return False
+
+    def embed():
+        return transformer(dict(features))["token_embeddings"][mask.bool()]
+
+    if transformer.model_forward_params is not None:  # the arguments that sentence-transformers passes on
+        transformer.model_forward_params |= {"position_ids", "packing"}
+    # the hooks do nothing until the attention is NAME
+    hooks = [transformer.register_forward_pre_hook(_pack), transformer.register_forward_hook(_unpack)]
+    transformer.is_pooled_packed = False  # padded outputs are compared
+    is_removed = _keep_if_equal(transformer, encoder, NAME, hooks, embed, embed)
+    transformer.is_pooled_packed = is_removed and len(retriever) > 1 and isinstance(retriever[1], Pooling)
+    return is_removed
 
 
-BOTH = "packed_encoder_decoder"
-_now: list[dict] = []  # lengths of what is being attended, and their layouts; innermost last
+# ---- encoder-decoders
+
+_now: list[dict] = []  # the active `laid_end_to_end` contexts, innermost last
 
 
 @contextmanager
 def laid_end_to_end(lengths: list[int], key_lengths: list[int] | None = None):
-    """Within it, attention of an encoder-decoder given to `remove_padding_of_both` is within sequences of `lengths`.
+    """Within it, a model prepared by `remove_padding_of_both` takes (1, sum of lengths): sequences end to end.
 
-    Its inputs are then (1, sum of lengths). `key_lengths`: those of the encoder's tokens that each sequence of the
-    decoder reads.
+    For the decoder, `key_lengths` are the numbers of encoder tokens that each of its sequences attends to. With
+    activation checkpointing it must be active in the recomputed forward pass too.
     """
     _now.append({"self": lengths, "cross": key_lengths or lengths, "layouts": {}})
     try:
@@ -376,14 +402,10 @@ def _attention_of_both(module, query, key, value, attention_mask, dropout=0.0, s
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     if options.get("position_bias") is not None:
         raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
-    causal = bool(getattr(module, "is_causal", False))
-    lengths = _now[-1]["self"]
-    key_lengths = lengths if causal else _now[-1]["cross"]
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layouts = _now[-1]["layouts"]
-    out = _attend(query, key, value, lengths, key_lengths, layouts, scale=scale, causal=causal, dropout=dropout)
-    return out[None], None
+    now, causal = _now[-1], bool(getattr(module, "is_causal", False))
+    keys = now["self"] if causal else now["cross"]
+    out = _attend_packed(query, key, value, now["self"], keys, now["layouts"], scaling, causal=causal, dropout=dropout)
+    return out, None
 
 
 def _mask_of_both(*arguments, **options):
@@ -407,44 +429,34 @@ def _take_each_position(module, arguments, output):
     if not _now:
         return None
     places = torch.cat([torch.arange(length, device=output.device) for length in _now[-1]["self"]])
-    return output.index_select(-2, places)  # whose gradient adds up in one order, unlike that of [places]
+    return output.index_select(-2, places)  # not [places], whose gradient adds up in any order
 
 
-@torch.no_grad()
 def remove_padding_of_both(model) -> bool:
-    """Makes an encoder-decoder take sequences that are `laid_end_to_end`; with others it does what it did.
+    """Makes an encoder-decoder accept sequences that are `laid_end_to_end`; other calls stay as they are.
 
-    False, and nothing is changed, for a model whose attention or positions cannot be replaced, and for one that answers
-    otherwise on three random examples.
+    False, and the model is unchanged, if its attention or positions cannot be replaced or its outputs for three random
+    examples differ.
     """
     encoder, decoder, config = model.get_encoder(), model.get_decoder(), model.config
     positions = [getattr(stack, "embed_positions", None) for stack in (encoder, decoder)]
-    if None in positions or not hasattr(config, "vocab_size"):
+    if not all(isinstance(module, nn.Module) for module in positions) or not hasattr(config, "vocab_size"):
         return False
-    before, was_training, handles = config._attn_implementation, model.training, []
     generator = torch.Generator().manual_seed(0)
     lengths, targets = [9, 3, 6], [4, 7, 2]
     ids, labels = (torch.randint(3, config.vocab_size, (3, 9), generator=generator).to(model.device) for _ in range(2))
     mask = torch.arange(9, device=model.device) < torch.tensor(lengths, device=model.device)[:, None]
     real = torch.arange(9, device=model.device) < torch.tensor(targets, device=model.device)[:, None]
-    model.eval()
-    try:
-        expected = model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=labels).logits[real]
-        for module in positions:
-            handles.append(module.register_forward_pre_hook(_ask_for_all_positions, with_kwargs=True))
-            handles.append(module.register_forward_hook(_take_each_position))
-        model.set_attn_implementation(BOTH)
+
+    def padded():
+        return model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=labels).logits[real]
+
+    def packed():
         with laid_end_to_end(lengths):
             hidden = encoder(input_ids=ids[mask][None])
         with laid_end_to_end(targets, lengths):
-            packed = model(encoder_outputs=hidden, decoder_input_ids=labels[real][None], use_cache=False).logits[0]
-        if (packed - expected).abs().max() <= 1e-4 * expected.abs().max():
-            return True
-    except Exception as error:  # whatever a foreign model says to it, its batches stay padded
-        logger.info("batches stay padded: %s", error)
-    finally:
-        model.train(was_training)
-    for handle in handles:
-        handle.remove()
-    model.set_attn_implementation(before)
-    return False
+            return model(encoder_outputs=hidden, decoder_input_ids=labels[real][None], use_cache=False).logits[0]
+
+    hooks = [module.register_forward_pre_hook(_ask_for_all_positions, with_kwargs=True) for module in positions]
+    hooks += [module.register_forward_hook(_take_each_position) for module in positions]
+    return _keep_if_equal(model, model, BOTH, hooks, padded, packed)
