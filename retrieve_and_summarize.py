@@ -74,7 +74,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from utils.cli.script import end_run, precision, run_script, start
+from utils.cli.script import end_run, precision, record_run, run_script, start
 from utils.data.examples import Document, Example, Hop
 from utils.data.hand_over import hops_record
 from utils.data.loading import load_examples
@@ -85,7 +85,7 @@ from utils.evaluation.hops import score_hop
 from utils.files import digest, write_jsonl
 from utils.models.encoder import encode, load_retriever, weights_key
 from utils.models.encoder_decoder import Summarizer, load_model_and_tokenizer
-from utils.models.settings import saved_arguments
+from utils.models.settings import saved_settings
 from utils.models.sources import Sources, collate
 from utils.retrieval.bm25 import bm25_rankings
 from utils.retrieval.dense import remember_passages, retriever_rankings
@@ -148,7 +148,7 @@ def load_models(args, accelerator) -> Models:
         if name.startswith("outputs/") and not Path(name).is_dir():  # no name to ask the Hub for
             raise UsageError(f"--{flag_name} {name}: no such folder; {script} makes it, or name another")
     retriever = None if args.retriever == "bm25" else load_retriever(args.retriever).to(accelerator.device)
-    saved = saved_arguments(args.summarizer)
+    saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5}
     settings |= asdict(GenerationArguments())
     for name, default in settings.items():
@@ -169,9 +169,7 @@ def load_models(args, accelerator) -> Models:
     elif summarizer is None:
         raise UsageError("--drafter summarizer needs a --summarizer")
     generation = {name: settings[name] for name in asdict(GenerationArguments())}
-    return Models(
-        retriever, saved_arguments(args.retriever), summarizer, sources, generation, settings["top_k"], scorer
-    )
+    return Models(retriever, saved_settings(args.retriever), summarizer, sources, generation, settings["top_k"], scorer)
 
 
 # ---- the hops of some examples, on one process
@@ -261,7 +259,7 @@ def in_blocks(examples: list, size: int) -> list[list[int]]:
 
 def main():
     args = arguments
-    saved = [saved_arguments(name) for name in (args.retriever, args.summarizer) if name not in ("bm25", "extract")]
+    saved = [saved_settings(name) for name in (args.retriever, args.summarizer) if name not in ("bm25", "extract")]
     is_pretrained = any(not settings or settings.get("model_name_or_path") for settings in saved)
     accelerator = Accelerator(mixed_precision=precision(args, is_pretrained))
     run_folder = start(accelerator, args)
@@ -273,6 +271,7 @@ def main():
 
     examples, split = read_input(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
     models = load_models(args, accelerator)
+    record_run(accelerator, args, run_folder)  # only now it is accepted
     key = digest([
         sorted((name, value) for name, value in vars(args).items() if name not in ("output_dir", "deterministic")),
         [*models.key(), accelerator.mixed_precision],

@@ -74,11 +74,19 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
 from transformers import get_scheduler
 
-from utils.cli.script import end_run, precision, run_script, start
+from utils.cli.script import end_run, precision, record_run, run_script, start
 from utils.data.hand_over import read_drafts, write_hand_over
 from utils.data.loading import load_splits
 from utils.models.contrastive import backward_by_chunk, contrastive_loss, count_pairs, embed, embed_without_graph
-from utils.models.encoder import build_small_encoder, count_tokens, encode, in_chunks, load_retriever, weights_key
+from utils.models.encoder import (
+    build_small_encoder,
+    count_tokens,
+    encode,
+    in_chunks,
+    load_retriever,
+    save_pretrained,
+    weights_key,
+)
 from utils.retrieval.corpus_search import CorpusSearch
 from utils.retrieval.document_search import DocumentSearch
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
@@ -86,7 +94,7 @@ from utils.retrieval.ranking import fuse_hops, search_text
 from utils.training.batching import batch_shape, plan_epoch
 from utils.training.checkpoint_files import publish
 from utils.training.log import RunLog, score_table
-from utils.training.loop_state import schedule_steps
+from utils.training.loop_state import schedule_steps, warmup_steps
 from utils.training.run import Run
 from utils.training.step import average_gradients, is_sharded, local_gradients, parameter_groups, together
 
@@ -198,13 +206,13 @@ def validate(examples: list, gold: list, drafts: list, rank_by, bm25_scores: dic
 
 
 def between_steps(run: Run, validate_now, args) -> None:
-    """Validates if that is due, then saves if that is due."""
+    """Saves if that is due, then validates if that is due."""
+    if run.is_checkpoint_due():  # first: an error in validation loses nothing
+        run.save()
     if run.is_validation_due():
         with run.interruptible():  # after a signal, the resumed run validates
             scores = validate_now()
             run.note_validation(scores, best_by=scores.get(args.metric_for_best))
-    if run.is_checkpoint_due():
-        run.save()
 
 
 def main():
@@ -221,7 +229,7 @@ def main():
     )  # fmt: skip
     run_folder = start(accelerator, args)
     if args.gradient_cache_tokens and is_sharded(accelerator):  # whose processes must run the model equally often
-        raise UsageError("--gradient_cache_tokens is not supported with FSDP and DeepSpeed")
+        raise UsageError("--gradient_cache_tokens is not supported with FSDP")
     log = RunLog(accelerator, run_folder, args.log_format)
     train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
     documents = list(dict.fromkeys(example.document for example in train))  # or the one corpus of all examples
@@ -242,15 +250,16 @@ def main():
     optimizer = torch.optim.AdamW(parameter_groups(retriever, args.weight_decay), lr=args.learning_rate, fused=True,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)  # fmt: skip
     # not prepared: accelerate would step it once for each process
-    max_steps = schedule_steps(args, plan)
-    warmup_steps = min(args.num_warmup_steps, max_steps // 10) if max_steps else args.num_warmup_steps
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, max_steps)
+    max_steps = schedule_steps(args, plan, shape_of)
+    warmup = warmup_steps(args, max_steps)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
     # FSDP leaves each process a part of the weights: a whole model is kept to be saved
     whole = copy.deepcopy(retriever) if is_sharded(accelerator) else retriever
     model, optimizer = accelerator.prepare(retriever, optimizer)
 
-    run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler, plan=plan,
-              shape=shape_of, data=pairs.digest())  # fmt: skip
+    run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
+              warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
+    record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
     if run.state.negatives:  # mined before the run was interrupted
         pairs.set_negatives(run.state.negatives)
 
@@ -284,7 +293,7 @@ def main():
             else:
                 average_gradients(accelerator, model)
                 gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
-                failure = run.check_gradients(gnorm)
+                failure = run.check_gradients(sums, gnorm)
             if failure:
                 run.skip(failure)  # nothing of the step is applied, on any process
             else:
@@ -314,7 +323,7 @@ def main():
         log.say(score_table(rows, columns))
         if whole is not retriever:
             whole.load_state_dict(weights)
-        publish(run_folder, lambda folder: whole.save_pretrained(str(folder), create_model_card=False))
+        publish(run_folder, lambda folder: save_pretrained(whole, folder, args))
     for split, examples in {"train": train, "validation": validation}.items():
         ranked = [ranking[: args.top_k] for ranking in rank_by(examples)]
         if accelerator.is_main_process:

@@ -54,18 +54,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch.profiler import record_function
 from transformers import get_scheduler
 
-from utils.cli.script import end_run, precision, run_script, start
+from utils.cli.script import end_run, precision, record_run, run_script, start
 from utils.data.hand_over import write_predictions
 from utils.data.loading import load_splits
 from utils.data.trec import run_rankings
 from utils.evaluation.extracts import score_extracts
 from utils.files import digest
 from utils.models.encoder_decoder import Summarizer, build_small_bart, load_model_and_tokenizer, save_pretrained
-from utils.models.settings import saved_arguments
+from utils.models.settings import saved_settings, write_settings
 from utils.models.sources import Sources, collate, count_targets, count_tokens, halves
 from utils.models.tokenizer import train_tokenizer
 from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
@@ -74,7 +74,7 @@ from utils.retrieval.dense import retriever_rankings
 from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns
 from utils.training.checkpoint_files import publish
 from utils.training.log import RunLog, score_table
-from utils.training.loop_state import schedule_steps
+from utils.training.loop_state import schedule_steps, warmup_steps
 from utils.training.run import Run
 from utils.training.step import average_gradients, is_sharded, local_gradients, parameter_groups
 
@@ -106,7 +106,8 @@ def rank(train: list, validation: list, args, accelerator) -> list[list]:
     """Ranks the passages of each example of both splits, by `--retriever`."""
     name, splits = args.retriever, (train, validation)
     if name in BASELINES:
-        return [[BASELINES[name](example) for example in examples] for examples in splits]
+        seed = {"seed": args.seed} if name == "random" else {}
+        return [[BASELINES[name](example, **seed) for example in examples] for examples in splits]
     if name in (None, "bm25"):
         ranked = [[example.retrieved if name is None else None for example in examples] for examples in splits]
         return [bm25_rankings(examples) if None in own else own for examples, own in zip(splits, ranked, strict=True)]
@@ -116,7 +117,7 @@ def rank(train: list, validation: list, args, accelerator) -> list[list]:
     from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
 
     encode_texts = partial(encode, load_retriever(name).to(accelerator.device), accelerator=accelerator)
-    return [retriever_rankings(examples, encode_texts, saved_arguments(name)) for examples in splits]
+    return [retriever_rankings(examples, encode_texts, saved_settings(name)) for examples in splits]
 
 
 def read(examples: list, rankings: list, sources: Sources, args) -> list[dict]:
@@ -172,7 +173,7 @@ def train_micro_batch(batch: dict, target_tokens: int, *, accelerator, model, su
 
 def validate(summarizer, rows: list[dict], sources: Sources, extract_scores, *, args, accelerator, poll) -> tuple:
     """Predictions, and scores beside those of extracts, on all processes. Raises Interrupted on a signal."""
-    from utils.evaluation.rouge import Rouge  # imports `evaluate`, which takes seconds
+    from utils.evaluation.rouge import mean_of_each, rouge_of_each  # imports `evaluate`, which takes seconds
 
     tokenizer = sources.tokenizer
     batches = eval_batches([sum(map(len, row["source"])) for row in rows], batch_size=args.per_device_eval_batch_size)
@@ -190,31 +191,37 @@ def validate(summarizer, rows: list[dict], sources: Sources, extract_scores, *, 
             labels = batch.pop("labels")
             ids = summarizer.generate(**batch, **args.generation(), do_sample=False)
         if not is_extra:
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            generated += [(i, text.strip()) for i, text in zip(batches[number], texts, strict=True)]
+            texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            rouge = rouge_of_each(texts, [row["example"].summaries for row in own])  # each process its own
+            generated += zip(batches[number], texts, rouge, strict=True)
             sums.append((number, loss.item(), nll.item(), (labels != -100).sum().item()))
     summarizer.train()
 
     if accelerator.num_processes > 1:  # every process gets all, each example once
         generated, sums = gather_object(generated), gather_object(sums)
-    predictions, scores = [text for _, text in sorted(generated)], [{}]
-    if accelerator.is_main_process:
-        # sorted by batch: the sum is then the same for any number of processes
-        loss, nll, tokens = (math.fsum(column) for column in list(zip(*sorted(sums), strict=True))[1:])
-        nll /= tokens * math.log(2)
-        rouge = Rouge().compute(predictions=predictions, references=[row["example"].summaries for row in rows])
-        scores = [{"loss": loss / tokens / math.log(2), "nll_loss": nll, "ppl": 2**nll, **rouge, **extract_scores()}]
-    return predictions, broadcast_object_list(scores)[0]
+    _, predictions, rouge = zip(*sorted(generated, key=lambda row: row[0]), strict=True)
+    # sorted by batch: the sum is then the same for any number of processes
+    loss, nll, tokens = (math.fsum(column) for column in list(zip(*sorted(sums), strict=True))[1:])
+    nll /= tokens * math.log(2)
+    loss /= tokens * math.log(2)
+    return predictions, {"loss": loss, "nll_loss": nll, "ppl": 2**nll, **mean_of_each(rouge), **extract_scores()}
+
+
+def save(summarizer, tokenizer, folder, weights: dict, args) -> None:
+    """A folder that Transformers loads, and the settings that reading and writing need."""
+    save_pretrained(summarizer, tokenizer, folder, weights)
+    reading = ("model_name_or_path", "fusion", "passage_order", "top_k", "max_source_length", "max_target_length")
+    write_settings(folder, args, (*reading, *args.generation()))
 
 
 def between_steps(run: Run, validate_now, args) -> None:
-    """Validates if that is due, then saves if that is due."""
+    """Saves if that is due, then validates if that is due."""
+    if run.is_checkpoint_due():  # first: an error in validation loses nothing
+        run.save()
     if run.is_validation_due():
         with run.interruptible():  # after a signal, the resumed run validates
             predictions, scores = validate_now()
             run.note_validation(scores, best_by=scores.get(args.metric_for_best), predictions=predictions)
-    if run.is_checkpoint_due():
-        run.save()
 
 
 def main():
@@ -253,16 +260,17 @@ def main():
     optimizer = torch.optim.AdamW(parameter_groups(summarizer, args.weight_decay), lr=args.learning_rate, fused=True,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)  # fmt: skip
     # not prepared: accelerate would step it once for each process
-    max_steps = schedule_steps(args, plan)
-    warmup_steps = min(args.num_warmup_steps, max_steps // 10) if max_steps else args.num_warmup_steps
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, max_steps)
+    max_steps = schedule_steps(args, plan, shape_of)
+    warmup = warmup_steps(args, max_steps)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
     model, optimizer = accelerator.prepare(summarizer, optimizer)
-    run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler, plan=plan,
-              shape=shape_of, data=digest(pairs))  # fmt: skip
+    run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
+              warmup=warmup, plan=plan, shape=shape_of, data=digest(pairs))  # fmt: skip
+    record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
 
     # ---- training
 
-    extract_scores = functools.cache(partial(score_extracts, train, validation))  # when first asked for
+    extract_scores = functools.cache(partial(score_extracts, train, validation, accelerator))  # at the first validation
     validate_now = partial(validate, summarizer, validation_rows, sources, extract_scores, args=args,
                            accelerator=accelerator, poll=run.poll)  # fmt: skip
     model.train()
@@ -283,7 +291,7 @@ def main():
             else:
                 average_gradients(accelerator, model)
                 gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
-                failure = run.check_gradients(gnorm)
+                failure = run.check_gradients(sums, gnorm)
             if failure:
                 run.skip(failure)  # nothing of the step is applied, on any process
             else:
@@ -309,7 +317,7 @@ def main():
     if accelerator.is_main_process:
         rows = {"lead extract": scores["lead"], "oracle extract": scores["oracle"], "summarizer": scores}
         log.say(score_table(rows, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
-        publish(run_folder, lambda folder: save_pretrained(summarizer, tokenizer, folder, weights))
+        publish(run_folder, lambda folder: save(summarizer, tokenizer, folder, weights, args))
         write_predictions(run_folder / "predictions.validation.jsonl", validation_rows, predictions)
         log.say(f"wrote {run_folder / 'predictions.validation.jsonl'}")
     end_run(accelerator)

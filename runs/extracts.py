@@ -21,7 +21,7 @@ from utils.data.loading import load_examples
 from utils.evaluation.intervals import bootstrap_means
 from utils.evaluation.rouge import rouge_scores
 from utils.models.encoder import encode, load_retriever
-from utils.models.settings import saved_arguments
+from utils.models.settings import saved_settings
 from utils.retrieval.bm25 import bm25_rankings
 from utils.retrieval.dense import retriever_rankings
 from utils.retrieval.oracle import greedy_rouge_oracle
@@ -44,7 +44,7 @@ for name, _, model in (retriever.partition("=") for retriever in args.retrievers
     else:
         encoder = load_retriever(model).to(accelerator.device)
         rankings = retriever_rankings(
-            examples, partial(encode, encoder, accelerator=accelerator), saved_arguments(model)
+            examples, partial(encode, encoder, accelerator=accelerator), saved_settings(model)
         )
     read = [sorted(passage for passage, _ in ranking[: args.top_k]) for ranking in rankings]
     scores = []

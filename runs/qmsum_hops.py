@@ -55,7 +55,7 @@ from utils.data.passages import split_sentences
 from utils.evaluation.compare import score_examples
 from utils.evaluation.intervals import bootstrap_means
 from utils.models.encoder import encode, load_retriever
-from utils.models.settings import saved_arguments
+from utils.models.settings import saved_settings
 from utils.retrieval.dense import remember_passages, retriever_rankings
 from utils.retrieval.drafts import extract_drafts
 from utils.retrieval.oracle import greedy_rouge_oracle
@@ -88,7 +88,7 @@ def best_extract(example, passages: list[int]) -> str:
     return " ".join(sentences[i] for i in sorted(greedy_rouge_oracle(sentences, example.summaries)))
 
 
-settings, own = saved_arguments(args.retriever), encoder(args.retriever)
+settings, own = saved_settings(args.retriever), encoder(args.retriever)
 first = retriever_rankings(examples, own, settings)
 read = [[passage for passage, _ in ranking[: args.top_k]] for ranking in first]
 drafts = {

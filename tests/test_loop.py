@@ -104,15 +104,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_run_goes_on(script, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_processes_that_disagree_on_the_gradient_stop_unless_told_not_to(script, tmp_path):
-    wrapper = inject(
-        tmp_path, script, "utils.training.step:check_grad_norm", "rank == 1", "args = (args[0], 2 * args[1])"
-    )
+def test_processes_whose_weights_differ_stop_unless_told_not_to(script, tmp_path):
+    doubled = "next(args[1].parameters()).data.mul_(2)"
+    wrapper = inject(tmp_path, script, "utils.training.step:check_weight_norm", "rank == 1", doubled)
     result = run(wrapper, tmp_path / "run", processes=2, expect=1)  # the launcher's code
-    assert "the processes disagree on the gradient norm" in result.stderr
+    assert "the processes disagree on the norm of the weights" in result.stderr
     assert re.search(r"exitcode +: 3\b", result.stderr)
     assert not events(tmp_path / "run", "train")
-    run(wrapper, tmp_path / "run", "--check_grad_norm", False, "--num_train_epochs", 1, processes=2)
+    run(wrapper, tmp_path / "run", "--check_weight_norm", False, "--num_train_epochs", 1, processes=2)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Files and folders that are written completely or not at all, checksums, and the cache folder."""
 
+import errno
 import hashlib
 import json
 import os
@@ -49,6 +50,17 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
 def write_json(path: str | os.PathLike, content) -> None:
     """Writes an indented JSON file, completely or not at all."""
     write_lines(path, [json.dumps(content, indent=2)])
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room to write, also one of a library that has its own kind of error."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    texts = [f"(os error {number})" for number in numbers] + [os.strerror(number) for number in numbers]
+    while error is not None:
+        if getattr(error, "errno", None) in numbers or any(text in str(error) for text in texts):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def remove(path: Path) -> None:

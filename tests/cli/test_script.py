@@ -8,7 +8,7 @@ import torch
 from conftest import alone
 
 from utils.cli.arguments import TrainingArguments
-from utils.cli.script import run_script, start
+from utils.cli.script import record_run, run_script, start
 from utils.errors import CheckpointError, DataError, Diverged, UsageError
 
 
@@ -48,7 +48,7 @@ def test_a_start_seeds_everything_and_asks_for_deterministic_operations_if_told(
     threads = torch.get_num_threads()
     args = TrainingArguments(output_dir=str(tmp_path / "run"), seed=3, deterministic=deterministic)
     try:
-        start(alone(), args)
+        record_run(alone(), args, start(alone(), args))
         draws = torch.rand(2)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         start(alone(), args)

@@ -380,7 +380,7 @@ def test_safetensors_reads_what_was_written_byte_for_byte(tmp_path, monkeypatch,
 def checkpoints_of(folder: Path, model, optimizer) -> Checkpoints:
     accelerator = Accelerator(cpu=True)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    args, signals = SimpleNamespace(checkpoints_total_limit=0, seed=0), SimpleNamespace(received=None)
+    args, signals = SimpleNamespace(checkpoints_total_limit=0, decisive=dict), SimpleNamespace(received=None)
     return Checkpoints(accelerator, args, folder, lambda *event, **values: None, signals, model=model,
                        optimizer=optimizer, scheduler=scheduler, data="", shape=lambda epoch: {})  # fmt: skip
 

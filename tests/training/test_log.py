@@ -17,7 +17,8 @@ from utils.training.log import Meters, RunLog
 def test_meters_add_up_their_steps_and_start_anew_once_read():
     meters = Meters(alone())
     for gnorm in (0.5, 1.5, 2.5):
-        meters.add_step(gnorm, max_grad_norm=1.0, seconds=2.0)
+        meters.add_step(gnorm, max_grad_norm=1.0)
+        meters.seconds += 2.0
         meters.add(loss=6 * math.log(2), nll=4 * math.log(2), count=2, examples=4, tokens=30, slots=40)
     middle = copy.deepcopy(json.loads(json.dumps(meters.state(alone()))))
     line = meters.read(alone())
@@ -32,7 +33,7 @@ def test_meters_add_up_their_steps_and_start_anew_once_read():
     again = Meters(alone(), middle)  # from a checkpoint
     memory = {"memory_gb": 0}
     assert again.read(alone()) | memory == line | memory
-    meters.add_step(9.0, max_grad_norm=0, seconds=1.0)
+    meters.add_step(9.0, max_grad_norm=0)
     assert meters.read(alone())["clip"] == 0  # 0: never clipped
 
 

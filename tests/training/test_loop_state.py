@@ -38,5 +38,20 @@ def test_each_learning_rate_schedule_rises_over_the_warm_up_and_ends_where_it_sh
     ],
 )
 def test_the_schedule_spans_the_steps_that_the_flags_allow(flags, steps):
-    args = SimpleNamespace(**{"max_train_steps": 0, **flags})
-    assert schedule_steps(args, lambda epoch: [None] * (epoch + 2)) == steps
+    args = SimpleNamespace(**{"max_train_steps": 0, "max_tokens": 100, **flags})
+    assert schedule_steps(args, lambda epoch: [None] * (epoch + 2), None) == steps
+
+
+def test_plans_are_made_once_for_each_shape_and_no_further_than_the_limit():
+    planned, shapes = [], [{"micro_batches": count} for count in (2, 1, 1, 1)]
+
+    def plan(epoch):
+        planned.append(epoch)
+        return [None] * 10 * (1 + epoch)
+
+    args = SimpleNamespace(max_train_steps=0, max_tokens=0, num_train_epochs=4)
+    assert schedule_steps(args, plan, shapes.__getitem__) == 10 + 3 * 20
+    assert planned == [0, 1]
+    args = SimpleNamespace(max_train_steps=25, max_tokens=100, num_train_epochs=4)
+    assert schedule_steps(args, plan, shapes.__getitem__) == 25
+    assert planned == [0, 1, 0, 1]

@@ -16,8 +16,9 @@ def fp16():
     model = torch.nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    run = SimpleNamespace(args=SimpleNamespace(check_grad_norm=True, nan_detector=False, seed=1), optimizer=optimizer,
-                          accelerator=alone(scaler=scaler), state=SimpleNamespace(step=0))  # fmt: skip
+    run = SimpleNamespace(args=SimpleNamespace(nan_detector=True, seed=1), optimizer=optimizer,
+                          accelerator=alone(scaler=scaler), state=SimpleNamespace(step=0),
+                          is_culprit_named=False)  # fmt: skip
     run._seed_step = lambda: None
     return model, optimizer, scaler, run
 
@@ -32,13 +33,13 @@ def test_a_step_that_is_not_finite_lowers_the_loss_scale_and_changes_no_weight(f
     model, optimizer, scaler, run = fp16
     before = model.weight.detach().clone()
     gnorm = scaled_gradients(model, optimizer, scaler, math.inf)
-    assert Run.check_gradients(run, gnorm) == "the gradient norm is not finite"
+    assert Run.check_gradients(run, [{"loss": 1.0}], gnorm) == "the gradient norm is not finite"
     assert scaler.get_scale() == 512.0
     assert torch.equal(model.weight, before)
     optimizer.zero_grad()
 
     gnorm = scaled_gradients(model, optimizer, scaler, 1.0)  # and the next step is applied
-    assert Run.check_gradients(run, gnorm) is None
+    assert Run.check_gradients(run, [{"loss": 1.0}], gnorm) is None
     scaler.step(optimizer)
     scaler.update()
     assert not torch.equal(model.weight, before)

@@ -8,7 +8,7 @@ import torch
 from conftest import alone
 
 from utils.errors import Diverged
-from utils.training.step import NanDetector, check_grad_norm, check_loss_scale, parameter_groups, seed_step
+from utils.training.step import NanDetector, check_loss_scale, check_weight_norm, parameter_groups, seed_step
 
 
 def test_weight_decay_is_for_matrices_and_not_for_biases_and_norms():
@@ -32,13 +32,15 @@ def test_a_loss_scale_under_its_floor_ends_the_run(scale, ends):
 
 
 @pytest.mark.parametrize(("other", "ends"), [(5 * (1 + 0.9e-6), False), (5 * (1 + 3e-6), True), (math.nan, False)])
-def test_processes_that_disagree_on_the_gradient_norm_end_the_run(other, ends):
+def test_processes_whose_weights_differ_end_the_run(other, ends):
     two = alone(num_processes=2, gather=lambda mine: torch.cat([mine, torch.tensor([other], dtype=mine.dtype)]))
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.data = torch.tensor([[3.0, 4.0]])  # of norm 5
     if ends:
-        with pytest.raises(Diverged, match="disagree on the gradient norm"):
-            check_grad_norm(two, 5.0)
-    else:  # what is not finite is dropped as such
-        check_grad_norm(two, 5.0)
+        with pytest.raises(Diverged, match="disagree on the norm of the weights"):
+            check_weight_norm(two, model)
+    else:  # weights that are not finite are another fault
+        check_weight_norm(two, model)
 
 
 def test_the_first_module_that_is_not_finite_is_named_else_the_first_gradient():

@@ -44,6 +44,21 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "cle
 ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
+# Flags that may change when a run is resumed: they decide when it ends, what is validated, kept and shown. Flags of
+# data and batches are not compared, but data and batches are (see `Checkpoints.fingerprint`).
+MAY_CHANGE = frozenset(
+    """
+    output_dir num_train_epochs max_train_steps stop_time_hours stop_min_lr patience eval_steps eval_after_steps
+    checkpointing_steps checkpoints_total_limit metric_for_best greater_is_better load_best_model_at_end
+    resume_from_checkpoint allow_reshard init_from reset_optimizer reset_lr_scheduler reset_dataloader reset_meters
+    per_device_train_batch_size per_device_eval_batch_size max_tokens gradient_accumulation_steps curriculum_epochs
+    group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
+    min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
+    validation_drafts_file ranking bm25_weight smooth_window smooth_decay index trec_run
+    """.split()
+)
+
+
 @dataclass
 class ReadingArguments:
     """How files of examples are read."""
@@ -179,7 +194,7 @@ class TrainingArguments(RunArguments):
     )
     nan_detector: bool = flag(True, "name the first module with an output that is not finite")
     min_loss_scale: float = flag(1e-4, "loss scale of fp16 under which the run ends")
-    check_grad_norm: bool = flag(True, "stop if the processes disagree on the gradient norm")
+    check_weight_norm: bool = flag(True, "stop if the weights of the processes differ")
 
     log_steps: int = flag(100, "optimizer steps between log lines", at_least=1)
     log_format: str | None = flag(
@@ -209,6 +224,11 @@ class TrainingArguments(RunArguments):
                 f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: "
                 "a number, or a list such as 4,2,1, of 1 or more is wanted"
             )
+
+    def decisive(self) -> dict:
+        """The flags that decide what a step computes, beside data and batches. To resume, they must be the same."""
+        others = {field.name for owner in (DataArguments, GenerationArguments) for field in dataclasses.fields(owner)}
+        return {name: value for name, value in vars(self).items() if name not in MAY_CHANGE | others}
 
     def accumulation(self, epoch: int) -> int:
         """Micro-batches in a step of this epoch. The last number of a list holds for all later epochs."""

@@ -1,6 +1,5 @@
 """How a script starts and ends: checks of the launch, precision, the run folder, exit codes."""
 
-import errno
 import json
 import os
 import platform
@@ -8,14 +7,17 @@ import shlex
 import sys
 import threading
 import traceback
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env, set_seed
+from filelock import FileLock, Timeout
 
 from utils.errors import Interrupted, UsageError
+from utils.files import is_disk_full, write_json, write_lines
 from utils.training.checkpoint_files import WRITER
 from utils.training.memory import keep_memory
 
@@ -32,9 +34,8 @@ def run_script(main) -> None:
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException as error:
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-        code = 74 if is_full else code
+        code = 74 if code == 1 and is_disk_full(error) else code
         if code == 1:
             traceback.print_exc()
         elif os.environ.get("RANK", "0") == "0" or code == 74:  # most errors occur on every process
@@ -82,28 +83,66 @@ def start(accelerator, args) -> Path:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
         keep_memory()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        if args.gradient_accumulation_steps != "1":
-            raise UsageError("--gradient_accumulation_steps is not supported with DeepSpeed: use FSDP2, or 1")
-        # DeepSpeed asks for it and uses it for messages only
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        raise UsageError(
+            "DeepSpeed is not supported: use accelerate_configs/fsdp2.yaml, which shards the model as well"
+        )
+    # accelerate has no other name for it yet
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     set_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
-    folder = Path(args.output_dir)
+    folder, problem = Path(args.output_dir), [None]
+    if accelerator.is_main_process:
+        problem = [_claim(folder)]
+    if broadcast_object_list(problem)[0]:
+        raise UsageError(f"--output_dir {folder}: {problem[0]}")
+    return folder
+
+
+def _claim(folder: Path) -> str | None:
+    """Makes a run folder and locks it until this process ends. Returns the problem if it belongs to another run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_main_process:
-            (folder / "arguments.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-            (folder / "command.txt").write_text(shlex.join([sys.executable, *sys.argv]) + "\n")
-            (folder / "environment.json").write_text(json.dumps(environment(accelerator), indent=2) + "\n")
+        _locks.setdefault(folder.resolve(), FileLock(folder / ".lock", blocking=False)).acquire()
+        owner = json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("script", _script())
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None  # no run yet
+    except Timeout:
+        return "another run is working in this folder; wait until it ends, or choose another folder"
     except OSError as error:
-        raise UsageError(f"--output_dir {folder}: {error.strerror}") from error
+        return error.strerror or str(error)
+    return None if owner == _script() else f"holds a run of {owner}; choose another folder for {_script()}"
+
+
+_locks: dict[Path, FileLock] = {}  # held until the process ends
+
+
+def _script() -> str:
+    return Path(sys.argv[0]).name
+
+
+def record_run(accelerator, args, folder: Path, say=None) -> None:
+    """Writes what is run, on what, into the run folder. Call it once the run has accepted flags, data and checkpoint.
+
+    With `say`, a run that is resumed says which flags have changed.
+    """
+    if accelerator.is_main_process:
+        try:
+            before = json.loads((folder / "arguments.json").read_text(encoding="utf-8")) if say else {}
+        except (OSError, ValueError):
+            before = {}
+        changed = [name for name, value in asdict(args).items() if before.get(name, value) != value]
+        if changed:
+            values = ", ".join(f"--{name} {before[name]} -> {getattr(args, name)}" for name in changed)
+            say(f"changed since the last start: {values}")
+        write_json(folder / "arguments.json", asdict(args))
+        write_lines(folder / "command.txt", [shlex.join([sys.executable, *sys.argv])])
+        write_json(folder / "environment.json", environment(accelerator))
     if getattr(args, "report_to", None):
         accelerator.init_trackers(folder.name, config=asdict(args))
-    return folder
 
 
 def environment(accelerator) -> dict:
@@ -112,6 +151,7 @@ def environment(accelerator) -> dict:
 
     names = ["torch", "accelerate", "transformers", "datasets", "evaluate", "sentence-transformers"]
     return {
+        "script": _script(),
         "python": platform.python_version(),
         **{name: version(name) for name in names},
         "device": str(accelerator.device),
@@ -126,10 +166,10 @@ def precision(args, is_pretrained: bool) -> str | None:
     """The value of `--mixed_precision`, else what `accelerate` was told, else bf16 where that is faster.
 
     bf16 is several times faster for pretrained models if the GPU or processor has instructions for it. The small models
-    built from scratch are faster in float32. FSDP and DeepSpeed use their own configuration.
+    built from scratch are faster in float32. FSDP uses its own configuration.
     """
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    own = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    own = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if args.mixed_precision or told != "no" or own or not is_pretrained:
         return args.mixed_precision
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")

@@ -37,8 +37,8 @@ def write_parts(
         poll: called on all processes between two blocks; may raise.
     """
     if accelerator.is_main_process:
-        for other in parts.parent.glob(f"{parts.stem}.*"):
-            if other != parts:
+        for other in parts.parent.iterdir():
+            if other.stem == parts.stem and other != parts and other.is_dir():
                 shutil.rmtree(other)
         parts.mkdir(exist_ok=True)
     accelerator.wait_for_everyone()

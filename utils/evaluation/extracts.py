@@ -3,27 +3,33 @@
 import itertools
 from collections.abc import Sequence
 
+from accelerate.utils import gather_object
+
 from utils.data.examples import Example
 from utils.retrieval.baselines import oracle_ranking
 
 
-def score_extracts(train: Sequence[Example], validation: Sequence[Example]) -> dict[str, dict[str, float]]:
+def score_extracts(train: Sequence[Example], validation: Sequence[Example], accelerator) -> dict[str, dict[str, float]]:
     """Returns ROUGE of two extracts of each validation document: {"lead": scores, "oracle": scores}.
 
     "lead" is the beginning of the document, as long as the average training reference. "oracle" is the passages that
-    `oracle_ranking` chooses; it sees the reference.
+    `oracle_ranking` chooses; it sees the reference. Called on all processes: each scores a part.
     """
-    from utils.evaluation.rouge import Rouge  # imports `evaluate`, which takes seconds
+    from utils.evaluation.rouge import mean_of_each, rouge_of_each  # imports `evaluate`, which takes seconds
 
     lengths = [len(text.split()) for example in train for text in example.summaries]
     words = sum(lengths) / len(lengths)
+    mine = validation[accelerator.process_index :: accelerator.num_processes]
     extracts = {"lead": [], "oracle": []}
-    for example in validation:
+    for example in mine:
         passages = example.document.passages
         extracts["lead"].append(_lead_text(passages, words))
         extracts["oracle"].append(" ".join(passages[passage] for passage, _ in oracle_ranking(example)))
-    references = [example.summaries for example in validation]
-    return {name: Rouge().compute(predictions=texts, references=references) for name, texts in extracts.items()}
+    references = [example.summaries for example in mine]
+    scores = {name: rouge_of_each(texts, references) for name, texts in extracts.items()}
+    if accelerator.num_processes > 1:
+        scores = {name: gather_object(of_each) for name, of_each in scores.items()}
+    return {name: mean_of_each(of_each) for name, of_each in scores.items()}
 
 
 def _lead_text(passages: Sequence[str], words: float) -> str:

@@ -55,6 +55,16 @@ class LocalMetric(evaluate.Metric):
             super().__init__(keep_in_memory=True, cache_dir=folder, **kwargs)
 
 
+def rouge_of_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+    """`rouge_scores` of each prediction."""
+    return [rouge_scores(*texts) for texts in zip(predictions, references, strict=True)]
+
+
+def mean_of_each(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each score, the same in any order."""
+    return {name: math.fsum(of_one[name] for of_one in scores) / len(scores) for name in scores[0]}
+
+
 class Rouge(LocalMetric):
     """ROUGE F-measures (see `rouge_scores`), mean over examples; references are strings or lists of strings.
 

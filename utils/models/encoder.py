@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel
 from utils.errors import UsageError
 from utils.fast.cpu import laid_out_weights, use_fast_layers
 from utils.fast.packing import is_packed, remove_padding
+from utils.models.settings import write_settings
 from utils.models.tokenizer import pad, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
 
@@ -190,3 +191,9 @@ def encode(
     for rows, vectors in gather_object([mine]) if processes > 1 else [mine]:
         embeddings[rows] = vectors
     return embeddings
+
+
+def save_pretrained(retriever: SentenceTransformer, folder: str | Path, args) -> None:
+    """A folder that `SentenceTransformer(folder)` loads unchanged, with the settings that ranking needs beside it."""
+    retriever.save_pretrained(str(folder), create_model_card=False)
+    write_settings(folder, args, ("model_name_or_path", "ranking", "bm25_weight", "smooth_window", "smooth_decay"))

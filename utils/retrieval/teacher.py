@@ -5,7 +5,7 @@ import torch
 from accelerate.utils import gather_object
 
 from utils.models.encoder_decoder import Summarizer, load_model_and_tokenizer
-from utils.models.settings import saved_arguments
+from utils.models.settings import saved_settings
 from utils.models.sources import Sources, collate
 
 
@@ -19,7 +19,7 @@ def passage_likelihoods(folder, examples, candidates, accelerator, *, batch_size
     """
     pretrained, tokenizer = load_model_and_tokenizer(folder, name="--teacher")
     summarizer = Summarizer(pretrained).to(accelerator.device).eval()
-    saved = saved_arguments(folder)
+    saved = saved_settings(folder)
     sources = Sources(tokenizer, "concat", saved.get("max_source_length", 512), "rank")
     rows = []  # (example, candidate, source, target)
     for number, (example, passages) in enumerate(zip(examples, candidates, strict=True)):

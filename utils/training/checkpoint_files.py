@@ -36,24 +36,29 @@ WRITER = "checkpoint writer"  # the name of the thread that calls `save`
 REPLACED = ".old"  # ends the name of a checkpoint that a new one of the same step is about to replace
 
 
-def save(checkpoints: Path, step: int, tensors, *, state: dict, fingerprint: dict, limit: int, is_best: bool) -> Path:
+def save(
+    checkpoints: Path, step: int, tensors: dict | None, *, state: dict, fingerprint: dict, limit: int, is_best: bool
+) -> Path:
     """Writes a checkpoint, points `last` (and `best`) to it, and then removes old ones.
 
     The `limit` newest are kept (0: all), and those that `last` and `best` point to. A checkpoint of the same step is
-    replaced. `state` and `fingerprint` are JSON (string keys, no tuples). Raises CheckpointError if a write fails.
+    replaced; without `tensors` the new one keeps those of the old one. `state` and `fingerprint` are JSON (string keys,
+    no tuples). Raises CheckpointError if a write fails.
     """
     folder = checkpoints / f"step_{step:08d}"
     temporary = checkpoints / f"{TEMPORARY}{folder.name}"
     try:
         tidy(checkpoints)
         temporary.mkdir(parents=True)
-        files = {
-            "model.safetensors": _safetensors(tensors["model"]),
-            "optimizer.safetensors": _safetensors(tensors["optimizer"]),
-            "state.json": [(json.dumps(state, indent=1) + "\n").encode()],
-            "fingerprint.json": [(json.dumps(fingerprint, indent=1) + "\n").encode()],
-        }
-        files = {name: _write(temporary / name, parts) for name, parts in files.items()}
+        files = {}
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            if tensors:
+                files[name] = _write(temporary / name, _safetensors(tensors[Path(name).stem]))
+            else:
+                os.link(folder / name, temporary / name)
+                files[name] = json.loads((folder / "manifest.json").read_text())["files"][name]
+        for name, content in {"state.json": state, "fingerprint.json": fingerprint}.items():
+            files[name] = _write(temporary / name, [(json.dumps(content, indent=1) + "\n").encode()])
         (temporary / "manifest.json").write_text(_manifest({"is_best": is_best, "files": files}))
         for path in (*temporary.iterdir(), temporary):
             sync(path)
@@ -87,6 +92,13 @@ def tidy(checkpoints: Path) -> None:
     """Finishes what a killed `save` left undone. Only the run that owns the folder calls it."""
     for path in checkpoints.glob(TEMPORARY + "*"):
         remove(path)
+    for link in (checkpoints / "last", checkpoints / "best"):
+        if link.is_dir() and not link.is_symlink():  # the run was copied with its links resolved (cp -rL)
+            manifest = (link / "manifest.json").read_bytes()
+            same = [path for path in _newest_first(checkpoints) if (path / "manifest.json").read_bytes() == manifest]
+            remove(link)
+            if same:
+                _point(link, same[0])
     interrupted = list(checkpoints.glob("step_*" + REPLACED))
     for replaced in interrupted:
         folder = replaced.with_suffix("")

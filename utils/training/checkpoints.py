@@ -1,12 +1,11 @@
 """A run's checkpoints: saving them while training goes on, and resuming from them."""
 
-import json
 import signal
-from dataclasses import asdict
+import sys
 from pathlib import Path
 from threading import Thread
 
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
 from utils.errors import CheckpointError, DamagedCheckpoint, UsageError
 from utils.files import remove
@@ -20,7 +19,6 @@ class Checkpoints:
 
     Training waits only while tensors are copied; a thread writes them. A run resumes from a checkpoint only if `data`
     (a checksum of what is trained on) and `shape(epoch)` (what decides the examples of a step) are the same.
-    DeepSpeed's own state is not saved; the log says so.
     """
 
     def __init__(self, accelerator, args, run_folder: Path, log, signals, *, model, optimizer, scheduler, data, shape):
@@ -28,48 +26,52 @@ class Checkpoints:
         self.model, self.optimizer, self.scheduler, self.data, self.shape = model, optimizer, scheduler, data, shape
         self.run_folder, self.folder = run_folder, run_folder / "checkpoints"
         self.copies: dict | None = None  # tensors that are being written
-        self.is_writing = False
+        self.is_writing, self.saved_step = False, -1
         self.thread: Thread | None = None  # on the main process
         self.error: BaseException | None = None
 
     def fingerprint(self, epoch: int) -> dict:
         """What must be the same in a checkpoint and in a run that resumes from it."""
         return {
+            "script": Path(sys.argv[0]).name,
             "data": self.data,
+            **{f"--{name}": value for name, value in self.args.decisive().items()},
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "seed": self.args.seed,
             "precision": self.accelerator.mixed_precision,
             "shape": self.shape(epoch),
         }
 
     def save(self, state: LoopState, meters: dict, *, is_best: bool) -> None:
-        """Copies the state and starts to write it. Called on all processes. Raises what `wait` raises."""
+        """Copies the state and starts to write it. Called on all processes. Raises what `wait` raises.
+
+        Called again for the same step, as after its validation, it writes the loop's state anew and keeps the tensors.
+        """
         self.wait()
-        place = {"step": state.step, "epoch": state.epoch}
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.log("checkpoint_skipped", **place, reason="not supported with DeepSpeed")
-            return
-        self.copies = gather_tensors(self.accelerator, self.model, self.optimizer, self.copies)
+        place, is_new = {"step": state.step, "epoch": state.epoch}, state.step != self.saved_step
+        self.saved_step = state.step
+        if is_new:
+            self.copies = gather_tensors(self.accelerator, self.model, self.optimizer, self.copies)
         state.meters = {name: meter.state(self.accelerator) for name, meter in meters.items()}
         scaler = self.accelerator.scaler
         content = {
-            "loop": asdict(state),
+            "loop": dict(vars(state)),  # no deep copy: the loop replaces lists and changes none
             "scheduler": {name: value for name, value in self.scheduler.state_dict().items() if name != "lr_lambdas"},
             "scaler": scaler.state_dict() if scaler else None,
         }
         if self.accelerator.is_main_process:
             event = {**place, "folder": str(self.folder / f"step_{state.step:08d}"), "is_best": is_best}
-            content = json.loads(json.dumps(content))  # a copy: the loop changes the original
             contents = {"state": content, "fingerprint": self.fingerprint(state.epoch), "is_best": is_best}
-            self.thread = Thread(target=self._write, args=(event, contents), name=checkpoint_files.WRITER)
+            tensors = self.copies if is_new else None
+            self.thread = Thread(target=self._write, args=(event, tensors, contents), name=checkpoint_files.WRITER)
             self.thread.start()
         self.is_writing = True
 
-    def _write(self, event: dict, contents: dict) -> None:
+    def _write(self, event: dict, tensors: dict | None, contents: dict) -> None:
         try:
             limit = self.args.checkpoints_total_limit
-            checkpoint_files.save(self.folder, event["step"], self.copies, **contents, limit=limit)
-            self.log("checkpoint", **event)
+            checkpoint_files.save(self.folder, event["step"], tensors, **contents, limit=limit)
+            if tensors or event["is_best"]:
+                self.log("checkpoint", **event)
         except BaseException as error:
             self.error = error
             self.signals.received = signal.SIGTERM  # ends the loop on all processes, which then call `wait`
@@ -117,6 +119,7 @@ class Checkpoints:
         if accelerator.scaler and content["scaler"]:
             accelerator.scaler.load_state_dict(content["scaler"])
         state = LoopState(**content["loop"])
+        self.saved_step = state.step if is_own else -1
         if is_own or not args.reset_lr_scheduler:
             scheduler.load_state_dict({**content["scheduler"], "lr_lambdas": [None] * len(optimizer.param_groups)})
         for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
@@ -130,7 +133,7 @@ class Checkpoints:
                 state.negatives, state.mined_in = None, 0
             if args.reset_meters:
                 state.best, state.best_step, state.validations_without_improvement = None, 0, 0
-                state.skipped, state.train_seconds, state.meters = 0, 0.0, {}
+                state.skipped, state.wall_seconds, state.meters = 0, 0.0, {}
         is_reshaped = saved["shape"] != self.fingerprint(state.epoch)["shape"]
         return state, folder, saved["shape"] if is_reshaped else None
 
@@ -155,14 +158,11 @@ class Checkpoints:
 
 def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
     """The checkpoint to start from, and whether it belongs to this run (otherwise to `--init_from`)."""
-    checkpoints = run_folder / "checkpoints"
+    checkpoints, folder = run_folder / "checkpoints", None
     checkpoint_files.tidy(checkpoints)
     if args.resume_from_checkpoint == "auto":
-        if folder := checkpoint_files.find_newest_valid(checkpoints, warn):
-            return folder, True
-    elif args.resume_from_checkpoint == "none":
-        remove(checkpoints)
-    else:
+        folder = checkpoint_files.find_newest_valid(checkpoints, warn)
+    elif args.resume_from_checkpoint != "none":
         folder = Path(args.resume_from_checkpoint).resolve()
         if problem := checkpoint_files.problems(folder):
             raise UsageError(f"--resume_from_checkpoint {problem}")
@@ -172,6 +172,7 @@ def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
                 f"--resume_from_checkpoint {folder}: {checkpoints} holds other checkpoints, up to {newest.name}; "
                 "remove the newer ones, or go on from it in another --output_dir"
             )
+    if folder:
         return folder, True
     if args.init_from:
         folder = Path(args.init_from)
@@ -179,8 +180,13 @@ def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
             folder = checkpoint_files.find_newest_valid(folder / "checkpoints", warn) or folder
         if problem := checkpoint_files.problems(folder):
             raise UsageError(f"--init_from {problem}")
-        return folder, False
-    return None, False
+        if args.resume_from_checkpoint == "none" and checkpoints.resolve() in folder.resolve().parents:
+            raise UsageError(
+                f"--init_from {folder}: --resume_from_checkpoint none would remove it; choose another --output_dir"
+            )
+    if args.resume_from_checkpoint == "none":  # only now: a command that is refused removes nothing
+        remove(checkpoints)
+    return folder, False
 
 
 def _compare(folder: Path, saved: dict, current: dict, allow_reshard: bool) -> None:

@@ -133,12 +133,11 @@ class Meters:
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
-    def add_step(self, gnorm: float, max_grad_norm: float, seconds: float) -> None:
+    def add_step(self, gnorm: float, max_grad_norm: float) -> None:
         """Counts one optimizer step with its gradient norm, which is the same on all processes."""
         self.steps += 1
         self.gnorm += gnorm
         self.clipped += gnorm > max_grad_norm > 0
-        self.seconds += seconds
 
     def total(self, accelerator) -> dict[str, float]:
         """Sums over all processes, which must all have added the same names."""

@@ -1,5 +1,6 @@
 """Where a run stands, and the rules that end it."""
 
+import math
 from dataclasses import dataclass, field
 
 from utils.errors import Diverged
@@ -21,7 +22,7 @@ class LoopState:
     validation_due: bool = False  # a signal interrupted it
     skipped: int = 0
     skipped_in_a_row: int = 0
-    train_seconds: float = 0.0  # over all resumed runs
+    wall_seconds: float = 0.0  # since training began, validation and saving included, over all resumed runs
     negatives: list[list[list[int]]] | None = None  # mined hard negatives of each training pair and hop
     mined_in: int = 0  # the epoch before which they were mined
     stop: str | None = None  # why the run ended
@@ -33,19 +34,17 @@ class LoopState:
         if greater_is_better is None:
             greater_is_better = args.metric_for_best not in ("loss", "nll_loss", "ppl")
         self.last_validation, self.validation_due = self.step, False
-        better = score is not None and (
-            self.best is None or (score > self.best if greater_is_better else score < self.best)
-        )
+        is_number = score is not None and not math.isnan(score)
+        better = is_number and (self.best is None or (score > self.best if greater_is_better else score < self.best))
         self.validations_without_improvement = 0 if better else self.validations_without_improvement + 1
         if better:
             self.best, self.best_step = score, self.step
         return better
 
-    def advance(self, steps_in_epoch: int, seconds: float) -> None:
-        """Counts a step that took `seconds`; after the last one of an epoch, the epoch."""
+    def advance(self, steps_in_epoch: int) -> None:
+        """Counts a step; after the last one of an epoch, the epoch."""
         self.step += 1
         self.step_in_epoch += 1
-        self.train_seconds += seconds
         if self.step_in_epoch == steps_in_epoch:
             self.epoch, self.step_in_epoch, self.done_before = self.epoch + 1, 0, []
 
@@ -77,23 +76,40 @@ class LoopState:
         return self.step % every == 0 if every else self.step_in_epoch == 0
 
 
-def schedule_steps(args, plan) -> int:
-    """Optimizer steps of the learning rate schedule: the smaller limit of steps and epochs, or 0 if there is none."""
-    epochs = sum(len(plan(epoch)) for epoch in range(args.num_train_epochs))
-    limits = [limit for limit in (args.max_train_steps, epochs) if limit]
-    return min(limits, default=0)
+def warmup_steps(args, max_steps: int) -> int:
+    """Optimizer steps over which the learning rate rises: `--num_warmup_steps`, but a tenth of all steps at most."""
+    return min(args.num_warmup_steps, max_steps // 10) if max_steps else args.num_warmup_steps
 
 
-def stop_reason(accelerator, args, state: LoopState, lr: float) -> str | None:
-    """The first stop rule that is met, in words, or None. Called on all processes, which get the same answer."""
-    hours = state.train_seconds / 3600
+def schedule_steps(args, plan, shape) -> int:
+    """Optimizer steps of the learning rate schedule: the smaller limit of steps and epochs, or 0 if there is none.
+
+    `plan(epoch)` gives the steps of an epoch. Without `--max_tokens` their number depends on `shape(epoch)` only.
+    """
+    steps, counts = 0, {}
+    for epoch in range(args.num_train_epochs):
+        key = epoch if args.max_tokens else tuple(shape(epoch).values())
+        if key not in counts:
+            counts[key] = len(plan(epoch))
+        steps += counts[key]
+        if 0 < args.max_train_steps <= steps:
+            break
+    return min((limit for limit in (args.max_train_steps, steps) if limit), default=0)
+
+
+def stop_reason(accelerator, args, state: LoopState, lr: float, warmup: int) -> str | None:
+    """The first stop rule that is met, in words, or None. Called on all processes, which get the same answer.
+
+    `--stop_min_lr` holds after the `warmup` steps, in which the learning rate rises.
+    """
+    hours = state.wall_seconds / 3600
     if args.stop_time_hours and any_process(accelerator, hours >= args.stop_time_hours):
         return f"stop_time_hours {args.stop_time_hours} reached"
     if args.max_train_steps and state.step >= args.max_train_steps:
         return f"max_train_steps {args.max_train_steps} reached"
     if args.num_train_epochs and state.epoch >= args.num_train_epochs:
         return f"num_train_epochs {args.num_train_epochs} reached"
-    if state.step and lr <= args.stop_min_lr:
+    if state.step and state.step >= warmup and lr <= args.stop_min_lr:
         return f"learning rate {lr:.3g} at or under stop_min_lr {args.stop_min_lr}"
     if args.patience >= 0 and max(args.patience, 1) <= state.validations_without_improvement:
         return f"patience {args.patience}: {state.validations_without_improvement} validations without improvement"

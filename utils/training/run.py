@@ -22,7 +22,6 @@ from utils.training.signals import Signals
 from utils.training.step import (
     NanDetector,
     any_process,
-    check_grad_norm,
     check_loss_scale,
     check_weight_norm,
     is_sharded,
@@ -36,6 +35,7 @@ class Run:
 
     Args:
         folder: the run folder.
+        warmup: optimizer steps in which the learning rate rises.
         plan: `plan(epoch, without=example numbers, shape=...)` gives the steps of an epoch, as `plan_epoch` does.
         shape: `shape(epoch)` gives what decides the examples of a step, beside data and seed (see `batch_shape`).
         data: a checksum of what is trained on. Only a run with the same checksum resumes.
@@ -46,9 +46,10 @@ class Run:
         scores, predictions: those of the last validation, or None before it.
     """
 
-    def __init__(self, accelerator, args, folder: Path, log: RunLog, *, model, optimizer, scheduler, plan, shape, data):
+    def __init__(self, accelerator, args, folder: Path, log: RunLog, *, model, optimizer, scheduler, warmup: int, plan,
+                 shape, data):  # fmt: skip
         self.accelerator, self.args, self.log = accelerator, args, log
-        self.model, self.optimizer, self.scheduler, self.plan = model, optimizer, scheduler, plan
+        self.model, self.optimizer, self.scheduler, self.warmup, self.plan = model, optimizer, scheduler, warmup, plan
         self.signals, self.received = Signals(), None
         self.checkpoints = Checkpoints(accelerator, args, folder, log, self.signals, model=model, optimizer=optimizer,
                                        scheduler=scheduler, data=data, shape=shape)  # fmt: skip
@@ -61,16 +62,21 @@ class Run:
             log("resume", step=self.state.step, epoch=self.state.epoch, checkpoint=str(resumed_from))
         self.profile = profiler(accelerator, args, folder)
         self.trace = self.profile.__enter__()
-        self.is_best, self.is_culprit_named = False, False
+        self.is_culprit_named = False
         self.scores: dict | None = None
         self.predictions: list[str] | None = None
-        self.began = time.perf_counter()
+        self.began = self.step_began = self.counted = time.perf_counter()
         self._look_for_a_stop()
         if self.state.stop:
             log.say(f"nothing to train: {self.state.stop}")
 
     def _look_for_a_stop(self) -> None:
-        self.state.stop = stop_reason(self.accelerator, self.args, self.state, self.scheduler.get_last_lr()[0])
+        lr = self.scheduler.get_last_lr()[0]
+        self.state.stop = stop_reason(self.accelerator, self.args, self.state, lr, self.warmup)
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.state.wall_seconds, self.counted = self.state.wall_seconds + now - self.counted, now
 
     def is_over(self) -> bool:
         """Whether a stop rule is met or a signal came."""
@@ -95,8 +101,7 @@ class Run:
         return DataLoader(batches, batch_size=None, num_workers=self.args.dataloader_num_workers)
 
     def begin_step(self, count: int) -> int:
-        """Starts the step's clock. Returns `count` summed over all processes, and notes a signal to any of them."""
-        self.step_began = time.perf_counter()
+        """Returns `count` summed over all processes, and notes a signal to any of them."""
         total, self.received = self.signals.agree(self.accelerator, count)
         return total
 
@@ -119,18 +124,19 @@ class Run:
         self.tried = (micro_step, micro_batches, total)
         return None if any_process(self.accelerator, sums is None) else sums
 
-    def check_gradients(self, gnorm: float) -> str | None:
+    def check_gradients(self, sums: list[dict], gnorm: float) -> str | None:
         """Why the step must be dropped: what is not finite in it. None if the gradient norm is finite.
 
-        Once in a run the step is computed again, to name the first module whose output is not finite. Raises Diverged
-        if the processes disagree on the norm.
+        Once in a run the step is computed again, to name the first module whose output is not finite. In fp16 the loss
+        is scaled, and gradients overflow now and then although the loss is finite: nothing is to be named then.
         """
-        if self.args.check_grad_norm:
-            check_grad_norm(self.accelerator, gnorm)
         if math.isfinite(gnorm):
             return None
         failure = "the gradient norm is not finite"
-        if self.args.nan_detector and not self.is_culprit_named:
+        is_overflow = self.accelerator.scaler and not any_process(
+            self.accelerator, not all(math.isfinite(of_micro_batch["loss"]) for of_micro_batch in sums)
+        )
+        if self.args.nan_detector and not self.is_culprit_named and not is_overflow:
             self.is_culprit_named = True
             self.optimizer.zero_grad()
             self._seed_step()
@@ -145,15 +151,13 @@ class Run:
 
     def skip(self, reason: str) -> None:
         """Counts and logs a step that is dropped on all processes; raises Diverged after too many in a row."""
-        self.step_seconds = time.perf_counter() - self.step_began
         self.state.note_skip(self.args, self.log, reason)
 
     def count(self, sums: list[dict], gnorm: float) -> None:
         """Adds a step that is applied to the meters: the sums of its micro-batches and its gradient norm."""
-        self.step_seconds = time.perf_counter() - self.step_began
         self.state.skipped_in_a_row = 0
         for meter in self.meters.values():
-            meter.add_step(gnorm, self.args.max_grad_norm, self.step_seconds)
+            meter.add_step(gnorm, self.args.max_grad_norm)
             for of_micro_batch in sums:
                 meter.add(**of_micro_batch)
 
@@ -161,20 +165,23 @@ class Run:
         """Moves on to the next step: writes log lines that are due and looks whether a stop rule is met."""
         accelerator, args, state, epoch = self.accelerator, self.args, self.state, self.state.epoch
         check_loss_scale(accelerator, args)
-        state.advance(self.steps_in_epoch, self.step_seconds)
+        state.advance(self.steps_in_epoch)
+        self._count_time()
+        for meter in self.meters.values():
+            meter.seconds += self.counted - self.step_began  # from batch to weights
         if state.step % args.log_steps == 0 or state.step_in_epoch == 0:
-            if args.check_grad_norm:
+            if args.check_weight_norm:
                 check_weight_norm(accelerator, self.model)
             self.log("train", step=state.step, epoch=epoch, lr=self.scheduler.get_last_lr()[0], skipped=state.skipped,
-                     **self.meters["train"].read(accelerator), wall=state.train_seconds)  # fmt: skip
+                     **self.meters["train"].read(accelerator), wall=state.wall_seconds)  # fmt: skip
         if state.step_in_epoch == 0:
             self.log("epoch", step=state.step, epoch=state.epoch, **self.meters["epoch"].read(accelerator))
         self.log.advance()
         give_back_memory()
         if self.trace:
             self.trace.step()
-        self.is_best = False
         self._look_for_a_stop()
+        self.step_began = time.perf_counter()
 
     def _seed_step(self) -> None:
         seed_step(self.args.seed, self.state.step, self.accelerator.process_index)
@@ -189,26 +196,29 @@ class Run:
             yield
         except Interrupted as signalled:
             self.received = signalled.number
+        self.step_began = time.perf_counter()
 
     def is_validation_due(self) -> bool:
         """Whether this step is to be validated and was not yet; the last step of a run always is."""
         return self.state.is_validation_due(self.args)
 
     def note_validation(self, scores: dict, *, best_by: float | None, predictions: list[str] | None = None) -> None:
-        """Logs a validation. The one with the best `best_by` so far decides the best checkpoint, and patience."""
+        """Logs a validation and saves what it decides. The best checkpoint is that with the best `best_by`."""
         self.scores, self.predictions = scores, predictions
         self.log("validation", step=self.state.step, epoch=self.state.epoch, **scores)
-        self.is_best = self.state.note_validation(self.args, best_by)
+        is_best = self.state.note_validation(self.args, best_by)
         self._look_for_a_stop()
+        self.save(is_best=is_best)
 
     def is_checkpoint_due(self) -> bool:
-        """Whether to save: at each interval, for the best validation, and when the run is over."""
-        return self.is_best or self.is_over() or self.state.is_checkpoint_due(self.args)
+        """Whether to save: at each interval, before each validation, and when the run is over."""
+        return self.is_over() or self.is_validation_due() or self.state.is_checkpoint_due(self.args)
 
-    def save(self) -> None:
+    def save(self, is_best: bool = False) -> None:
         """Starts to write a checkpoint. Raises CheckpointError if the one before could not be written."""
-        self.state.validation_due = self.is_validation_due()  # where a signal came first, for the run that resumes
-        self.checkpoints.save(self.state, self.meters, is_best=self.is_best)
+        self._count_time()
+        self.state.validation_due = self.is_validation_due()  # for a run that resumes from here
+        self.checkpoints.save(self.state, self.meters, is_best=is_best)
 
     def load_best(self) -> None:
         """Puts the best checkpoint's weights into the model, which then has no scores; warns if there is none."""

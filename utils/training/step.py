@@ -42,8 +42,8 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
 
 
 def is_sharded(accelerator) -> bool:
-    """Whether FSDP or DeepSpeed shards the gradients. Otherwise (one process, DDP) each process holds all of them."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    """Whether FSDP shards the gradients. Otherwise (one process, DDP) each process holds all of them."""
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def local_gradients(accelerator, model):
@@ -77,27 +77,18 @@ def any_process(accelerator, condition: bool) -> bool:
     return accelerator.reduce(torch.tensor(float(condition), device=accelerator.device), "sum").item() > 0
 
 
-def check_grad_norm(accelerator, gnorm: float) -> None:
-    """Raises Diverged if the gradient norms of the processes differ by more than 1e-6 relative."""
-    _check_equal(accelerator, gnorm, "the gradient norm")
-
-
 def check_weight_norm(accelerator, model) -> None:
     """Raises Diverged if the norms of the processes' weights differ by more than 1e-6 relative.
 
     Averaged gradients are equal on all processes even where the weights are not.
     """
-    if accelerator.num_processes > 1 and not is_sharded(accelerator):
-        norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()])
-        _check_equal(accelerator, float(torch.stack(norms).double().norm()), "the norm of the weights")
-
-
-def _check_equal(accelerator, value: float, name: str) -> None:
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or is_sharded(accelerator):
         return
-    values = accelerator.gather(torch.tensor([value], dtype=torch.float64, device=accelerator.device)).tolist()
+    norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()])
+    norm = torch.stack(norms).double().norm()[None]
+    values = accelerator.gather(norm.to(accelerator.device)).tolist()
     if not max(values) - min(values) <= 1e-6 * max(values) and all(map(np.isfinite, values)):
-        raise Diverged(f"the processes disagree on {name}: {values}")
+        raise Diverged(f"the processes disagree on the norm of the weights: {values}")
 
 
 def check_loss_scale(accelerator, args) -> None:
