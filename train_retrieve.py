@@ -77,7 +77,7 @@ from transformers import get_scheduler
 from utils.cli.script import end_run, precision, record_run, run_script, start
 from utils.data.hand_over import read_drafts, write_hand_over
 from utils.data.loading import load_splits
-from utils.models.contrastive import backward_by_chunk, contrastive_loss, count_pairs, embed, embed_without_graph
+from utils.models import contrastive
 from utils.models.encoder import (
     build_small_encoder,
     count_tokens,
@@ -85,10 +85,8 @@ from utils.models.encoder import (
     in_chunks,
     load_retriever,
     save_pretrained,
-    weights_key,
 )
-from utils.retrieval.corpus_search import CorpusSearch
-from utils.retrieval.document_search import DocumentSearch
+from utils.retrieval.corpus_search import make_search
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
 from utils.retrieval.ranking import fuse_hops, search_text
 from utils.training.batching import batch_shape, plan_epoch
@@ -131,28 +129,34 @@ def plan_steps(lengths: list, groups: list, args, shape_of, epoch: int, without=
 def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever, args) -> dict:
     """Adds this micro-batch's share of the gradient of the step's mean loss over `count` pairs, of all processes."""
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
-    texts, states = batch["texts"], None
+    texts, states, sides = batch["texts"], None, (len(batch["evidence_keys"]), len(batch["passage_keys"]))
+    # each part is `together`: if memory runs out on one process, none waits for it in an exchange
     with local_gradients(accelerator, model):
-        with record_function("forward"), accelerator.autocast():
-            with together(accelerator):  # the loss gathers the passages of all processes
-                if len(texts) > 1 and args.gradient_cache_tokens:
-                    embeddings, states = embed_without_graph(model, texts)
+        with record_function("forward"), accelerator.autocast(), together(accelerator):
+            if len(texts) > 1 and args.gradient_cache_tokens:
+                embeddings, states = contrastive.embed_without_graph(model, texts)
+            else:
+                embeddings = contrastive.embed(model, texts)
+        queries, passages = embeddings.detach().split(sides)
+        passages, keys = contrastive.gather_passages(passages, batch["passage_keys"])  # of all processes
+        with record_function("backward"):
+            with together(accelerator):
+                with accelerator.autocast():
+                    loss, right = contrastive.contrastive_loss(
+                        queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
+                        evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
+                        temperature=args.temperature,
+                    )  # fmt: skip
+                # times the number of processes, because gradients are averaged over them
+                accelerator.backward(loss * accelerator.num_processes / count)
+            gradient = torch.cat([queries.grad, contrastive.own_gradient(passages.grad, sides[1])])
+            with together(accelerator):
+                if states:
+                    contrastive.backward_by_chunk(model, texts, gradient, states)
                 else:
-                    embeddings = embed(model, texts)
-            loss, right = contrastive_loss(
-                *embeddings.split((len(batch["evidence_keys"]), len(batch["passage_keys"]))),
-                passage_keys=batch["passage_keys"], evidence_keys=batch["evidence_keys"],
-                evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
-                temperature=args.temperature,
-            )  # fmt: skip
-        with record_function("backward"), together(accelerator):
-            # times the number of processes, because gradients are averaged over them
-            accelerator.backward(loss * accelerator.num_processes / count)
-            if states:
-                backward_by_chunk(model, texts, embeddings, states)
-    pairs, (tokens, slots) = count_pairs(batch), count_tokens(retriever, texts)
-    tokens = tokens if pairs else 0  # a dummy is all padding
-    counts = {"count": pairs, "examples": pairs, "tokens": tokens, "slots": slots}
+                    embeddings.backward(gradient)
+    pairs, (tokens, slots) = contrastive.count_pairs(batch), count_tokens(retriever, texts)
+    counts = {"count": pairs, "examples": pairs, "tokens": tokens if pairs else 0, "slots": slots}  # a dummy has none
     return {"loss": loss.detach(), "right": right, **counts}
 
 
@@ -168,22 +172,10 @@ def make_retriever(documents: list, examples: list, args):
     return retriever
 
 
-def make_search(documents: list, retriever, args, run_folder, log, accelerator):
-    """Search in each example's document, or in the corpus."""
-    if not args.corpus_file:
-        return DocumentSearch()
-    return CorpusSearch(documents[0], folder=run_folder / "embeddings", weights_key=partial(weights_key, retriever),
-                        index=args.index, accelerator=accelerator, log=log)  # fmt: skip
-
-
 def score(examples: list, rankings: list, gold: list) -> dict:
     from utils.evaluation.retrieval import score_rankings  # imports `evaluate`, which takes seconds
 
     return score_rankings(examples, rankings, gold)
-
-
-def score_bm25(search, examples: list, gold: list, args) -> dict:
-    return score(examples, search.bm25_rankings(examples, args.top_k if args.corpus_file else None), gold)
 
 
 def validate(examples: list, gold: list, drafts: list, rank_by, bm25_scores: dict, *, accelerator, poll) -> dict:
@@ -236,11 +228,15 @@ def main():
     retriever = make_retriever(documents, train, args)
     log.say_model(retriever)
 
-    search = make_search(documents, retriever, args, run_folder, log, accelerator)
+    search = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings", log=log,
+                         accelerator=accelerator)  # fmt: skip
     pairs = Pairs(args, train, documents, retriever, lexical=search.bm25_rankings, accelerator=accelerator)
     log.say(f"{len(train)} training examples, {len(validation)} for validation; {pairs.describe()}")
     gold = gold_passages(validation, args)
-    bm25_scores = score_bm25(search, validation, gold, args) if accelerator.is_main_process else {}
+    bm25_scores = {}
+    if accelerator.is_main_process:
+        bm25_ranked = search.bm25_rankings(validation, args.top_k if args.corpus_file else None)
+        bm25_scores = score(validation, bm25_ranked, gold)
     drafts = read_drafts(args.validation_drafts_file, validation) if args.validation_drafts_file else []
 
     # ---- optimizer, schedule
@@ -286,7 +282,7 @@ def main():
         collate_epoch = partial(collate_pairs, epoch=epoch, pairs=pairs, retriever=retriever,
                                 max_tokens=args.gradient_cache_tokens)  # fmt: skip
         for micro_batches in run.loader(pairs.rows, epoch, collate_epoch):
-            count = run.begin_step(sum(map(count_pairs, micro_batches)))  # of all processes
+            count = run.begin_step(sum(map(contrastive.count_pairs, micro_batches)))  # of all processes
             sums = run.try_step(micro_step, micro_batches, count)  # forward and backward pass of each
             if sums is None:
                 failure = "memory ran out"
@@ -316,11 +312,9 @@ def main():
     scores = run.scores or validate_now()  # a finished run that is started again has no scores yet
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        columns = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")
         rows = {"BM25": bm25_scores, "retriever": scores}
-        if "hop2" in scores:
-            rows["with drafts"] = scores["hop2"]
-        log.say(score_table(rows, columns))
+        rows |= {"with drafts": scores["hop2"]} if "hop2" in scores else {}
+        log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))
         if whole is not retriever:
             whole.load_state_dict(weights)
         publish(run_folder, lambda folder: save_pretrained(whole, folder, args))

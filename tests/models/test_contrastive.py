@@ -177,7 +177,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from utils.models.contrastive import backward_by_chunk, contrastive_loss, embed, embed_without_graph
+from utils.models.contrastive import (
+    backward_by_chunk, contrastive_loss, embed, embed_without_graph, gather_passages, own_gradient
+)
 from utils.models.encoder import build_small_encoder, in_chunks, tokenize
 from utils.training.step import average_gradients
 
@@ -212,15 +214,21 @@ def gradients(accelerator, retriever, model, parts, max_tokens=0, cached=False):
             embeddings, states = embed_without_graph(model, batch["texts"])
         else:
             embeddings = embed(model, batch["texts"])
+        own_queries, own_passages = embeddings.detach().split([len(numbers), len(keys)])
+        all_passages, all_keys = gather_passages(own_passages, batch["passage_keys"])
         loss, right = contrastive_loss(
-            *embeddings.split([len(numbers), len(keys)]),
-            passage_keys=batch["passage_keys"],
+            own_queries.requires_grad_(),
+            all_passages,
+            passage_keys=all_keys,
             evidence_keys=batch["evidence_keys"],
             temperature=0.05,
         )
         accelerator.backward(loss * accelerator.num_processes / count)
+        gradient = torch.cat([own_queries.grad, own_gradient(all_passages.grad, len(keys))])
         if cached:
-            backward_by_chunk(model, batch["texts"], embeddings, states)
+            backward_by_chunk(model, batch["texts"], gradient, states)
+        else:
+            embeddings.backward(gradient)
     average_gradients(accelerator, model)
     found = {name: p.grad.clone() for name, p in retriever.named_parameters() if p.grad is not None}
     model.zero_grad()

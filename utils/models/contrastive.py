@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 # ---- loss
@@ -25,7 +26,7 @@ def contrastive_loss(
 
     Args:
         queries: (queries, hidden).
-        passages: (passages, hidden). Each query needs at least one positive on some process.
+        passages: (passages, hidden), those of all processes (see `gather_passages`), with a positive of each query.
         passage_keys: (passages,) int64, one number for each distinct passage of the data set; -2 for padding.
         evidence_keys: (queries, most evidence) int64, the keys of each query's evidence, padded with -1. A query with
             only -1 is a dummy and counts for nothing.
@@ -35,16 +36,18 @@ def contrastive_loss(
             such a query is the cross entropy with this distribution, in which positives compete with each other
             (perplexity distillation, Izacard et al., 2022, arXiv:2208.03299). None: no such query.
     """
-    all_passages = _gather_with_gradient(passages)
-    all_keys = _gather_with_gradient(passage_keys, fill=-2)
     with torch.autocast(queries.device.type, enabled=False):  # autocast would multiply in half precision
-        similarities = queries.float() @ all_passages.float().T / temperature
-    is_evidence = all_keys[None, :, None] == evidence_keys[:, None, :]
-    weights = (is_evidence * (1.0 if evidence_weights is None else evidence_weights[:, None, :].float())).sum(-1)
-    counted = _is_first(all_keys) & (all_keys != -2)
+        similarities = queries.float() @ passages.float().T / temperature
+    weights = torch.zeros_like(similarities)
+    is_evidence = torch.zeros_like(similarities, dtype=torch.bool)
+    for column, keys in enumerate(evidence_keys.T):  # one at a time: memory does not grow with the evidence
+        found = keys[:, None] == passage_keys
+        is_evidence |= found
+        weights += found * (1.0 if evidence_weights is None else evidence_weights[:, column, None].float())
+    counted = _is_first(passage_keys) & (passage_keys != -2)
     weights = weights * counted
     weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    is_negative = counted & ~is_evidence.any(-1)
+    is_negative = counted & ~is_evidence
     # not -inf: a query without any negative must not give nan
     negatives = similarities.masked_fill(~is_negative, -1e9).logsumexp(1, keepdim=True)
     log_normalizers = torch.logaddexp(negatives, similarities)
@@ -70,34 +73,38 @@ def _is_first(keys: torch.Tensor) -> torch.Tensor:
     return first[inverse] == places
 
 
-def _gather_with_gradient(rows: torch.Tensor, fill: float = 0) -> torch.Tensor:
-    """(rows, ...) of each process -> (rows of all processes, ...), in the order of the processes.
+# ---- passages of all processes
 
-    Processes may hold different numbers of rows: shorter ones are padded with `fill`. The sum of the processes'
-    gradients is that of one process which holds all rows.
+
+def gather_passages(passages: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The passages (rows, hidden) and keys (rows,) of all processes, in the order of the processes, without a graph.
+
+    Processes may hold different numbers of passages: they are padded with zeros, and their keys with -2. The passages
+    are a leaf tensor; `own_gradient` turns its gradient into that of this process's passages.
     """
+    passages = passages.detach()
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    longest = torch.tensor(len(rows), device=rows.device)
+        return passages.requires_grad_(), keys
+    longest = torch.tensor(len(passages), device=passages.device)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    padding = rows.new_full((int(longest) - len(rows), *rows.shape[1:]), fill)
-    return _AllGather.apply(torch.cat([rows, padding]))
+    missing = int(longest) - len(passages)
+    gathered = [_all_gather(pad(passages, (0, 0, 0, missing))), _all_gather(pad(keys, (0, missing), value=-2))]
+    return gathered[0].requires_grad_(), gathered[1]
 
 
-class _AllGather(torch.autograd.Function):
-    """Concatenates equally many rows of each process. Backward, the gradients of all processes' losses are added."""
+def own_gradient(gradient: torch.Tensor, count: int) -> torch.Tensor:
+    """The gradient of this process's `count` passages, summed over the losses of all processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return gradient
+    gradient = gradient.contiguous()
+    dist.all_reduce(gradient)
+    return gradient.chunk(dist.get_world_size())[dist.get_rank()][:count]
 
-    @staticmethod
-    def forward(ctx, rows):
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+def _all_gather(rows: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 # ---- embeddings in chunks, and gradient caching (Gao et al., 2021, arXiv:2101.06983)
@@ -109,29 +116,29 @@ def embed(model, chunks: list[dict]) -> torch.Tensor:
 
 
 def embed_without_graph(model, chunks: list[dict]) -> tuple[torch.Tensor, list]:
-    """First half of gradient caching: embeddings as a leaf tensor, and the random state before each chunk.
+    """First half of gradient caching: embeddings, and the random state before each chunk.
 
-    Compute the loss on these embeddings, run its backward pass, then call `backward_by_chunk`. The two must not share
-    an autocast context: autocast would reuse the cast weights of this pass, which have no gradient.
+    Compute the gradient of the loss with respect to the embeddings, then call `backward_by_chunk`. The two must not
+    share an autocast context: autocast would reuse the cast weights of this pass, which have no gradient.
     """
     states, parts = [], []
     with torch.no_grad():
         for chunk in chunks:
             states.append((torch.get_rng_state(), *get_device_states(chunk["rows"])))
             parts.append(_forward(model, chunk))
-    return _in_batch_order(parts, chunks).requires_grad_(), states
+    return _in_batch_order(parts, chunks), states
 
 
-def backward_by_chunk(model, chunks: list[dict], embeddings: torch.Tensor, states: list) -> None:
+def backward_by_chunk(model, chunks: list[dict], gradient: torch.Tensor, states: list) -> None:
     """Second half of gradient caching: adds the loss's gradients, with the graph of one chunk in memory at a time.
 
-    `embeddings.grad` holds the gradient of the loss. Dropout masks are those of `embed_without_graph`.
+    `gradient` (texts, hidden) is that of the embeddings. Dropout masks are those of `embed_without_graph`.
     """
     for chunk, (cpu_state, devices, device_states) in zip(chunks, states, strict=True):
         torch.set_rng_state(cpu_state)
         set_device_states(devices, device_states)
         part = _forward(model, chunk)
-        part.backward(embeddings.grad[chunk["rows"]].to(part.dtype))
+        part.backward(gradient[chunk["rows"]].to(part.dtype))
 
 
 def _forward(model, chunk: dict) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """Search in one corpus for all examples, with the same methods as `DocumentSearch`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from utils.data.examples import Corpus, Example, Ranking
+from utils.data.examples import Corpus, Document, Example, Ranking
+from utils.models.encoder import weights_key
 from utils.retrieval.bm25 import bm25_index, bm25_search
+from utils.retrieval.document_search import DocumentSearch
 from utils.retrieval.exact_search import dense_search, recall_lost
 from utils.retrieval.ranking import reciprocal_rank_fusion, search_texts
 from utils.retrieval.vectors import encode_corpus
@@ -64,3 +67,11 @@ class CorpusSearch:
             return dense
         both = zip(dense, self.bm25_rankings(examples, top_k, queries), strict=True)
         return [reciprocal_rank_fusion(pair)[:top_k] for pair in both]
+
+
+def make_search(documents: Sequence[Document], retriever, *, index: str, folder: Path, log, accelerator):
+    """Search in each example's own document, or in the corpus if that is the only document."""
+    if not isinstance(documents[0], Corpus):
+        return DocumentSearch()
+    weights = functools.partial(weights_key, retriever)
+    return CorpusSearch(documents[0], folder=folder, weights_key=weights, index=index, accelerator=accelerator, log=log)
