@@ -65,6 +65,21 @@ def test_memory_running_out_on_one_of_two_processes_drops_the_step_on_both(first
     assert sum(line["examples"] for line in events(tmp_path / "run", "train")) == 48 - 8 * len(skips)
 
 
+@pytest.mark.parametrize(
+    ("target", "when"),
+    [
+        (LOSS["train_retrieve.py"], "calls == 2"),
+        pytest.param("torch:Tensor.backward", "calls == 3", marks=pytest.mark.slow),  # of the loss
+        ("torch:Tensor.backward", "calls == 4"),  # of the encoder
+    ],
+)
+def test_memory_running_out_in_the_loss_or_backward_of_one_process_drops_the_step_on_both(target, when, tmp_path):
+    wrapper = inject(tmp_path, "train_retrieve.py", target, f"rank == 1 and {when}", OUT_OF_MEMORY)
+    run(wrapper, tmp_path / "run", *one_epoch, processes=2, timeout=120)  # none waits for the other
+    assert [line["step"] for line in events(tmp_path / "run", "skip")] == [2]
+    assert sum(line["examples"] for line in events(tmp_path / "run", "train")) == 48 - 8
+
+
 def test_a_micro_batch_that_does_not_fit_is_tried_again_in_halves(tmp_path):
     script = "train_summarize.py"
     wrapper = inject(tmp_path, script, LOSS[script], "calls == 3", OUT_OF_MEMORY)
