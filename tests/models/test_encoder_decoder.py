@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BartConfig,
+    BertConfig,
     PegasusConfig,
     PreTrainedTokenizerFast,
     T5Config,
@@ -17,7 +18,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.data.examples import Document, Example
-from utils.models.encoder_decoder import Summarizer, build_small_bart, save_pretrained
+from utils.errors import UsageError
+from utils.models.encoder_decoder import Summarizer, build_small_bart, load_model_and_tokenizer, save_pretrained
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
 from utils.models.sources import Sources, collate
 from utils.models.tokenizer import train_tokenizer
@@ -391,3 +393,9 @@ def test_passage_likelihoods_are_those_of_plain_transformers(tokenizer, tmp_path
                     for text in example.summaries
                 ]
             assert likelihood == pytest.approx(-sum(losses) / len(losses), rel=1e-4)
+
+
+def test_an_error_names_the_flag_that_the_model_was_given_by(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=f"^--summarizer {tmp_path}: "):
+        load_model_and_tokenizer(str(tmp_path), dropout=0.1, name="--summarizer")

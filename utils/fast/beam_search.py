@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.generation import GenerationMode
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -84,7 +83,6 @@ def is_supported(model, config) -> bool:
         and model.config.model_type in MODEL_TYPES
         and config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH)
         and all(getattr(config, name, None) in values for name, values in UNSUPPORTED.items())
-        and not is_deepspeed_zero3_enabled()
         and not is_fsdp_managed_module(model)
         and not any(isinstance(parameter, DTensor) for parameter in model.parameters())
     )

@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.errors import UsageError
@@ -69,9 +68,9 @@ def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, na
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path)
-        for name in ("dropout", "dropout_rate"):  # as BART and T5 call it
-            if dropout is not None and hasattr(config, name):
-                setattr(config, name, dropout)
+        for entry in ("dropout", "dropout_rate"):  # as BART and T5 call it
+            if dropout is not None and hasattr(config, entry):
+                setattr(config, entry, dropout)
         model = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UsageError(
@@ -91,9 +90,9 @@ class Summarizer(nn.Module):
         self.model = model
         use_fast_layers(model)
         self.is_packed = remove_padding_of_both(model)
-        # vocabulary_loss knows a matrix product plus BART's bias; DeepSpeed ZeRO-3 frees the weights outside of layers
+        # vocabulary_loss knows a matrix product plus BART's bias
         head, scaled = model.get_output_embeddings(), ("final_logit_softcapping", "logits_scaling", "logit_scale")
-        self.has_own_logits = type(head) is not Linear or head.bias is not None or is_deepspeed_zero3_enabled()
+        self.has_own_logits = type(head) is not Linear or head.bias is not None
         self.has_own_logits |= any(getattr(model.config, name, None) for name in scaled)
 
     def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):
