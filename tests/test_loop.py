@@ -157,16 +157,24 @@ def rules(**changes):
     [
         ({"num_train_epochs": 2}, {"epoch": 1}, {"epoch": 2}, "num_train_epochs 2"),
         ({"max_train_steps": 5}, {"step": 4}, {"step": 5}, "max_train_steps 5"),
-        ({"stop_time_hours": 0.5}, {"train_seconds": 1799.0}, {"train_seconds": 1800.0}, "stop_time_hours 0.5"),
+        ({"stop_time_hours": 0.5}, {"wall_seconds": 1799.0}, {"wall_seconds": 1800.0}, "stop_time_hours 0.5"),
         ({"patience": 2}, {"validations_without_improvement": 1}, {"validations_without_improvement": 2}, "patience 2"),
         ({"patience": 0}, {"validations_without_improvement": 0}, {"validations_without_improvement": 1}, "patience 0"),
-        ({"stop_min_lr": 0.1}, {"step": 0}, {"step": 1}, "stop_min_lr 0.1"),
+        ({"stop_min_lr": 0.1}, {"step": 1}, {"step": 2}, "stop_min_lr 0.1"),
     ],
 )
 def test_each_stop_rule_ends_the_run_when_it_is_met_and_not_before(flags, before, reached, words):
     alone = SimpleNamespace(num_processes=1)
-    assert stop_reason(alone, rules(**flags), LoopState(**before), lr=0.1) is None
-    assert words in stop_reason(alone, rules(**flags), LoopState(**reached), lr=0.1)
+    assert stop_reason(alone, rules(**flags), LoopState(**before), lr=0.1, warmup=2) is None
+    assert words in stop_reason(alone, rules(**flags), LoopState(**reached), lr=0.1, warmup=2)
+
+
+def test_a_score_that_is_no_number_is_never_the_best():
+    args, state = SimpleNamespace(metric_for_best="rougeL", greater_is_better=None), LoopState()
+    assert not state.note_validation(args, math.nan)
+    assert state.note_validation(args, 1.0)
+    assert not state.note_validation(args, math.nan)
+    assert state.best == 1.0
 
 
 def test_a_tie_is_no_improvement_and_patience_counts_anew_after_one():
@@ -195,7 +203,9 @@ def test_intervals_patience_pruning_and_the_log_in_one_run(script, tmp_path):
     # nothing changes at learning rate 0: the first validation is the best, and patience ends the run two later
     assert [line["step"] for line in events(tmp_path, "validation")] == [4, 6, 8]
     assert events(tmp_path, "stop")[-1]["reason"].startswith("patience 2")
-    assert [line["step"] for line in events(tmp_path, "checkpoint")] == [3, 4, 6, 8]
+    # before each validation, too, and once more for the best
+    found = [(line["step"], line["is_best"]) for line in events(tmp_path, "checkpoint")]
+    assert found == [(3, False), (4, False), (4, True), (6, False), (8, False)]
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.glob("step_*")) == ["step_00000004", "step_00000006", "step_00000008"]
     assert os.readlink(folder / "best") == "step_00000004"
@@ -285,7 +295,11 @@ def test_every_log_line_has_all_meters(script, undisturbed):
         if "nll_loss" in line:  # base 2, without the label smoothing
             assert line["ppl"] == pytest.approx(2 ** line["nll_loss"], rel=1e-4)
             assert line["nll_loss"] < line["loss"]
-    assert lines[-1]["wall"] == pytest.approx(sum(line["train_wall"] for line in lines), rel=1e-4)
+    # the wall clock runs on in validation, after the first epoch, and while checkpoints are copied
+    walls, seconds = [line["wall"] for line in lines], [line["train_wall"] for line in lines]
+    assert walls[5] == pytest.approx(sum(seconds[:6]), rel=0.05)
+    assert sum(seconds) < walls[-1] <= events(undisturbed[script], "done")[-1]["seconds"]
+    assert walls[6] - walls[5] > 1.5 * seconds[6]
     for epoch, line in enumerate(events(undisturbed[script], "epoch")):
         of_epoch = lines[6 * epoch : 6 * epoch + 6]
         assert line["examples"] == 48
