@@ -6,7 +6,7 @@
 # 2026-11-27, one core of an Intel Xeon with AMX, bfloat16, torch 2.13.0; a retriever's training 20 minutes beside
 # other work. Retriever, validation, 237 specific questions with evidence: share of gold words within 1,024 words, mean of
 # three seeds, 95% bootstrap by meeting: 64.5 [57.2, 70.8] (63.7, 65.5, 64.2), BM25 37.6 [30.6, 44.2]; what each part
-# adds, and what else was tried: runs/ablation.py
+# adds, and what else was tried: runs/ablation.py (all before 2026-11-28, when the loss multiplied in bfloat16 as well)
 # Summarizer, small BART from scratch, 3 epochs, only to show the pipeline whole (on the passages of 2026-11-22): training
 #   loss 10.51 -> 8.85 -> 8.40, validation loss 9.32 -> 8.77 -> 8.64 (bits a token, label-smoothed); ROUGE-1/2/L
 #   15.2/3.6/12.3
