@@ -109,6 +109,17 @@ def test_an_error_in_validation_loses_no_step(tmp_path, undisturbed):
     assert_same_run(tmp_path / "run", undisturbed[SCRIPT])
 
 
+def test_an_error_of_another_process_alone_is_shown_and_one_of_all_is_shown_once(tmp_path):
+    fail = "from utils.errors import UsageError; raise UsageError('only here')"
+    for when, said in (
+        ("rank == 1", f"{SCRIPT}: process 1: error: only here"),
+        ("True", f"{SCRIPT}: error: only here"),
+    ):
+        wrapper = inject(tmp_path, SCRIPT, "utils.data.loading:load_splits", when, fail)
+        result = run(wrapper, tmp_path / "run", processes=2, expect=1)  # the launcher's code
+        assert result.stderr.count("error: only here") == 1 and said in result.stderr
+
+
 def test_a_full_disk_in_a_library_is_74_and_one_line(tmp_path):
     wrapper = inject(tmp_path, "train_retrieve.py", "transformers.configuration_utils:PretrainedConfig.save_pretrained",
                      "True", "raise RuntimeError('I/O error: No space left on device (os error 28)')")  # fmt: skip

@@ -4,8 +4,10 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from dataclasses import asdict
@@ -38,10 +40,15 @@ def run_script(main) -> None:
         code = 74 if code == 1 and is_disk_full(error) else code
         if code == 1:
             traceback.print_exc()
-        elif os.environ.get("RANK", "0") == "0" or code == 74:  # most errors occur on every process
+        else:
             text = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
             text = str(error) if isinstance(error, Interrupted) else text
-            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            if rank != "0" and code != 74:  # most errors occur on every process: the launcher then ends this one
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(3)
+                text = f"process {rank}: {text}"
+            print(f"{_script()}: {text}", file=sys.stderr)
     _exit(code)
 
 
