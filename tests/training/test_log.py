@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import alone
 
-from utils.training.log import Meters, RunLog
+from utils.training.log import Meters, RunLog, score_table
 
 
 def test_meters_add_up_their_steps_and_start_anew_once_read():
@@ -92,3 +92,11 @@ def test_the_log_of_a_killed_run_goes_on_without_repeated_or_broken_lines(tmp_pa
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
     RunLog(alone(), tmp_path, "none").begin(0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_table_has_scores_with_one_decimal_and_counts_as_whole_numbers():
+    rows = {"hop 1": {"recall": 81.25, "examples": 300}, "2": {"recall": 90.0, "examples": 7}}
+    head, first, second = score_table(rows, ("recall", "examples")).splitlines()
+    assert head.split() == ["recall", "examples"]
+    assert first.split() == ["hop", "1", "81.2", "300"] and second.split() == ["2", "90.0", "7"]
+    assert len(head) == len(first) == len(second)

@@ -91,11 +91,13 @@ class RunLog:
 
 
 def score_table(scores: dict[str, dict], columns: tuple[str, ...]) -> str:
-    """A plain-text table with a row for each name and a column for each score."""
+    """A plain-text table with a row for each name and a column for each score; counts stay whole numbers."""
     width = max(map(len, scores))
     lines = [" " * width + "".join(f"{column:>18}" for column in columns)]
     lines += [
-        f"{name:<{width}}" + "".join(f"{row[column]:18.1f}" for column in columns) for name, row in scores.items()
+        f"{name:<{width}}"
+        + "".join(f"{row[column]:18{'d' if isinstance(row[column], int) else '.1f'}}" for column in columns)
+        for name, row in scores.items()
     ]
     return "\n".join(lines)
 
