@@ -86,8 +86,7 @@ class Run:
         """Raises Interrupted on all processes if one of them received a signal."""
         self.signals.poll(self.accelerator)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # a step
+    # ---- a step
 
     def loader(self, examples: list, epoch: int, collate: Callable) -> DataLoader:
         """The steps that remain of an epoch, each a list of this process's micro-batches.
@@ -106,9 +105,10 @@ class Run:
         return total
 
     def try_step(self, micro_step, micro_batches: list, total: int, halve: Callable | None = None) -> list[dict] | None:
-        """`micro_step(batch, total)` of each micro-batch; None if memory ran out on any process.
+        """Calls `micro_step(batch, total)` for each micro-batch. Returns None if memory ran out on any process.
 
-        With `halve(micro_batches)`, what does not fit is tried again in smaller parts, until that returns [].
+        If memory runs out and `halve` is given, `halve(micro_batches)` makes smaller ones and all of them are tried
+        again, until it returns [].
         """
         sums = None
         while micro_batches and sums is None:
@@ -186,12 +186,11 @@ class Run:
     def _seed_step(self) -> None:
         seed_step(self.args.seed, self.state.step, self.accelerator.process_index)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # validation and checkpoints, between two steps
+    # ---- validation and checkpoints, between two steps
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within it, a signal ends what is being done (see `poll`) and is noted: the run is then over."""
+        """A context in which a signal (see `poll`) stops the work early and ends the run."""
         try:
             yield
         except Interrupted as signalled:
