@@ -18,47 +18,49 @@ from utils.errors import DataError, UsageError
 class HopArguments(ReadingArguments, RunArguments):
     """The hops."""
 
-    output_dir: str = flag("outputs/hops", "the run folder: predictions with every hop, scores by hop, arguments")
-    input_file: str | None = flag(None, "examples, as for training; those with references or evidence are scored")
-    split: str = flag("validation", "names the predictions' file, and the part of a folder, Hub or embedded data set")
-    max_examples: int | None = flag(None, "read the first N examples only", at_least=1)
-    document: str | None = flag(None, "one document: a text file, or - for standard input")
-    query: str = flag("", "with --document: the question")
+    output_dir: str = flag("outputs/hops", "the run folder")
+    input_file: str | None = flag(
+        None,
+        "examples, in any form that the training scripts read; references and evidence may be absent "
+        "(default: the embedded data set)",
+    )
+    split: str = flag(
+        "validation", "split to read from a folder, Hub or embedded data set; also names the output files"
+    )
+    max_examples: int | None = flag(None, "use only the first N examples", at_least=1)
+    document: str | None = flag(None, "summarize one document: a text file, or - for standard input")
+    query: str = flag("", "the question about --document")
     retriever: str = flag("outputs/retrieve", "what searches: a folder of train_retrieve.py, a Hub name, or bm25")
     summarizer: str = flag(
         "outputs/summarize",
-        "what writes: a folder of train_summarize.py, a Hub name, or extract (sentences as they are)",
+        "what writes: a folder of train_summarize.py, a Hub name, or extract (copies sentences)",
     )
     drafter: str | None = flag(
-        None, "what writes the drafts: extract, or a retriever that scores sentences [the summarizer]"
+        None, "what writes the drafts: extract, or a retriever that scores sentences (default: the summarizer)"
     )
-    draft_words: int = flag(30, "words of an extracted draft at most", at_least=1)
-    num_hops: int = flag(2, "hops at most; the search ends early when a hop brings nothing new", at_least=1)
-    top_k: int | None = flag(None, "passages read at each hop [the summarizer's]", at_least=1)
-    fusion: str | None = flag(None, "concat or fid [the summarizer's]", choices=("concat", "fid"))
-    passage_order: str | None = flag(
-        None, "order of the passages in the source [the summarizer's]", choices=("document", "rank")
+    draft_words: int = flag(30, "maximum words of an extracted draft", at_least=1)
+    num_hops: int = flag(2, "maximum hops; the search stops early if a hop finds no new passage to read", at_least=1)
+    top_k: int | None = flag(
+        None, "passages read at each hop (default: the summarizer's setting, likewise below)", at_least=1
     )
-    max_source_length: int | None = flag(
-        None, "tokens of a source; with fid, of each passage and the query [the summarizer's]", at_least=16
-    )
-    num_beams: int | None = flag(None, "beams in generation; 1: greedy [the summarizer's]", at_least=1)
-    length_penalty: float | None = flag(None, "exponent of the length in a beam's score [the summarizer's]")
-    min_new_tokens: int | None = flag(None, "tokens generated at least [the summarizer's]", at_least=0)
-    max_new_tokens: int | None = flag(None, "tokens generated at most [the summarizer's]", at_least=1)
-    no_repeat_ngram_size: int | None = flag(
-        None, "n-grams of this size are generated once only; 0: no limit [the summarizer's]", at_least=0
-    )
-    per_device_eval_batch_size: int = flag(32, "examples that are worked on at a time on each device", at_least=1)
+    fusion: str | None = flag(None, "concat or fid", choices=("concat", "fid"))
+    passage_order: str | None = flag(None, "order of the passages in the source", choices=("document", "rank"))
+    max_source_length: int | None = flag(None, "maximum source tokens; with fid, per passage", at_least=16)
+    num_beams: int | None = flag(None, "beams in generation; 1 is greedy", at_least=1)
+    length_penalty: float | None = flag(None, "beam scores are divided by length to this power")
+    min_new_tokens: int | None = flag(None, "minimum tokens to generate", at_least=0)
+    max_new_tokens: int | None = flag(None, "maximum tokens to generate", at_least=1)
+    no_repeat_ngram_size: int | None = flag(None, "generate no n-gram of this size twice; 0: off", at_least=0)
+    per_device_eval_batch_size: int = flag(32, "examples per device and batch", at_least=1)
 
     def __post_init__(self):
         super().__post_init__()
         if self.document and self.input_file:
-            raise UsageError("--document and --input_file: give one of them")
+            raise UsageError("--document and --input_file: give only one of them")
         if self.query and not self.document:
-            raise UsageError("--query is the question about --document; examples have their own")
+            raise UsageError("--query is only for --document; examples have their own queries")
         if "/" in self.split:
-            raise UsageError(f"--split {self.split}: a name without / is wanted")
+            raise UsageError(f"--split {self.split}: must not contain /")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
@@ -293,14 +295,14 @@ def main():
             of_hops = [{"hop": hop, **score_hop(examples, records, hop), **dict(cost)}
                        for hop, cost in enumerate(costs, 1) if cost]  # fmt: skip
             (run_folder / f"hops.{split}.json").write_text(json.dumps(of_hops, indent=2) + "\n", encoding="utf-8")
-            columns = tuple(name for name in SHOWN if all(name in row for row in of_hops))
+            columns = tuple(name for name in SHOWN if any(name in row for row in of_hops))
             say(score_table({f"hop {row['hop']}": row for row in of_hops}, columns))
         say(f"wrote {run_folder / f'predictions.{split}.jsonl'}")
     end_run(accelerator)
 
 
-SHOWN = ("recall@5", "ndcg@10", "gold_words@1024", "rouge1", "rouge2", "rougeL", "examples", "encoder_tokens",
-         "source_tokens", "generated_tokens", "seconds")  # fmt: skip
+SHOWN = ("recall@5", "new_evidence", "gold_words@1024", "rouge2", "rougeL", "examples", "encoder_tokens",
+         "source_tokens", "seconds")  # fmt: skip
 
 
 def show(record: dict, say) -> None:

@@ -18,43 +18,43 @@ SCORES = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@1
 class RetrieveArguments(TrainingArguments, DataArguments):
     """The retriever."""
 
-    output_dir: str = flag("outputs/retrieve", "the run folder: arguments, metrics, hand-over files and the model")
-    metric_for_best: str = flag("ndcg@10", "validation score that decides best and patience", choices=SCORES)
-    model_name_or_path: str | None = flag(None, "a sentence-transformers or plain encoder [a small one from scratch]")
-    max_seq_length: int | None = flag(None, "tokens that are read of a query or passage [the model's own]", at_least=1)
-    attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster on a processor", at_least=0)
-    gradient_cache_tokens: int = flag(0, "tokens whose graph is held at a time; 0: no gradient caching", at_least=0)
-    temperature: float = flag(0.05, "divides the similarities in the contrastive loss", above=0)
-    num_positives: int = flag(1, "evidence passages drawn for a query, in proportion to gold words", at_least=1)
-    num_hard_negatives: int = flag(3, "hard negatives drawn for a query", at_least=0)
-    negatives_pool: int = flag(20, "best passages without evidence that hard negatives are drawn from", at_least=1)
-    mine_negatives_every: int = flag(0, "epochs between searches for hard negatives; 0: use BM25's", at_least=0)
+    output_dir: str = flag("outputs/retrieve", "the run folder")
+    metric_for_best: str = flag("ndcg@10", "validation score that selects the best checkpoint", choices=SCORES)
+    model_name_or_path: str | None = flag(None, "a sentence-transformers model or plain encoder (default: a new one)")
+    max_seq_length: int | None = flag(None, "maximum tokens of a query or passage (default: the model's)", at_least=1)
+    attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster on a CPU", at_least=0)
+    gradient_cache_tokens: int = flag(0, "gradient caching: tokens whose graph is kept at a time; 0: off", at_least=0)
+    temperature: float = flag(0.05, "temperature of the contrastive loss", above=0)
+    num_positives: int = flag(1, "evidence passages drawn per query", at_least=1)
+    num_hard_negatives: int = flag(3, "hard negatives drawn per query", at_least=0)
+    negatives_pool: int = flag(20, "best-ranked passages without evidence from which they are drawn", at_least=1)
+    mine_negatives_every: int = flag(0, "epochs between minings of them by the model; 0: use BM25's", at_least=0)
     negatives_margin: float = flag(0.05, "mined negatives score this share below the best evidence", at_least=0)
-    draft_share: float = flag(0.5, "share of training queries that search with a draft", at_least=0, at_most=1)
-    drafts_file: str | None = flag(None, "drafts by example id, of retrieve_and_summarize.py [parts of the references]")
-    validation_drafts_file: str | None = flag(None, "drafts of the validation examples, to score a second hop")
+    draft_share: float = flag(0.5, "share of queries that search with a draft, as at hop 2", at_least=0, at_most=1)
+    drafts_file: str | None = flag(None, "drafts, from retrieve_and_summarize.py (default: imitations)")
+    validation_drafts_file: str | None = flag(None, "drafts for hop 2 in validation (default: imitations)")
     found_weight: float = flag(0.5, "loss weight of evidence that the draft already used (missing: 1)", at_least=0)
-    group_by_document: bool = flag(False, "fill batches with queries of one document: each other's hard negatives")
-    supervision: str = flag("evidence", "positives; without evidence, a ROUGE oracle", choices=("evidence", "rouge"))
-    oracle_passages: int = flag(5, "positives that the ROUGE oracle chooses at most", at_least=1)
-    teacher: str | None = flag(None, "a summarizer's folder: its likelihood of the reference replaces the ROUGE oracle")
-    teacher_candidates: int = flag(20, "passages that the teacher compares, BM25's best", at_least=1)
-    teacher_temperature: float = flag(0.1, "divides the teacher's log-likelihoods per token", above=0)
-    ranking: str = flag("dense", "dense, or hybrid: scores added to BM25's", choices=("dense", "hybrid"))
-    bm25_weight: float = flag(0.5, "weight of BM25's score in a hybrid ranking (the retriever's: 1)", at_least=0)
-    smooth_window: int = flag(0, "neighbours on either side that share a passage's score; 0: none", at_least=0)
-    smooth_decay: float = flag(0.5, "decay of a shared score per passage forward; squared backward", at_least=0)
+    group_by_document: bool = flag(False, "fill batches with queries about the same document")
+    supervision: str = flag("evidence", "positives: gold evidence, or a ROUGE oracle's", choices=("evidence", "rouge"))
+    oracle_passages: int = flag(5, "maximum positives that the ROUGE oracle chooses", at_least=1)
+    teacher: str | None = flag(None, "folder of a summarizer that replaces the ROUGE oracle by its likelihoods")
+    teacher_candidates: int = flag(20, "best BM25 passages that the teacher compares", at_least=1)
+    teacher_temperature: float = flag(0.1, "temperature of the teacher's log-likelihoods per token", above=0)
+    ranking: str = flag("dense", "the retriever's scores, or BM25's added to them", choices=("dense", "hybrid"))
+    bm25_weight: float = flag(0.5, "weight of BM25's score with --ranking hybrid (the retriever's: 1)", at_least=0)
+    smooth_window: int = flag(0, "neighbours per side that share in a passage's score; 0: off", at_least=0)
+    smooth_decay: float = flag(0.5, "decay of the shared score per passage; squared backward", at_least=0)
     index: str = flag("flat", "search of a corpus: exact, or two faster ones", choices=("flat", "ivf", "hnsw"))
-    top_k: int = flag(100, "passages ranked for each example in the hand-over files", at_least=1)
+    top_k: int = flag(100, "passages per example in the hand-over files", at_least=1)
     trec_run: bool = flag(False, "also write rankings and evidence as TREC run and qrels files")
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("supervision", "teacher", "drafts_file", "validation_drafts_file"):
             if self.corpus_file and getattr(self, name) not in (None, "evidence"):
-                raise UsageError(f"--{name} needs documents; leave it out with --corpus_file")
+                raise UsageError(f"--{name} cannot be used with --corpus_file; leave it out")
         if self.corpus_file and self.smooth_window:
-            raise UsageError("--smooth_window is for neighbours in a document; leave it out with --corpus_file")
+            raise UsageError("--smooth_window cannot be used with --corpus_file, whose passages have no neighbours")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
@@ -68,25 +68,20 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils.operations import send_to_device
 from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
 from transformers import get_scheduler
 
 from utils.cli.script import end_run, precision, record_run, run_script, start
+from utils.data.examples import Hop
 from utils.data.hand_over import read_drafts, write_hand_over
 from utils.data.loading import load_splits
-from utils.models import contrastive
-from utils.models.encoder import (
-    build_small_encoder,
-    count_tokens,
-    encode,
-    in_chunks,
-    load_retriever,
-    save_pretrained,
-)
+from utils.models import contrastive, encoder
 from utils.retrieval.corpus_search import make_search
+from utils.retrieval.dense import remember_passages
+from utils.retrieval.drafts import READ, first_drafts, imitate_drafts
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
 from utils.retrieval.ranking import fuse_hops, search_text
 from utils.training.batching import batch_shape, plan_epoch
@@ -106,7 +101,7 @@ def collate_pairs(batch: list[Pair], dummy: bool, *, epoch: int, pairs: Pairs, r
     evidence = pad_sequence([torch.tensor(pair.evidence) for pair in batch], batch_first=True, padding_value=-1)
     weights = pad_sequence([torch.from_numpy(of_pair) for of_pair in weights], batch_first=True)
     return {
-        "texts": in_chunks(retriever, list(queries), [pairs.passage_tokens[key] for key in keys], max_tokens),
+        "texts": encoder.in_chunks(retriever, list(queries), [pairs.passage_tokens[key] for key in keys], max_tokens),
         "passage_keys": torch.full((len(keys),), -2) if dummy else torch.tensor(keys),
         "evidence_keys": torch.full((len(batch), 1), -1) if dummy else evidence,
         "evidence_weights": torch.zeros(len(batch), 1) if dummy else weights,
@@ -155,7 +150,7 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
                     contrastive.backward_by_chunk(model, texts, gradient, states)
                 else:
                     embeddings.backward(gradient)
-    pairs, (tokens, slots) = contrastive.count_pairs(batch), count_tokens(retriever, texts)
+    pairs, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(retriever, texts)
     counts = {"count": pairs, "examples": pairs, "tokens": tokens if pairs else 0, "slots": slots}  # a dummy has none
     return {"loss": loss.detach(), "right": right, **counts}
 
@@ -163,10 +158,10 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
 def make_retriever(documents: list, examples: list, args):
     """A checkpoint, or a small encoder with a tokenizer trained on the training text."""
     if args.model_name_or_path:
-        retriever = load_retriever(args.model_name_or_path, args.attention_dropout)
+        retriever = encoder.load_retriever(args.model_name_or_path, args.attention_dropout)
     else:
         texts = itertools.chain(*(document.passages for document in documents), (example.query for example in examples))
-        retriever = build_small_encoder(texts, attention_dropout=args.attention_dropout)
+        retriever = encoder.build_small_encoder(texts, attention_dropout=args.attention_dropout)
     if args.max_seq_length:
         retriever.max_seq_length = args.max_seq_length
     return retriever
@@ -178,23 +173,25 @@ def score(examples: list, rankings: list, gold: list) -> dict:
     return score_rankings(examples, rankings, gold)
 
 
-def validate(examples: list, gold: list, drafts: list, rank_by, bm25_scores: dict, *, accelerator, poll) -> dict:
-    """Scores, beside those of BM25; with drafts also those of a second hop. Raises Interrupted on a signal.
+def search(examples: list, rank_by, encode_texts, write_drafts=None) -> list[list[Hop]]:
+    """Ranks the passages of each example: with one hop or, with `write_drafts(examples, read)`, with two."""
+    if write_drafts is None:
+        return [[Hop("", [], ranking)] for ranking in rank_by(examples, encode_texts)]
+    encode_once = remember_passages(encode_texts)
+    first = rank_by(examples, encode_once)
+    read = [[passage for passage, _ in ranking[:READ]] for ranking in first]
+    drafts = write_drafts(examples, read)
+    second = rank_by(examples, encode_once, queries=list(map(search_text, [e.query for e in examples], drafts)))
+    hops = zip(drafts, read, first, second, strict=True)
+    return [[Hop(draft, of_hop, one), Hop("", [], fuse_hops([one, two]))] for draft, of_hop, one, two in hops]
 
-    `drafts` has a list for each example, or is []. `rank_by(examples, queries=...)` ranks with the current model.
-    """
-    searches = [example.query for example in examples]
-    searches += [search_text(e.query, own[0][0] if own else "") for e, own in zip(examples, drafts, strict=False)]
-    ranked = rank_by(examples * (len(searches) // len(examples)), queries=searches)  # each document encoded once
+
+def validate(examples: list, gold: list, bm25_scores: dict, search_now, *, poll) -> dict:
+    """Scores of the first hop, of the second (if any) as `hop2`, and of BM25. Raises Interrupted on a signal."""
+    hops = zip(*search_now(examples), strict=True)
     poll()
-    found = [{}]
-    if accelerator.is_main_process:
-        first, second = ranked[: len(examples)], ranked[len(examples) :]
-        found = [{**score(examples, first, gold), "bm25": bm25_scores}]
-        if second:
-            fused = [fuse_hops(hops) for hops in zip(first, second, strict=True)]
-            found[0]["hop2"] = score(examples, fused, gold)
-    return broadcast_object_list(found)[0]
+    first, *second = [score(examples, [hop.retrieved for hop in of_hop], gold) for of_hop in hops]
+    return {**first, **({"hop2": second[0]} if second else {}), "bm25": bm25_scores}
 
 
 def between_steps(run: Run, validate_now, args) -> None:
@@ -228,16 +225,15 @@ def main():
     retriever = make_retriever(documents, train, args)
     log.say_model(retriever)
 
-    search = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings", log=log,
-                         accelerator=accelerator)  # fmt: skip
-    pairs = Pairs(args, train, documents, retriever, lexical=search.bm25_rankings, accelerator=accelerator)
-    log.say(f"{len(train)} training examples, {len(validation)} for validation; {pairs.describe()}")
+    index = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings", log=log,
+                        accelerator=accelerator)  # fmt: skip
+    pairs = Pairs(args, train, documents, retriever, lexical=index.bm25_rankings, accelerator=accelerator)
+    log.say(f"{len(train)} training examples, {len(validation)} validation examples; {pairs.describe()}")
     gold = gold_passages(validation, args)
-    bm25_scores = {}
-    if accelerator.is_main_process:
-        bm25_ranked = search.bm25_rankings(validation, args.top_k if args.corpus_file else None)
-        bm25_scores = score(validation, bm25_ranked, gold)
-    drafts = read_drafts(args.validation_drafts_file, validation) if args.validation_drafts_file else []
+    bm25_scores = score(validation, index.bm25_rankings(validation, args.corpus_file and args.top_k), gold)
+    # what writes the drafts of a second hop in training and validation; without a summarizer, an imitation
+    imitated = partial(imitate_drafts, seed=args.seed) if args.draft_share and not args.corpus_file else None
+    given = args.validation_drafts_file and partial(first_drafts, read_drafts(args.validation_drafts_file, validation))
 
     # ---- optimizer, schedule
 
@@ -254,17 +250,18 @@ def main():
     model, optimizer = accelerator.prepare(retriever, optimizer)
 
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
-              warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
+              max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
     if run.state.negatives:  # mined before the run was interrupted
         pairs.set_negatives(run.state.negatives)
 
     # ---- training
 
-    encode_texts = partial(encode, retriever, accelerator=accelerator, poll=run.poll)
-    rank_by = partial(search.retriever_rankings, encode=encode_texts, settings=vars(args))
-    validate_now = partial(validate, validation, gold, drafts, rank_by, bm25_scores, accelerator=accelerator,
-                           poll=run.poll)  # fmt: skip
+    encode_texts = partial(encoder.encode, retriever, accelerator=accelerator, poll=run.poll)
+    rank_by = partial(index.retriever_rankings, settings=vars(args))
+    search_now = partial(search, rank_by=rank_by, encode_texts=encode_texts)
+    validate_now = partial(validate, validation, gold, bm25_scores,
+                           partial(search_now, write_drafts=given or imitated), poll=run.poll)  # fmt: skip
     model.train()
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, retriever=retriever, args=args)
     if run.state.validation_due:  # a signal interrupted it
@@ -274,7 +271,7 @@ def main():
             break
         if pairs.is_mining_due(epoch, run.state.mined_in):
             with run.interruptible():
-                pairs.mine(partial(search.dense_rankings, encode=encode_texts))
+                pairs.mine(partial(index.dense_rankings, encode=encode_texts))
                 run.state.negatives, run.state.mined_in = pairs.negatives(), epoch
             if run.is_over():
                 run.save()
@@ -313,15 +310,16 @@ def main():
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         rows = {"BM25": bm25_scores, "retriever": scores}
-        rows |= {"with drafts": scores["hop2"]} if "hop2" in scores else {}
+        name = f"hop 2, {'given' if given else 'imitated'} drafts"
+        rows |= {name: scores["hop2"]} if "hop2" in scores else {}
         log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))
         if whole is not retriever:
             whole.load_state_dict(weights)
-        publish(run_folder, lambda folder: save_pretrained(whole, folder, args))
-    for split, examples in {"train": train, "validation": validation}.items():
-        ranked = [ranking[: args.top_k] for ranking in rank_by(examples)]
+        publish(run_folder, lambda folder: encoder.save_pretrained(whole, folder, args))
+    for split, examples, write_drafts in (("train", train, imitated), ("validation", validation, given)):
+        hops = search_now(examples, write_drafts=write_drafts)
         if accelerator.is_main_process:
-            write_hand_over(run_folder, split, examples, ranked, with_trec=args.trec_run)
+            write_hand_over(run_folder, split, examples, hops, top_k=args.top_k, with_trec=args.trec_run)
             log.say(f"wrote {run_folder / f'retrieved.{split}.jsonl'}")
     end_run(accelerator)
 

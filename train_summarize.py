@@ -17,24 +17,24 @@ from utils.errors import UsageError
 class SummarizeArguments(GenerationArguments, TrainingArguments, DataArguments):
     """The summarizer."""
 
-    output_dir: str = flag("outputs/summarize", "the run folder: arguments, metrics, predictions and the model")
+    output_dir: str = flag("outputs/summarize", "the run folder")
     metric_for_best: str = flag(
-        "rougeL", "validation score that decides which checkpoint is best, and patience",
+        "rougeL", "validation score that selects the best checkpoint",
         choices=("loss", "nll_loss", "ppl", "rouge1", "rouge2", "rougeL", "rougeLsum"),
     )  # fmt: skip
-    model_name_or_path: str | None = flag(None, "an encoder-decoder checkpoint [a small BART from scratch]")
+    model_name_or_path: str | None = flag(None, "an encoder-decoder model (default: a small new BART)")
     retriever: str | None = flag(
         None,
-        "where passages come from: bm25, lead, oracle, random, a retriever's folder, or a TREC run of all examples "
-        "[the rankings in a file that train_retrieve.py wrote, else bm25]",
+        "source of the passages: bm25, lead, oracle, random, a retriever's folder, or a TREC run file "
+        "(default: the rankings in the examples, else bm25)",
     )
-    top_k: int = flag(5, "passages that the summarizer reads", at_least=1)
-    fusion: str = flag("concat", "one sequence of all passages, or Fusion-in-Decoder", choices=("concat", "fid"))
+    top_k: int = flag(5, "passages that the summarizer reads per example", at_least=1)
+    fusion: str = flag("concat", "concatenated passages, or Fusion-in-Decoder", choices=("concat", "fid"))
     passage_order: str = flag("document", "order of the passages in the source", choices=("document", "rank"))
-    max_source_length: int = flag(512, "tokens of a source; with fid, of each passage and the query", at_least=16)
-    dropout: float | None = flag(None, "dropout of the summarizer [a checkpoint's own; 0 from scratch]", at_least=0)
-    max_target_length: int = flag(128, "tokens of a reference in training", at_least=1)
-    label_smoothing_factor: float = flag(0.1, "share of the target probability spread over the vocabulary", at_least=0)
+    max_source_length: int = flag(512, "maximum source tokens; with fid, per passage", at_least=16)
+    dropout: float | None = flag(None, "dropout (default: the model's own; 0 for a new one)", at_least=0)
+    max_target_length: int = flag(128, "maximum reference tokens in training", at_least=1)
+    label_smoothing_factor: float = flag(0.1, "probability spread over the vocabulary in the loss", at_least=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -265,7 +265,7 @@ def main():
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
     model, optimizer = accelerator.prepare(summarizer, optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
-              warmup=warmup, plan=plan, shape=shape_of, data=digest(pairs))  # fmt: skip
+              max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=digest(pairs))  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
 
     # ---- training

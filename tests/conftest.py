@@ -198,5 +198,5 @@ def alone(**changes):
     """What an Accelerator of one process on the processor is to these functions."""
     fields = {"num_processes": 1, "process_index": 0, "is_main_process": True, "device": torch.device("cpu"),
               "mixed_precision": "no", "distributed_type": DistributedType.NO, "trackers": [], "scaler": None,
-              "unwrap_model": lambda model: model}  # fmt: skip
+              "state": SimpleNamespace(), "unwrap_model": lambda model: model}  # fmt: skip
     return SimpleNamespace(**{**fields, **changes})

@@ -58,6 +58,10 @@ def test_scores_by_hop_are_those_of_what_was_written(hops):
         assert row["recall@5"] == pytest.approx(np.mean(recalls))
         assert row["rougeL"] == pytest.approx(np.mean(rouges))
         assert f"hop {row['hop']}" in hops["printed"]
+        missed = [set(example.evidence) - set(example.hops[0].read) for example in examples]
+        found = sum(len(new & set(hop.read)) for new, hop in zip(missed, last, strict=True))
+        expected = 100 * found / sum(map(len, missed)) if row["hop"] > 1 else None
+        assert row.get("new_evidence") == pytest.approx(expected)
     # a document's passages are encoded at the first hop only, and those whose search is over are not read again
     assert rows[0]["examples"] == 24 >= rows[1]["examples"]
     assert rows[0]["encoder_tokens"] > 2 * rows[1]["encoder_tokens"] > 0
@@ -82,7 +86,7 @@ def test_what_was_done_before_an_interruption_is_not_done_again(hops, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert "the same command goes on from here" in stderr and "Traceback" not in stderr
+    assert "run the same command again to resume" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "predictions.validation.jsonl").exists()
     (first,) = tmp_path.glob("parts.validation.*/0.jsonl")
     made = first.stat().st_mtime_ns
@@ -115,7 +119,7 @@ def test_both_stages_read_what_the_hops_wrote(hops, tmp_path):
                     "--validation_drafts_file", written, "--num_train_epochs", 1)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert events(tmp_path / "r", "validation")[-1]["hop2"]["recall@5"] > 0
-    assert "with drafts" in result.stdout
+    assert "hop 2, given drafts" in result.stdout
     result = launch("train_summarize.py", "--output_dir", tmp_path / "s", *files, "--num_train_epochs", 1,
                     "--max_new_tokens", 4, "--num_beams", 1)  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -157,7 +161,7 @@ def test_one_document_is_summarized_on_standard_output_and_explained_on_standard
         (["--retriever", "nowhere", "--summarizer", "extract"], "nowhere: no retriever could be loaded"),
         (["--summarizer", "nowhere", "--retriever", "bm25"], "--summarizer nowhere: no encoder-decoder"),
         (["--summarizer", "extract", "--retriever", "bm25"], "name a --drafter, or a --summarizer"),
-        (["--query", "Why?"], "--query is the question about --document"),
+        (["--query", "Why?"], "--query is only for --document"),
         (["--num_hop", "2"], "did you mean --num_hops?"),
     ],
 )

@@ -283,7 +283,7 @@ def test_schedule_accumulation_curriculum_clipping_and_smoothing_are_those_of_th
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_log_line_has_all_meters(script, undisturbed):
     names = """step epoch lr skipped loss gnorm clip examples tokens tokens_per_second tokens_per_step padding
-        steps_per_second examples_per_step memory_gb train_wall wall""".split()
+        steps_per_second examples_per_step memory_gb train_wall wall seconds_left""".split()
     names += ["nll_loss", "ppl"] if script == "train_summarize.py" else ["accuracy"]
     lines = events(undisturbed[script], "train")
     for line in lines:
@@ -300,6 +300,12 @@ def test_every_log_line_has_all_meters(script, undisturbed):
     assert walls[5] == pytest.approx(sum(seconds[:6]), rel=0.05)
     assert sum(seconds) < walls[-1] <= events(undisturbed[script], "done")[-1]["seconds"]
     assert walls[6] - walls[5] > 1.5 * seconds[6]
+    # one number for epochs: those that are done, with the fraction of the present one
+    assert [line["epoch"] for line in lines] == pytest.approx([step / 6 for step in range(1, 13)], rel=1e-5)
+    assert [line["epoch"] for line in events(undisturbed[script], "epoch")] == [1, 2]
+    assert [line["epoch"] for line in events(undisturbed[script], "validation")] == [1, 2]
+    left = [line["seconds_left"] for line in lines]
+    assert left[-1] == 0 and left[8] == pytest.approx(3 / 9 * walls[8], rel=0.1)
     for epoch, line in enumerate(events(undisturbed[script], "epoch")):
         of_epoch = lines[6 * epoch : 6 * epoch + 6]
         assert line["examples"] == 48

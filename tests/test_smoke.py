@@ -23,18 +23,35 @@ def test_the_retriever_learns_and_beats_bm25(smoke):
     assert last["recall@5"] > last["bm25"]["recall@5"]
 
 
+def check_hop(hop_ranking, example) -> float:
+    """Checks that a hop ranks every passage; returns its recall@5."""
+    passages, scores = zip(*hop_ranking, strict=True)
+    assert sorted(passages) == list(range(len(example.document.passages)))
+    assert list(scores) == sorted(scores, reverse=True)
+    words = [len(text.split()) for text in example.document.passages]
+    return retrieval_scores(passages, example.evidence, words)["recall@5"]
+
+
 def test_hand_over_files_hold_every_example_ranked_as_the_log_says(smoke):
     examples = load_examples(smoke["retrieve"] / "retrieved.validation.jsonl")
-    assert len(examples) == 66
-    recalls = []
-    for example in examples:
-        passages, scores = zip(*example.retrieved, strict=True)
-        assert sorted(passages) == list(range(len(example.document.passages)))
-        assert list(scores) == sorted(scores, reverse=True)
-        words = [len(text.split()) for text in example.document.passages]
-        recalls.append(retrieval_scores(passages, example.evidence, words)["recall@5"])
+    assert len(examples) == 66 and not any(example.hops for example in examples)  # a second hop needs a summarizer
+    recalls = [check_hop(example.retrieved, example) for example in examples]
     logged = events(smoke["retrieve"], "validation")[-1]
     assert np.mean(recalls) == pytest.approx(logged["recall@5"], rel=1e-5)
+    assert logged["hop2"]["recall@5"] > 0
+
+
+def test_training_examples_are_handed_over_with_a_second_hop_that_searched_with_an_imitated_draft(smoke):
+    examples = load_examples(smoke["retrieve"] / "retrieved.train.jsonl")
+    for example in examples:
+        first, second = example.hops
+        assert first.read == [passage for passage, _ in first.retrieved[:5]] and second.retrieved == example.retrieved
+        check_hop(first.retrieved, example)
+        check_hop(second.retrieved, example)
+    known = [example.hops[0].draft == example.summaries[0] for example in examples]  # all its words were read
+    assert 0.1 < np.mean(known) < 0.9
+    moved = [example.hops[0].retrieved[:5] != example.retrieved[:5] for example in examples]
+    assert np.mean(moved) > 0.5
 
 
 def test_the_retriever_loads_in_sentence_transformers_and_ranks_as_the_hand_over_file(smoke):
@@ -121,7 +138,7 @@ def test_two_processes_train_the_retriever_like_one_with_twice_the_batch(tmp_pat
     assert sum(line["examples"] for line in one) == 120
     # a passage that both hold is encoded by both
     assert all(a["tokens"] <= b["tokens"] for a, b in zip(one, two, strict=True))
-    assert "on 2 process(es)" in result.stdout
+    assert "2 processes on cpu" in result.stdout
     assert json.loads((tmp_path / "2" / "environment.json").read_text())["processes"] == 2
 
 
@@ -162,7 +179,7 @@ def test_examples_without_evidence_are_supervised_by_the_rouge_oracle(tmp_path):
     result = launch("train_retrieve.py", "--train_file", data, "--validation_file", data, "--num_train_epochs", 1,
                     "--output_dir", tmp_path / "run")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "8 with positives (0 from evidence, the others from the ROUGE oracle)" in result.stdout
+    assert "positives from the ROUGE oracle: 8" in result.stdout
 
 
 def test_a_teacher_supervises_examples_without_evidence(smoke, tmp_path):
@@ -175,7 +192,7 @@ def test_a_teacher_supervises_examples_without_evidence(smoke, tmp_path):
              "--draft_share", 0, "--num_train_epochs", 8, "--log_steps", 36]  # fmt: skip
     result = launch("train_retrieve.py", *flags)
     assert result.returncode == 0, result.stderr
-    assert "36 with positives (0 from evidence, the others from the teacher)" in result.stdout
+    assert "positives from the teacher: 36" in result.stdout
     # one question in a batch with its six candidates: the divergence from the teacher's distribution falls
     losses = [line["loss"] for line in events(tmp_path / "run", "train")]
     assert losses[-1] < losses[0] - 0.05
@@ -205,7 +222,7 @@ def test_a_run_folder_of_other_data_is_refused_with_what_differs(smoke):
     before = (smoke["retrieve"] / "metrics.jsonl").read_bytes()
     result = launch("train_retrieve.py", "--output_dir", smoke["retrieve"], "--sample_documents", 10)
     assert result.returncode == 2
-    assert "is of another run: data " in result.stderr
+    assert "belongs to another run: data " in result.stderr
     assert "Traceback" not in result.stderr
     assert (smoke["retrieve"] / "metrics.jsonl").read_bytes() == before
 

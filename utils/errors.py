@@ -46,5 +46,5 @@ class Interrupted(Exception):
     """
 
     def __init__(self, number: int):
-        super().__init__(f"{signal.Signals(number).name}; the same command goes on from here")
+        super().__init__(f"{signal.Signals(number).name}; run the same command again to resume")
         self.number, self.exit_code = number, 128 + number

@@ -1,12 +1,16 @@
 """Flags as users mistype them: one line, exit code 2, at once; and --help without the imports that take seconds."""
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from utils.cli.arguments import GROUPS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ["train_retrieve.py", "train_summarize.py"]
@@ -71,6 +75,21 @@ def test_help_lists_every_flag_without_imports_that_take_seconds(script):
         assert f"{flag} " in result.stdout
     assert ("--num_beams " in result.stdout) == (script == "train_summarize.py")
     assert ("--temperature " in result.stdout) == (script == "train_retrieve.py")
+
+
+def test_help_is_grouped_by_purpose_with_the_most_used_flags_first_and_fits_the_terminal():
+    flags = set()
+    for script in (*SCRIPTS, "retrieve_and_summarize.py"):
+        text = run(script, "--help").stdout
+        assert max(map(len, text.splitlines())) <= 120
+        groups = re.split(r"\n\n([a-z ,]+):\n", text.partition("\noptions:")[2])
+        titles, bodies = groups[1::2], groups[2::2]
+        of_groups = [re.findall(r"^  --(\w+)", body, re.MULTILINE) for body in bodies]
+        assert titles[0] == "most used" and 10 <= len(of_groups[0]) <= 14 and of_groups[0][0].endswith("_file")
+        assert "other" not in titles  # each flag has a purpose
+        flags.update(itertools.chain(*of_groups))
+    known = list(itertools.chain(*(names.split() for names in GROUPS.values())))
+    assert sorted(known) == sorted(flags)  # and none is named twice, or no more there
 
 
 @pytest.mark.parametrize("flag", ["--learn", "--learning_r", "--num_train", "--output"])

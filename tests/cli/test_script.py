@@ -44,7 +44,8 @@ def test_each_way_to_end_has_its_exit_code_and_only_a_bug_a_traceback(error, cod
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_start_seeds_everything_and_asks_for_deterministic_operations_if_told(deterministic, tmp_path):
+def test_a_start_seeds_everything_and_asks_for_deterministic_operations_if_told(deterministic, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # is put back afterwards
     threads = torch.get_num_threads()
     args = TrainingArguments(output_dir=str(tmp_path / "run"), seed=3, deterministic=deterministic)
     try:
@@ -57,3 +58,10 @@ def test_a_start_seeds_everything_and_asks_for_deterministic_operations_if_told(
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
+
+
+def test_other_systems_than_linux_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(UsageError, match="only Linux is supported"):
+        start(alone(), TrainingArguments(output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()

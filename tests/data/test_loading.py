@@ -19,7 +19,7 @@ from utils.errors import DataError
 from utils.files import write_jsonl
 
 GOOD = {"id": "a", "query": "why?", "passages": ["One two.", "Three."], "summary": "short", "evidence": [1]}
-REMEDY = "fix the lines, or pass --skip_bad_examples to go on without them"
+REMEDY = "fix the lines, or pass --skip_bad_examples to skip them"
 
 
 def write(path, *lines):
@@ -309,9 +309,9 @@ def test_corpus_is_built_once_and_again_when_the_file_changes_or_what_is_kept_is
 CORPUS_LINES = {
     "id missing": ({"text": "x"}, "no '_id'; the record has text"),
     "id type": ({"_id": 1.5, "text": "x"}, "'_id' must be a string or a whole number, not 1.5"),
-    "id twice": ({"_id": "d1", "text": "x"}, "'_id' is 'd1', as at {path}:1; it must be unique"),
+    "id twice": ({"_id": "d1", "text": "x"}, "'_id' is 'd1', like {path}:1; it must be unique"),
     "text missing": ({"_id": "x", "body": "x"}, "no 'text'; the record has _id, body"),
-    "text empty": ({"_id": "x", "title": "", "text": " "}, "'text' is empty, and no 'title' stands in"),
+    "text empty": ({"_id": "x", "title": "", "text": " "}, "'text' is empty, and so is 'title'"),
     "text type": ({"_id": "x", "text": ["x"]}, "'text' must be a string, not [\"x\"]"),
     "title type": ({"_id": "x", "title": 3, "text": "x"}, "'title' must be a string, not 3"),
     "invalid JSON": ("{", "invalid JSON"),
@@ -330,7 +330,7 @@ def test_bad_passage_is_named_with_line_field_and_remedy_and_can_be_set_aside_in
         assert list(corpus.ids) == ["d1", "z"] and corpus.passages[1] == "Only a title"
         (entry,) = map(json.loads, rejected.read_text(encoding="utf-8").splitlines())
         assert (entry["file"], entry["line"]) == (str(path), 2) and entry["reason"] in message
-        assert "1 bad records left out" in caplog.text
+        assert "1 bad records skipped" in caplog.text
         caplog.clear()
     assert corpus_error(path) == message
 
@@ -341,7 +341,7 @@ def test_corpus_of_nothing_or_of_other_columns_is_one_error(tmp_path):
     assert message.startswith(f"{path}: no record has '_id'; the columns found are contents, id: a corpus has records")
     assert "\n" not in message
     assert corpus_error(write(path)).startswith(f"{path}: is empty")
-    assert "--skip_bad_examples has none left" in corpus_error(write(path, "broken"), skip_bad_examples=True)
+    assert "--skip_bad_examples would skip all" in corpus_error(write(path, "broken"), skip_bad_examples=True)
     assert "no such file or folder; give a .jsonl" in corpus_error(tmp_path / "none.jsonl")
 
 
@@ -389,7 +389,7 @@ def test_evidence_comes_from_qrels_where_the_record_has_none(tmp_path, corpus, l
 QRELS_LINES = {
     "unknown passage": ("q1\td9\t1", "query 'q1' names passage 'd9', but the corpus holds no such '_id'"),
     "score": ("q1\td1\t1.5", 'the relevance must be a whole number, not "1.5"'),
-    "columns": ("q1\td1", "has 2 columns; BEIR's three columns, separated by tabs, are wanted"),
+    "columns": ("q1\td1", "has 2 columns; it must have BEIR's three columns, separated by tabs"),
     "twice": ("q1\t2\t0", "query 'q1' and passage '2' have relevance 1 further up; give it once"),
     "UTF-8": (b"q\xe9\td1\t1", "invalid UTF-8"),
 }
@@ -484,10 +484,10 @@ def test_splits_share_one_corpus(tmp_path):
     [
         ({"train_qrels_file": "q.tsv"}, "--train_qrels_file needs --corpus_file"),
         ({"validation_qrels_file": "q.tsv"}, "--validation_qrels_file needs --corpus_file"),
-        ({"corpus_file": "c.jsonl", "documents_file": "d.jsonl"}, "--documents_file is not for examples that search"),
-        ({"corpus_file": "c.jsonl", "validation_documents_file": "d"}, "--validation_documents_file is not for"),
+        ({"corpus_file": "c.jsonl", "documents_file": "d.jsonl"}, "--documents_file cannot be used with --corpus_file"),
+        ({"corpus_file": "c.jsonl", "validation_documents_file": "d"}, "--validation_documents_file cannot be used with"),
         ({"corpus_file": "c.jsonl", "train_file": None}, "--corpus_file needs --train_file"),
-        ({"corpus_file": "c.jsonl", "merge_passages": True}, "--merge_passages is not for a corpus"),
+        ({"corpus_file": "c.jsonl", "merge_passages": True}, "--merge_passages cannot be used with --corpus_file"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(tmp_path, monkeypatch, flags, reason):
@@ -544,7 +544,7 @@ BAD_LINES = {
     "id type": ({**GOOD, "id": 1.5}, "'id' must be a string or a whole number, not 1.5"),
     "id bool": ({**GOOD, "id": True}, "'id' must be a string or a whole number, not true"),
     "id empty": ({**GOOD, "id": ""}, "'id' is empty"),
-    "id twice": ({**GOOD}, "'id' is 'a', as at {path}:1; it must be unique"),
+    "id twice": ({**GOOD}, "'id' is 'a', like {path}:1; it must be unique"),
     "query type": (but(query=["q"]), "'query' must be a string, not [\"q\"]"),
     "doc_id type": (but(doc_id=[]), "'doc_id' must be a string or a whole number"),
     "retrieved type": (but(retrieved={}), "'retrieved' must be a list of"),
@@ -592,7 +592,7 @@ def test_all_bad_lines_are_reported_together_twenty_in_full(tmp_path):
 def test_nothing_is_left_when_all_lines_are_bad(tmp_path):
     path = write(tmp_path / "d.jsonl", "broken", "too")
     message = error_of(path, skip_bad_examples=True, rejected_file=tmp_path / "r.jsonl")
-    assert f"{path}:1: invalid JSON" in message and "--skip_bad_examples has none left" in message
+    assert f"{path}:1: invalid JSON" in message and "--skip_bad_examples would skip all" in message
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 2
 
 
@@ -639,7 +639,7 @@ def test_bad_documents_file_is_reported_like_bad_examples(tmp_path):
     path = write(tmp_path / "d.jsonl", {"doc_id": 1, "summary": "s"}, {"doc_id": 9, "summary": "s"}, {"summary": "s"})
     message = error_of(path, documents_file=documents)
     assert (
-        f"{documents}:2: 'doc_id' is '1', as at {documents}:1; a document must be there once" in message
+        f"{documents}:2: 'doc_id' is '1', like {documents}:1; it must be unique" in message
         and f"{documents}:3: no 'doc_id'" in message
     )
     options = {"documents_file": write(documents, {"doc_id": 1, "document": "x"})}
@@ -655,7 +655,7 @@ def test_one_doc_id_for_two_texts_is_an_error(tmp_path):
     path = write(
         tmp_path / "d.jsonl", {**GOOD, "doc_id": "x"}, {**GOOD, "id": "b", "doc_id": "x", "passages": ["p", "q"]}
     )
-    assert f"{path}:2: 'doc_id' is 'x', as at {path}:1, but the text is another one" in error_of(path)
+    assert f"{path}:2: 'doc_id' is 'x', like {path}:1, but the text differs" in error_of(path)
 
 
 @pytest.mark.parametrize("field", ["retrieved", "evidence_words"])

@@ -144,12 +144,12 @@ def test_beir_qrels_are_read_like_those_of_trec(tmp_path):
 def test_malformed_lines_are_all_named_with_what_is_wanted(tmp_path):
     path = tmp_path / "a.run"
     path.write_bytes(b"q Q0 d 1 2.5 t\nq Q0 d2 1\n\nq Q0 d3 1 high t\nq Q0 d4 1 nan t\nq Q0 d 9 1 t\nq Q0 \xff 1 1 t\n")
-    wanted = "'qid Q0 docid rank score tag' is wanted"
+    wanted = "it must have 'qid Q0 docid rank score tag'"
     assert error_of(read_run, path) == [
-        f"{path}:2: 4 columns; {wanted}",
-        f"{path}:4: the score is 'high'; a finite number is wanted",
-        f"{path}:5: the score is 'nan'; a finite number is wanted",
-        f"{path}:6: docid 'd' is there twice for query 'q'; once is wanted",
+        f"{path}:2: has 4 columns; {wanted}",
+        f"{path}:4: the score is 'high'; it must be a finite number",
+        f"{path}:5: the score is 'nan'; it must be a finite number",
+        f"{path}:6: docid 'd' appears twice for query 'q'",
         f"{path}:7: invalid UTF-8: 0xff at byte 6 of the line; save the file as UTF-8",
         "fix the lines, or write the file again",
     ]

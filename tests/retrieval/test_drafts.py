@@ -8,31 +8,38 @@ import pytest
 from utils.data.examples import Document, Example
 from utils.data.hand_over import read_drafts
 from utils.errors import DataError
-from utils.retrieval.drafts import extract_drafts, reference_draft
-
-SUMMARY = "The group chose red paint. Ann will pay for it. They meet again in May, after the holidays."
+from utils.retrieval.drafts import extract_drafts, imitate_draft, imitate_drafts
 
 
 def make_example(id, query, passages):
     return Example(id, query, Document(id, passages), ["a summary"], None, None, None)
 
 
-def is_subsequence(words, of):
-    left = iter(of)
-    return all(word in left for word in words)
+def test_an_imitated_draft_keeps_the_words_that_were_read_and_invents_the_others():
+    read = ["Bob: ask Norwood, who runs the mill.", "They like loose tents."]
+    reference, other = "Norwood said that loose tents sank.", "Ashby told us about a"
+    # "said that" and "sank." were not read; after its last word the other reference begins anew
+    assert imitate_draft(reference, read, other) == "Norwood told us loose tents Ashby"
+    assert imitate_draft(reference, [reference], other) == reference
+    assert imitate_draft(reference, [], other) == "Ashby told us about a Ashby"
+    assert imitate_draft(reference, read, "") == "Norwood loose tents"
+    # scripts without spaces are words of one character
+    assert (
+        imitate_draft("\u4ed6\u5356\u78e8\u574a", ["\u78e8\u574a"], "\u5979\u4e70\u8239") == "\u5979\u4e70\u78e8\u574a"
+    )
 
 
-def test_reference_drafts_are_parts_of_one_reference_in_its_order():
-    drafts = [reference_draft([SUMMARY, "Zoe left."], np.random.default_rng(seed)) for seed in range(200)]
-    of_first = [draft for draft in drafts if "Zoe" not in draft and "left." not in draft]
-    assert 50 < len(of_first) < 150  # each reference in turn
-    assert all(is_subsequence(draft.split(), SUMMARY.split()) for draft in of_first)
-    # whole sentences go: about half of them, never all
-    lacks_may = sum("May" not in draft for draft in of_first) / len(of_first)
-    assert 0.3 < lacks_may < 0.8
-    lengths = [len(draft.split()) for draft in of_first]
-    assert len(set(lengths)) > 5 and max(lengths) <= len(SUMMARY.split())
-    assert drafts[3] == reference_draft([SUMMARY, "Zoe left."], np.random.default_rng(3))
+def test_imitated_drafts_know_what_each_example_read_and_depend_on_the_seed_alone():
+    examples = [make_example(str(number), "q", ["a summary", "of something"]) for number in range(4)]
+    for number, example in enumerate(examples):
+        example.summaries = [f"a summary {number}", f"of something {number}"]
+    by_seed = [imitate_drafts(examples, [[0, 1]] * 4, seed) for seed in range(40)]
+    assert by_seed[3] == imitate_drafts(examples, [[0, 1]] * 4, seed=3)
+    first = [drafts[2].rpartition(" ") for drafts in by_seed]
+    assert {words for words, *_ in first} == {"a summary", "of something"}  # each reference in turn
+    assert {number for *_, number in first} > {"0", "1", "3"}  # a number was not read: it is another example's
+    examples[2].summaries = []
+    assert imitate_drafts(examples, [[0]] * 4, seed=3)[2] == ""
 
 
 def bag_of_words(texts, kind):
@@ -103,6 +110,7 @@ def test_a_bad_draft_is_named_with_its_line(tmp_path, bad, message):
     with pytest.raises(DataError) as error:
         read_drafts(path, [make_example("a", "q", ["one"]), make_example("b", "q", ["one"])])
     assert message in str(error.value)
+    assert "--skip_bad_examples" not in str(error.value)  # which is about examples
 
 
 def test_a_file_without_a_draft_for_any_example_is_refused(tmp_path):

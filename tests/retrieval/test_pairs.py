@@ -10,6 +10,7 @@ import pytest
 from utils.data.examples import Document, Example
 from utils.models.encoder import build_small_encoder, tokenize
 from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.drafts import imitate_draft
 from utils.retrieval.pairs import Pairs, positives
 
 PASSAGES = ["the mill was sold", "a bridge over the river", "coffee for Ann", "the mill burned down", "nothing at all"]
@@ -69,13 +70,18 @@ def test_each_epoch_draws_positives_by_their_gold_words_and_negatives_that_are_n
     assert {tuple(sorted(keys)) for *_, keys in draws(both, 0, 9)} == {(0, 3)}
 
 
-def test_drafts_of_the_references_are_searched_with_in_their_share(encoder):
+def test_imitated_drafts_are_searched_with_in_their_share(encoder, monkeypatch):
+    monkeypatch.setattr("utils.retrieval.pairs.READ", 1)
     pairs = make_pairs(encoder, draft_share=0.3)
     drawn = draws(pairs, 0)
-    with_draft = [search for search, *_ in drawn if search != pairs.rows[0].query]
+    with_draft = [(search, weights) for search, weights, _ in drawn if search != pairs.rows[0].query]
     assert len(with_draft) / len(drawn) == pytest.approx(0.3, abs=0.07)
-    query, full = tokenize(encoder, ["the mill", "the mill The mill burned down."], "query")
-    assert all(search[: len(query) - 1] == query[:-1] and len(search) <= len(full) for search in with_draft)
+    assert pairs.rows[0].read == [0]  # evidence 0 is read: evidence 3 weighs more
+    others = ["The bridge is closed.", "Coffee is for Ann.", "The mill burned down."]
+    imitated = [imitate_draft("The mill burned down.", PASSAGES[:1], other) for other in others]
+    searches = tokenize(encoder, [f"the mill {draft}" for draft in imitated], "query")
+    assert {tuple(search) for search, _ in with_draft} == {tuple(search) for search in searches}
+    assert all(weights == pytest.approx(np.array([0.25 * 0.5, 0.75]) / 0.875) for _, weights in with_draft)
     # hard negatives are those of what is searched with
     assert pairs.rows[0].searches == ["the mill", "the mill The mill burned down."]
     pairs.set_negatives([[[1], [2]]] * 3)

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from transformers import BartConfig, BartForConditionalGeneration
 
@@ -42,7 +42,7 @@ from utils.training.checkpoint_files import (
 )
 from utils.training.checkpoints import Checkpoints
 from utils.training.loop_state import LoopState
-from utils.training.sharding import gather_tensors, restore_tensors
+from utils.training.sharding import gather_tensors, keep_outputs_exact, restore_tensors
 from utils.training.step import parameter_groups
 
 FILES = (*FILES, "manifest.json")
@@ -155,7 +155,26 @@ def worker(folder: Path) -> None:
         return model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, fused=True)
 
     check_resuming(accelerator, shard, folder / "fsdp")
+    check_outputs(fully_shard, init_device_mesh("cpu", (2,)))
     end_run(accelerator)
+
+
+class SumOfLosses(torch.nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs).sum() * 0 + torch.tensor(24934.0)
+
+
+def check_outputs(fully_shard, mesh) -> None:
+    """A sum of losses comes back as it was computed, with accelerate's policy for bf16 as the scripts change it."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    sums = []
+    for change in (lambda accelerator: None, keep_outputs_exact):
+        change(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+        model = SumOfLosses(4, 4)
+        fully_shard(model, mesh=mesh, mp_policy=plugin.mixed_precision_policy)
+        sums.append(model(torch.ones(4)).item())
+    assert sums == [24960.0, 24934.0]
 
 
 def test_two_processes_resume_bit_exactly_under_ddp_and_fsdp2_and_one_process_reads_what_they_wrote(tmp_path):

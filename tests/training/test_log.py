@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import alone
 
+from retrieve_and_summarize import SHOWN
 from utils.training.log import Meters, RunLog, score_table
 
 
@@ -100,3 +101,23 @@ def test_a_table_has_scores_with_one_decimal_and_counts_as_whole_numbers():
     assert head.split() == ["recall", "examples"]
     assert first.split() == ["hop", "1", "81.2", "300"] and second.split() == ["2", "90.0", "7"]
     assert len(head) == len(first) == len(second)
+    _, first, second = score_table({"hop 1": {"recall": 81.25}, "2": {"new": 9.0}}, ("recall", "new")).splitlines()
+    assert first.split() == ["hop", "1", "81.2", "-"] and second.split() == ["2", "-", "9.0"]
+    wide = score_table({"hop 2": dict.fromkeys(SHOWN, 12345.678)}, SHOWN)
+    assert max(map(len, wide.splitlines())) <= 120
+
+
+def test_lines_of_training_and_validation_fit_a_terminal_and_the_file_has_everything(tmp_path, capsys):
+    log = RunLog(alone(), tmp_path, "simple")
+    meters = {"loss": 2.123456, "accuracy": 0.51234, "gnorm": 1.0, "examples": 1600, "tokens_per_second": 31234.5}
+    log("train", step=123400, epoch=12.123456, lr=0.000123456, skipped=100, **meters, seconds_left=45296.4)
+    log("train", step=1, epoch=0.5, lr=0.1, seconds_left=None)
+    log("validation", step=1, epoch=1.0, **{f"recall@{k}": 98.76543 for k in range(20)}, bm25={"recall@1": 9.0})
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == (
+        "train | step 123400 | epoch 12.12 | loss 2.123 | lr 0.0001235 | tokens/s 31,234 | skipped 100 | left 12:34:56"
+    )
+    assert second == "train | step 1 | epoch 0.5 | lr 0.1"
+    assert len(first) <= 120 and 100 < len(third) <= 120 and third.endswith(" 98.77")
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written[0]["examples"] == 1600 and written[2]["recall@19"] == 98.7654 and written[2]["bm25"]

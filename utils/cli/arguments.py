@@ -6,9 +6,10 @@ Nothing here imports torch or transformers, so that ``--help`` and a mistyped fl
 import argparse
 import dataclasses
 import difflib
-import inspect
+import itertools
 import math
 import os
+import shutil
 import sys
 import typing
 from dataclasses import dataclass
@@ -31,11 +32,11 @@ def check_values(arguments) -> None:
         if limits["choices"] and value not in limits["choices"]:
             raise UsageError(f"--{name} {value}: choose one of {', '.join(limits['choices'])}")
         if limits["at_least"] is not None and not limits["at_least"] <= value < math.inf:
-            raise UsageError(f"--{name} {value}: {limits['at_least']} or more is wanted")
+            raise UsageError(f"--{name} {value}: must be at least {limits['at_least']}")
         if limits["above"] is not None and not limits["above"] < value < math.inf:
-            raise UsageError(f"--{name} {value}: more than {limits['above']} is wanted")
+            raise UsageError(f"--{name} {value}: must be greater than {limits['above']}")
         if limits["at_most"] is not None and value > limits["at_most"]:
-            raise UsageError(f"--{name} {value}: {limits['at_most']} at most is wanted")
+            raise UsageError(f"--{name} {value}: must be at most {limits['at_most']}")
 
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -63,19 +64,19 @@ MAY_CHANGE = frozenset(
 class ReadingArguments:
     """How files of examples are read."""
 
-    documents_file: str | None = flag(None, "documents by `doc_id`, where the examples do not carry their own")
-    dataset_config_name: str | None = flag(None, "configuration of a Hub data set")
-    id_column: str = flag("id", "field of an example's id [the row number]")
-    query_column: str = flag("query", "field of the question [no question]")
-    document_column: str = flag("document", "field of the document as one text")
-    passages_column: str = flag("passages", "field of the document as a list of passages")
-    summary_column: str = flag("summary", "field of the reference summary, or of a list of them")
-    evidence_column: str = flag("evidence", "field of the gold passages' numbers, from 0; of their ids in a corpus")
-    passage_words: int = flag(
-        100, "words in a passage at most, where documents are split or passages merged", at_least=1
+    documents_file: str | None = flag(None, "documents by `doc_id`, for examples that only name their document")
+    dataset_config_name: str | None = flag(None, "configuration name of a Hub data set")
+    id_column: str = flag("id", "field with the example's id (default if absent: the row number)")
+    query_column: str = flag("query", "field with the question (may be absent)")
+    document_column: str = flag("document", "field with the document as one text")
+    passages_column: str = flag("passages", "field with the document as a list of passages")
+    summary_column: str = flag("summary", "field with the reference summary, or a list of references")
+    evidence_column: str = flag(
+        "evidence", "field with the numbers of the gold passages, from 0; with a corpus, their ids"
     )
-    merge_passages: bool = flag(False, "merge consecutive passages into chunks of --passage_words words")
-    skip_bad_examples: bool = flag(False, "go on without unusable examples and list them in rejected.jsonl")
+    passage_words: int = flag(100, "maximum words per passage when documents are split or passages merged", at_least=1)
+    merge_passages: bool = flag(False, "merge consecutive passages into chunks of up to --passage_words words")
+    skip_bad_examples: bool = flag(False, "skip unusable examples and list them in rejected.jsonl")
 
     def reading_options(self) -> dict:
         """These flags, less the documents file, as keywords of `load_examples`."""
@@ -89,21 +90,25 @@ class DataArguments(ReadingArguments):
 
     train_file: str | None = flag(
         None,
-        "training examples: JSON Lines (.xz and .gz too), JSON, CSV, Parquet, a folder or a Hub name; "
-        "without data flags, the embedded data set",
+        "training examples: JSON Lines (also .xz, .gz), JSON, CSV, Parquet, a folder or a Hub name "
+        "(default: the embedded data set)",
     )
     validation_file: str | None = flag(None, "validation examples, in any of the same forms")
-    validation_documents_file: str | None = flag(None, "--documents_file of the validation file [--documents_file]")
+    validation_documents_file: str | None = flag(
+        None, "--documents_file of the validation examples (default: --documents_file)"
+    )
     corpus_file: str | None = flag(
-        None, "passages that all examples search, as BEIR keeps them: records of `_id`, `title` and `text`"
+        None, "for train_retrieve.py: a corpus that all examples search, as records of `_id`, `title`, `text` (BEIR)"
     )
     train_qrels_file: str | None = flag(
-        None, "with a corpus: the training queries' evidence, in BEIR's three columns or TREC's four"
+        None, "evidence of the training queries in the corpus, in BEIR's or TREC's format"
     )
-    validation_qrels_file: str | None = flag(None, "likewise for the validation queries")
-    max_train_examples: int | None = flag(None, "use the first N training examples only, for debugging", at_least=1)
-    max_eval_examples: int | None = flag(None, "use the first N validation examples only, for debugging", at_least=1)
-    sample_documents: int = flag(1500, "transcripts in the embedded training set, six examples each", at_least=1)
+    validation_qrels_file: str | None = flag(None, "evidence of the validation queries in the corpus")
+    max_train_examples: int | None = flag(None, "use only the first N training examples (debugging)", at_least=1)
+    max_eval_examples: int | None = flag(None, "use only the first N validation examples (debugging)", at_least=1)
+    sample_documents: int = flag(
+        1500, "size of the embedded training set in transcripts, with six examples each", at_least=1
+    )
 
 
 @dataclass
@@ -113,11 +118,11 @@ class RunArguments:
     output_dir: str = flag("outputs", "the run folder")
     mixed_precision: str | None = flag(
         None,
-        "no, bf16 or fp16 [accelerate's; bf16 for pretrained models where the machine has instructions for it]",
+        "autocast (default: accelerate's setting; else bf16 for pretrained models if the hardware supports it)",
         choices=("no", "bf16", "fp16"),
     )
-    deterministic: bool = flag(False, "use deterministic operations only")
-    seed: int = flag(42, "seed of everything that is random", at_least=0)
+    deterministic: bool = flag(False, "use only deterministic operations")
+    seed: int = flag(42, "random seed of data order, dropout and new weights", at_least=0)
 
     def __post_init__(self):
         check_values(self)
@@ -127,11 +132,11 @@ class RunArguments:
 class GenerationArguments:
     """How a summarizer writes."""
 
-    num_beams: int = flag(4, "beams in generation; 1: greedy", at_least=1)
-    length_penalty: float = flag(1.0, "exponent of the length by which beam scores are divided")
-    min_new_tokens: int = flag(0, "tokens generated at least", at_least=0)
-    max_new_tokens: int = flag(128, "tokens generated at most", at_least=1)
-    no_repeat_ngram_size: int = flag(0, "n-grams of this size are generated once only; 0: no limit", at_least=0)
+    num_beams: int = flag(4, "beams in generation; 1 is greedy", at_least=1)
+    length_penalty: float = flag(1.0, "beam scores are divided by length to this power")
+    min_new_tokens: int = flag(0, "minimum tokens to generate", at_least=0)
+    max_new_tokens: int = flag(128, "maximum tokens to generate", at_least=1)
+    no_repeat_ngram_size: int = flag(0, "generate no n-gram of this size twice; 0: off", at_least=0)
 
     def generation(self) -> dict:
         """These flags as keywords of `Summarizer.generate`."""
@@ -142,87 +147,97 @@ class GenerationArguments:
 class TrainingArguments(RunArguments):
     """How a model is trained."""
 
-    num_train_epochs: int = flag(3, "passes over the training examples; 0: no limit", at_least=0)
-    max_train_steps: int = flag(0, "optimizer steps to train for; 0: no limit", at_least=0)
-    stop_time_hours: float = flag(0.0, "hours to train for, over all resumed runs; 0: no limit", at_least=0)
-    stop_min_lr: float = flag(-1.0, "stop when the learning rate falls to this; -1: never")
-    patience: int = flag(-1, "stop after so many validations without improvement; -1: never")
+    num_train_epochs: int = flag(3, "epochs to train; 0: no limit", at_least=0)
+    max_train_steps: int = flag(0, "optimizer steps to train; 0: no limit", at_least=0)
+    stop_time_hours: float = flag(
+        0.0, "stop after this many hours of training, summed over resumed runs; 0: no limit", at_least=0
+    )
+    stop_min_lr: float = flag(-1.0, "stop when the learning rate has fallen to this value; -1: never")
+    patience: int = flag(-1, "stop after this many validations without improvement; -1: never")
 
-    eval_steps: int = flag(0, "optimizer steps between validations; 0: at the end of each epoch", at_least=0)
+    eval_steps: int = flag(0, "optimizer steps between validations; 0: validate after each epoch", at_least=0)
     eval_after_steps: int = flag(0, "optimizer steps before the first validation", at_least=0)
-    checkpointing_steps: int = flag(0, "optimizer steps between checkpoints; 0: at the end of each epoch", at_least=0)
-    checkpoints_total_limit: int = flag(3, "checkpoints kept beside the best one; 0: all", at_least=0)
-    metric_for_best: str = flag("loss", "validation score that decides which checkpoint is best, and patience")
-    greater_is_better: bool | None = flag(None, "whether a higher score is better [not for loss, nll_loss and ppl]")
-    load_best_model_at_end: bool = flag(False, "the model and what it writes are those of the best checkpoint")
+    checkpointing_steps: int = flag(0, "optimizer steps between checkpoints; 0: save after each epoch", at_least=0)
+    checkpoints_total_limit: int = flag(3, "checkpoints to keep, besides the best one; 0: all", at_least=0)
+    metric_for_best: str = flag("loss", "validation score that selects the best checkpoint")
+    greater_is_better: bool | None = flag(
+        None, "whether a higher --metric_for_best is better (default: unless it is loss, nll_loss or ppl)"
+    )
+    load_best_model_at_end: bool = flag(False, "use the best checkpoint as the final model, instead of the last one")
     resume_from_checkpoint: str = flag(
-        "auto", "auto: the newest valid checkpoint in the run folder, else start; none: start anew; or a checkpoint"
+        "auto",
+        "auto: the newest valid checkpoint in the run folder, if any; none: delete them and start again; "
+        "or the folder of a checkpoint",
     )
     allow_reshard: bool = flag(False, "resume with another number of processes or another batch size")
-    init_from: str | None = flag(None, "a checkpoint or run folder of another run, whose weights and state to take")
-    reset_optimizer: bool = flag(False, "with --init_from: start with a new optimizer")
-    reset_lr_scheduler: bool = flag(False, "with --init_from: start the learning rate schedule anew")
-    reset_dataloader: bool = flag(False, "with --init_from: start with the first epoch and step")
+    init_from: str | None = flag(
+        None, "start from the weights and state of another run (its folder, or one of its checkpoints)"
+    )
+    reset_optimizer: bool = flag(False, "with --init_from: do not take the optimizer's state")
+    reset_lr_scheduler: bool = flag(False, "with --init_from: restart the learning rate schedule")
+    reset_dataloader: bool = flag(False, "with --init_from: count epochs and steps from 0")
     reset_meters: bool = flag(False, "with --init_from: forget the best score, patience and training time")
 
-    per_device_train_batch_size: int = flag(16, "examples in a micro-batch on each device", at_least=1)
-    per_device_eval_batch_size: int = flag(32, "examples in a batch on each device in validation", at_least=1)
+    per_device_train_batch_size: int = flag(16, "examples per device and micro-batch", at_least=1)
+    per_device_eval_batch_size: int = flag(32, "examples per device and batch in validation", at_least=1)
     max_tokens: int = flag(
         0,
-        "tokens in a micro-batch on each device, padding included, instead of a number of examples; 0: off",
+        "tokens per device and micro-batch, padding included, instead of a number of examples; 0: off",
         at_least=0,
     )
     gradient_accumulation_steps: str = flag(
-        "1", "micro-batches on each device in an optimizer step; a list such as 4,2,1 gives each epoch its own"
+        "1", "micro-batches per optimizer step; a list such as 4,2,1 gives one number per epoch"
     )
-    curriculum_epochs: int = flag(0, "first epochs that run in order of length, unshuffled", at_least=0)
-    dataloader_num_workers: int = flag(0, "worker processes that prepare batches, for each process", at_least=0)
+    curriculum_epochs: int = flag(
+        0, "number of first epochs that run from short to long examples, unshuffled", at_least=0
+    )
+    dataloader_num_workers: int = flag(0, "worker processes per training process that prepare batches", at_least=0)
 
     learning_rate: float = flag(1e-3, "peak learning rate", at_least=0)
-    lr_scheduler_type: str = flag("linear", "learning rate over the steps", choices=LR_SCHEDULERS)
-    num_warmup_steps: int = flag(
-        100, "optimizer steps over which the learning rate rises, a tenth of all at most", at_least=0
-    )
-    weight_decay: float = flag(0.01, "AdamW's weight decay; biases and norms have none", at_least=0)
-    adam_beta1: float = flag(0.9, "AdamW's first moment decay", at_least=0)
-    adam_beta2: float = flag(0.98, "AdamW's second moment decay", at_least=0)
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", at_least=0)
-    max_grad_norm: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never", at_least=0)
+    lr_scheduler_type: str = flag("linear", "learning rate schedule", choices=LR_SCHEDULERS)
+    num_warmup_steps: int = flag(100, "optimizer steps of linear warm-up, at most a tenth of all steps", at_least=0)
+    weight_decay: float = flag(0.01, "AdamW weight decay, not applied to biases and norms", at_least=0)
+    adam_beta1: float = flag(0.9, "AdamW beta1", at_least=0)
+    adam_beta2: float = flag(0.98, "AdamW beta2", at_least=0)
+    adam_epsilon: float = flag(1e-8, "AdamW epsilon", at_least=0)
+    max_grad_norm: float = flag(1.0, "clip the gradient norm to this; 0: off", at_least=0)
 
     max_skipped_steps: int = flag(
-        20, "dropped steps in a row (not finite, out of memory) after which the run ends", at_least=0
+        20, "end the run after more than this many dropped steps in a row (not finite, or out of memory)", at_least=0
     )
-    nan_detector: bool = flag(True, "name the first module with an output that is not finite")
-    min_loss_scale: float = flag(1e-4, "loss scale of fp16 under which the run ends")
-    check_weight_norm: bool = flag(True, "stop if the weights of the processes differ")
+    nan_detector: bool = flag(True, "when a step is not finite, name the first module whose output is not")
+    min_loss_scale: float = flag(1e-4, "end the run if the fp16 loss scale falls below this")
+    check_weight_norm: bool = flag(True, "end the run if the weights differ between processes")
 
     log_steps: int = flag(100, "optimizer steps between log lines", at_least=1)
     log_format: str | None = flag(
-        None, "tqdm, simple, json or none [tqdm on a terminal, else simple]", choices=("tqdm", "simple", "json", "none")
+        None,
+        "format of log lines (default: tqdm on a terminal, else simple)",
+        choices=("tqdm", "simple", "json", "none"),
     )
-    report_to: str | None = flag(None, "a tracker [none]", choices=TRACKERS)
-    profile: bool = flag(False, "write a trace of a few steps to the run folder")
-    overfit_one_batch: bool = flag(False, "train on the first step's examples only, for debugging")
+    report_to: str | None = flag(None, "experiment tracker (default: none)", choices=TRACKERS)
+    profile: bool = flag(False, "write a profiler trace of a few steps to the run folder")
+    overfit_one_batch: bool = flag(False, "train on the examples of the first step only (debugging)")
 
     def __post_init__(self):
         super().__post_init__()
         rules = (self.num_train_epochs, self.max_train_steps, self.stop_time_hours, self.patience >= 0,
                  self.stop_min_lr >= 0)  # fmt: skip
         if not any(rules):
-            raise UsageError(
-                "nothing would end the training: set --num_train_epochs, --max_train_steps or another rule"
-            )
+            raise UsageError("training would never end: set --num_train_epochs, --max_train_steps or another limit")
         if not any(rules[:2]) and self.lr_scheduler_type not in ENDLESS_SCHEDULERS:
             raise UsageError(
                 f"--lr_scheduler_type {self.lr_scheduler_type} needs --num_train_epochs or --max_train_steps; "
                 f"without them choose one of {', '.join(ENDLESS_SCHEDULERS)}"
             )
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
-            raise UsageError(f"--learning_rate {self.learning_rate}: polynomial decay ends at 1e-7, give it more")
+            raise UsageError(
+                f"--learning_rate {self.learning_rate}: must be greater than 1e-7, where polynomial decay ends"
+            )
         if not all(part.isdecimal() and int(part) for part in self.gradient_accumulation_steps.split(",")):
             raise UsageError(
                 f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: "
-                "a number, or a list such as 4,2,1, of 1 or more is wanted"
+                "must be a number of at least 1, or a list such as 4,2,1"
             )
 
     def decisive(self) -> dict:
@@ -236,17 +251,61 @@ class TrainingArguments(RunArguments):
         return each[min(epoch, len(each) - 1)]
 
 
+# The groups of --help. The first holds the flags that most runs set. A flag that is in none is listed at the end.
+GROUPS = {
+    "most used": """
+        train_file validation_file input_file document query retriever summarizer model_name_or_path output_dir
+        num_train_epochs learning_rate per_device_train_batch_size num_hard_negatives ranking fusion num_hops top_k
+        max_source_length num_beams max_new_tokens seed
+    """,
+    "data": """
+        documents_file validation_documents_file corpus_file train_qrels_file validation_qrels_file split
+        dataset_config_name id_column query_column document_column passages_column summary_column evidence_column
+        passage_words merge_passages skip_bad_examples max_examples max_train_examples max_eval_examples
+        sample_documents
+    """,
+    "positives and negatives": """
+        num_positives negatives_pool mine_negatives_every negatives_margin group_by_document supervision oracle_passages
+        teacher teacher_candidates teacher_temperature
+    """,
+    "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words",
+    "ranking": "bm25_weight smooth_window smooth_decay index trec_run",
+    "model, loss and generation": """
+        max_seq_length attention_dropout temperature gradient_cache_tokens passage_order max_target_length dropout
+        label_smoothing_factor length_penalty min_new_tokens no_repeat_ngram_size
+    """,
+    "batches": """
+        gradient_accumulation_steps max_tokens curriculum_epochs per_device_eval_batch_size dataloader_num_workers
+    """,
+    "optimizer": """
+        lr_scheduler_type num_warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm mixed_precision
+        deterministic
+    """,
+    "when to stop": "max_train_steps stop_time_hours stop_min_lr patience",
+    "validation and checkpoints": """
+        eval_steps eval_after_steps metric_for_best greater_is_better load_best_model_at_end checkpointing_steps
+        checkpoints_total_limit
+    """,
+    "resuming and fine-tuning": """
+        resume_from_checkpoint allow_reshard init_from reset_optimizer reset_lr_scheduler reset_dataloader reset_meters
+    """,
+    "failed steps": "max_skipped_steps nan_detector min_loss_scale check_weight_norm",
+    "logging and debugging": "log_steps log_format report_to profile overfit_one_batch",
+}
+
+
 def parse(arguments_class, description: str):
     """Parses the command line into `arguments_class`. A mistake ends the program with one line and exit code 2."""
-    parser = Parser(description=description.partition("\n\n")[0], usage="%(prog)s [flags]")
-    kinds, added = typing.get_type_hints(arguments_class), set()
+    parser = Parser(description=description, usage="%(prog)s [flags]", formatter_class=HelpFormatter)
+    kinds = typing.get_type_hints(arguments_class)
     fields = {field.name: field for field in dataclasses.fields(arguments_class)}
-    for owner in arguments_class.__mro__[:-1]:  # the script's own flags first
-        group = parser.add_argument_group(owner.__doc__.rstrip("."))
-        for name in inspect.get_annotations(owner):
-            if name not in added:
+    groups = {title: names.split() for title, names in GROUPS.items()}
+    groups["other"] = [name for name in fields if name not in itertools.chain(*groups.values())]
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            if name in fields:
                 _add_flag(group, fields[name], kinds[name])
-                added.add(name)
     known, unknown = parser.parse_known_args()
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -254,6 +313,14 @@ def parse(arguments_class, description: str):
         return arguments_class(**vars(known))
     except UsageError as error:
         parser.error(str(error))
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help texts in one column of at most 120 characters, beside the flags."""
+
+    def __init__(self, prog: str):
+        width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+        super().__init__(prog, max_help_position=40, width=width)
 
 
 class Parser(argparse.ArgumentParser):
@@ -295,5 +362,5 @@ METAVARS = {str: "TEXT", int: "N", float: "X", bool: "true|false"}
 
 def _truth(word: str) -> bool:
     if word.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{word}: true or false is wanted")
+        raise argparse.ArgumentTypeError(f"must be true or false, not {word}")
     return word.lower() == "true"

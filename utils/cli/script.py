@@ -22,6 +22,7 @@ from utils.errors import Interrupted, UsageError
 from utils.files import is_disk_full, write_json, write_lines
 from utils.training.checkpoint_files import WRITER
 from utils.training.memory import keep_memory
+from utils.training.sharding import keep_outputs_exact
 
 
 def run_script(main) -> None:
@@ -76,23 +77,28 @@ def start(accelerator, args) -> Path:
 
     Raises UsageError if the started processes do not form a group, or the folder cannot be written.
     """
+    if not sys.platform.startswith("linux"):
+        raise UsageError("only Linux is supported; use WSL 2 on Windows, and a Linux container on a Mac")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise UsageError(
-            f"{started} processes were started but each would train alone: "
-            "set ACCELERATE_USE_CPU=1 to train on the processor, or start as many processes as there are GPUs"
+            f"{started} processes were started, but they are not connected: "
+            "set ACCELERATE_USE_CPU=1 to train on the CPU, or start as many processes as there are GPUs"
         )
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             raise UsageError("fp16 needs a GPU: use --mixed_precision bf16 or no")
         # `accelerate launch` without a configuration starts PyTorch with a single thread
         here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        threads = max(1, len(os.sched_getaffinity(0)) // here)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for libraries that are imported later, such as faiss
         keep_memory()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UsageError(
             "DeepSpeed is not supported: use accelerate_configs/fsdp2.yaml, which shards the model as well"
         )
+    keep_outputs_exact(accelerator)
     # accelerate has no other name for it yet
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()

@@ -116,7 +116,7 @@ def _read_passage(row: Row, first_rows: dict[str, int]) -> tuple[str, str]:
     key = read_identifier(record, "_id")
     if key in first_rows:
         place = row.place.removesuffix(str(row.number)) + str(first_rows[key])
-        raise BadRecord(f"'_id' is '{key}', as at {place}; it must be unique")
+        raise BadRecord(f"'_id' is '{key}', like {place}; it must be unique")
     if "text" not in record and "title" not in record:
         raise BadRecord(f"no 'text'; {listed_fields(record)}")
     for column in ("title", "text"):
@@ -124,5 +124,5 @@ def _read_passage(row: Row, first_rows: dict[str, int]) -> tuple[str, str]:
             raise BadRecord(f"'{column}' must be a string, not {shown(record[column])}")
     passage = f"{record.get('title', '')} {record.get('text', '')}".strip()
     if not passage:
-        raise BadRecord("'text' is empty, and no 'title' stands in; a passage needs words")
+        raise BadRecord("'text' is empty, and so is 'title'; a passage needs words")
     return key, passage

@@ -32,7 +32,7 @@ class Documents:
         doc_id = read_identifier(row.record, self.columns["doc_id"])
         if doc_id in self.by_id:
             column, place = self.columns["doc_id"], self.by_id[doc_id][1]
-            raise BadRecord(f"'{column}' is '{doc_id}', as at {place}; a document must be there once")
+            raise BadRecord(f"'{column}' is '{doc_id}', like {place}; it must be unique")
         return self.read(row)
 
     def find(self, record: dict, documents_file: str) -> Source:
@@ -61,7 +61,7 @@ class Documents:
         if key in self.by_id:
             document, place = self.by_id[key][0].document, self.by_id[key][1]
             if document.passages != passages:
-                raise BadRecord(f"'{column}' is '{key}', as at {place}, but the text is another one")
+                raise BadRecord(f"'{column}' is '{key}', like {place}, but the text differs")
         source = self.by_content[doc_id, content] = Source(document, given, placed)
         self.by_id.setdefault(key, (source, row.place))
         return source

@@ -62,7 +62,7 @@ def read_evidence(
 
     if source.placed is not None:
         if given_words is not None:
-            raise BadRecord("'evidence_words' counts words in the passages as they are; leave out --merge_passages")
+            raise BadRecord("'evidence_words' counts words of the passages before merging; leave out --merge_passages")
         words = Counter()  # by chunk
         for number in set(numbers):
             words.update(source.placed[number])
@@ -90,7 +90,7 @@ def read_ranking(record: dict, passages_column: str, source: Source) -> Ranking 
     if source.given is None:
         raise BadRecord(f"'retrieved' needs '{passages_column}': it cannot number the passages of a text not yet split")
     if source.placed is not None:
-        raise BadRecord("'retrieved' numbers the passages as they are; leave out --merge_passages")
+        raise BadRecord("'retrieved' numbers the passages before merging; leave out --merge_passages")
     wanted = '\'retrieved\' must be a list of {"passage": 12, "score": 0.91}'
     if not isinstance(entries, list):
         raise BadRecord(f"{wanted}, not {shown(entries)}")

@@ -42,20 +42,31 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
     rows = read_rows(path, "train", None, ("hops",))
     columns = {name: name for name in ("id", "draft", "prediction", "hops")}
     required = [("id",), ("draft", "prediction", "hops")]
-    build_all(rows, str(path), take, columns, required, holds="record of 'id' and 'draft'")
+    remedy = "fix the lines, or write the file again"
+    build_all(rows, str(path), take, columns, required, holds="record of 'id' and 'draft'", remedy=remedy)
     found = [by_id.get(example.id, []) for example in examples]
     if not any(found):
         raise DataError(
-            f"{path}: no draft for any of {len(examples)} examples, such as '{examples[0].id}'; drafts go by 'id'"
+            f"{path}: no draft for any of {len(examples)} examples, such as '{examples[0].id}'; "
+            "drafts are matched by 'id'"
         )
     return found
 
 
 def write_hand_over(
-    folder: Path, split: str, examples: Sequence[Example], rankings: Sequence[Ranking], *, with_trec: bool
+    folder: Path, split: str, examples: Sequence[Example], hops: Sequence[Sequence[Hop]], *, top_k: int, with_trec: bool
 ) -> None:
-    """Writes `retrieved.<split>.jsonl` (see `write_retrieved`) and, with `with_trec`, a TREC run and qrels."""
-    write_retrieved(folder / f"retrieved.{split}.jsonl", examples, rankings)
+    """Writes `retrieved.<split>.jsonl` and, with `with_trec`, a TREC run and qrels, each of the `top_k` best passages.
+
+    Their rankings are those of the last hop. If there is more than one hop, the records hold all of them: stage 2 then
+    trains on what each hop found.
+    """
+    hops = [[Hop(hop.draft, hop.read, hop.retrieved[:top_k]) for hop in of_example] for of_example in hops]
+    rankings = [of_example[-1].retrieved for of_example in hops]
+    if all(len(of_example) == 1 for of_example in hops):
+        write_retrieved(folder / f"retrieved.{split}.jsonl", examples, rankings)
+    else:
+        write_jsonl(folder / f"retrieved.{split}.jsonl", map(hops_record, examples, hops))
     if with_trec:
         write_run(folder / f"run.{split}.trec", examples, rankings, tag="train_retrieve")
         write_qrels(folder / f"qrels.{split}.trec", examples)
@@ -104,14 +115,15 @@ def write_predictions(path: str | os.PathLike, rows: Iterable[dict], predictions
     ))  # fmt: skip
 
 
-def hops_record(example: Example, hops: Sequence[Hop], prediction: str) -> dict:
+def hops_record(example: Example, hops: Sequence[Hop], prediction: str | None = None) -> dict:
     """The record of an example with all its hops: a record of a hand-over file with the ranking of the last hop."""
     record = _retrieved_record(example, hops[-1].retrieved)
     text = {"passages": record.pop("passages")}  # the longest field comes last
     of_hops = [
         {"draft": hop.draft, "read": hop.read, "retrieved": _ranking_entries(example, hop.retrieved)} for hop in hops
     ]
-    return record | {"prediction": prediction, "hops": of_hops} | text
+    predicted = {} if prediction is None else {"prediction": prediction}
+    return record | predicted | {"hops": of_hops} | text
 
 
 def _ranking_entries(example: Example, ranking: Ranking) -> list[dict]:

@@ -24,7 +24,7 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[l
             raise DataError(f"--{name} needs --corpus_file, whose passages it names")
     for name in ("documents_file", "validation_documents_file"):
         if getattr(args, name) and args.corpus_file:
-            raise DataError(f"--{name} is not for examples that search a corpus; leave it out, or --corpus_file")
+            raise DataError(f"--{name} cannot be used with --corpus_file; leave one of them out")
     if args.corpus_file and not args.train_file:
         raise DataError("--corpus_file needs --train_file, whose queries search it")
     if not args.train_file:
@@ -98,9 +98,9 @@ def load_examples(
     if passage_words < 1:
         raise DataError(f"--passage_words is {passage_words}, but a passage needs at least 1 word")
     if corpus is not None and documents_file is not None:
-        raise DataError("--documents_file is not for examples that search a corpus; leave it out, or --corpus_file")
+        raise DataError("--documents_file cannot be used with --corpus_file; leave one of them out")
     if corpus is not None and merge_passages:
-        raise DataError("--merge_passages is not for a corpus, whose passages are found by their ids; leave it out")
+        raise DataError("--merge_passages cannot be used with --corpus_file, whose passages have ids; leave it out")
     if corpus is None and qrels_file is not None:
         raise DataError(f"{qrels_file}: evidence by the ids of a corpus needs --corpus_file")
     columns = {
@@ -137,7 +137,7 @@ def load_examples(
         # qrels need true ids: a row number could match one of their ids by chance
         example_id = read_identifier(record, id_column) if qrels or id_column in record else str(row.number)
         if example_id in first_places:
-            raise BadRecord(f"'{id_column}' is '{example_id}', as at {first_places[example_id]}; it must be unique")
+            raise BadRecord(f"'{id_column}' is '{example_id}', like {first_places[example_id]}; it must be unique")
         query = record.get(query_column, "")
         if not isinstance(query, str):
             raise BadRecord(f"'{query_column}' must be a string, not {shown(query)}")

@@ -20,7 +20,7 @@ from utils.files import write_jsonl
 
 logger = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 20  # an error shows this many problems; the rest are counted
-REMEDY = "fix the lines, or pass --skip_bad_examples to go on without them"
+REMEDY = "fix the lines, or pass --skip_bad_examples to skip them"
 
 
 @dataclass(slots=True)
@@ -105,10 +105,10 @@ def report_problems(
         _write_rejected(rejected_file, file, [entry for _, entry in problems])
     if problems and skip and any_good:
         where = f"; they are in {rejected_file}" if rejected_file is not None else ""
-        logger.warning("%d bad records left out, the first at %s%s", len(problems), problems[0][0], where)
+        logger.warning("%d bad records skipped, the first at %s%s", len(problems), problems[0][0], where)
         return
     if skip:
-        remedy = "fix the lines: --skip_bad_examples has none left to go on with"
+        remedy = "fix the lines: --skip_bad_examples would skip all of them"
     raise_all([f"{place}: {entry['reason']}" for place, entry in problems], remedy)
 
 

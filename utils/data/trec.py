@@ -87,9 +87,9 @@ def read_run(path: str | os.PathLike) -> dict[str, list[tuple[str, float]]]:
         except ValueError:
             score = math.nan
         if not math.isfinite(_as_float32(score)):
-            raise BadRecord(f"the score is '{written_score}'; a finite number is wanted")
+            raise BadRecord(f"the score is '{written_score}'; it must be a finite number")
         if docid in found.setdefault(query, {}):
-            raise BadRecord(f"docid '{docid}' is there twice for query '{query}'; once is wanted")
+            raise BadRecord(f"docid '{docid}' appears twice for query '{query}'")
         found[query][docid] = (_as_float32(score), row.record["docid"], docid, score)
 
     rows = read_line_rows(path, _parse_run_line)
@@ -104,7 +104,7 @@ def read_run(path: str | os.PathLike) -> dict[str, list[tuple[str, float]]]:
 def _parse_run_line(line: str) -> dict:
     cells = re.findall(r"[^ \t\n\r\v\f]+", line)  # only ASCII white space separates columns, as in trec_eval
     if len(cells) != len(RUN_COLUMNS):
-        raise BadRecord(f"{len(cells)} columns; '{' '.join(RUN_COLUMNS)}' is wanted")
+        raise BadRecord(f"has {len(cells)} columns; it must have '{' '.join(RUN_COLUMNS)}'")
     return dict(zip(RUN_COLUMNS, cells, strict=True))
 
 
@@ -223,11 +223,11 @@ def _qrels_parser() -> Callable[[str], dict | None]:
                 return None
         if is_beir:
             columns, cells = BEIR_QRELS_COLUMNS, line.strip("\r\n").split("\t")
-            wanted = "BEIR's three columns, separated by tabs, are wanted"
+            wanted = "it must have BEIR's three columns, separated by tabs"
         else:
             columns, cells = TREC_QRELS_COLUMNS, [unquote(cell) for cell in cells]
             wanted = (
-                f"TREC's four columns are wanted, or BEIR's three under the header '{' '.join(BEIR_QRELS_COLUMNS)}'"
+                f"it must have TREC's four columns, or BEIR's three under the header '{' '.join(BEIR_QRELS_COLUMNS)}'"
             )
         if len(cells) != len(columns):
             raise BadRecord(f"has {len(cells)} columns; {wanted}")

@@ -9,7 +9,8 @@ def score_hop(examples: Sequence[Example], records: Sequence[dict], number: int)
     """Mean scores after hop `number` (from 1): of the rankings if there is evidence, and ROUGE if there are references.
 
     `records` come from `hops_record`. An example whose search ended earlier counts with its last hop. ROUGE scores the
-    drafts of the hop, or after the last hop the predictions.
+    drafts of the hop, or after the last hop the predictions. `new_evidence` is a later hop's: of the evidence that hop
+    1 did not read, the share that this hop reads, in percent.
     """
     from utils.evaluation.retrieval import score_rankings  # imports `evaluate`, which takes seconds
     from utils.evaluation.rouge import Rouge
@@ -19,6 +20,11 @@ def score_hop(examples: Sequence[Example], records: Sequence[dict], number: int)
     evidence = [example.evidence for example in examples]
     scores = score_rankings(examples, found, evidence) if any(evidence) else {}
     scores.pop("examples", None)
+    if number > 1:
+        pairs = [(set(example.evidence or []) - set(record["hops"][0]["read"]), set(hop["read"]))
+                 for example, record, hop in zip(examples, records, hops, strict=True)]  # fmt: skip
+        if missed := sum(len(new) for new, _ in pairs):
+            scores["new_evidence"] = 100 * sum(len(new & read) for new, read in pairs) / missed
     if all(example.summaries for example in examples):
         is_last = all(len(record["hops"]) <= number for record in records)
         texts = [record["prediction"] if is_last else hop["draft"] for record, hop in zip(records, hops, strict=True)]

@@ -39,7 +39,7 @@ def rouge_scores(prediction: str, references: str | Sequence[str]) -> dict[str, 
     if isinstance(references, str):
         references = [references]
     if not references:
-        raise ValueError("a prediction has no reference; at least one is wanted")
+        raise ValueError("a prediction has no reference; it needs at least one")
     scorer = RougeScorer(ROUGE_TYPES, tokenizer=RougeWords())
     prediction, *references = ("\n".join(split_sentences(text)) for text in (prediction, *references))
     best = scorer.score_multi(references, prediction)
@@ -101,4 +101,4 @@ class Rouge(LocalMetric):
 def _check_equally_many(**columns: Sequence):
     counts = {name: len(column) for name, column in columns.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"as many of each are wanted: {', '.join(f'{n} {name}' for name, n in counts.items())}")
+        raise ValueError(f"the numbers must be equal: {', '.join(f'{n} {name}' for name, n in counts.items())}")

@@ -63,7 +63,9 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
     config = {}
     folder = Path(name_or_path)
     if folder.is_dir() and not any((folder / name).exists() for name in ("modules.json", "config.json")):
-        raise UsageError(f"{name_or_path}: no retriever in this folder; a run writes it when its training is done")
+        raise UsageError(
+            f"{name_or_path}: this folder holds no retriever; train_retrieve.py writes it at the end of training"
+        )
     if attention_dropout is not None:  # two names, of BERT and of others; a configuration ignores the unknown one
         config = {"attention_probs_dropout_prob": attention_dropout, "attention_dropout": attention_dropout}
     try:

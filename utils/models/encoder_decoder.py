@@ -64,7 +64,9 @@ def build_small_bart(
 def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, name: str = "--model_name_or_path"):
     """Loads an encoder-decoder and its tokenizer from a folder or the Hub; a UsageError names the flag `name`."""
     if Path(name_or_path).is_dir() and not Path(name_or_path, "config.json").exists():
-        raise UsageError(f"{name} {name_or_path}: no model in this folder; a run writes it when its training is done")
+        raise UsageError(
+            f"{name} {name_or_path}: this folder holds no model; train_summarize.py writes it at the end of training"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path)

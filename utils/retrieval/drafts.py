@@ -4,24 +4,51 @@ A hop writes a draft, and the next hop searches with it. The retriever is theref
 queries with a draft. The drafts come from the references, or from a file that `retrieve_and_summarize.py` wrote.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from utils.data.examples import Example
 from utils.data.passages import split_sentences
+from utils.data.words import UNSPACED, rouge_words
 
+READ = 5  # passages that an imitated draft is written from
+WORD = re.compile(f"(\\s*)([{UNSPACED}]|[^\\s{UNSPACED}]+)")  # and the space before it
 MIN_SENTENCE_WORDS = 4  # a short turn of a meeting, such as "Yeah . OK .", is of no use in a draft
 
 
-def reference_draft(summaries: Sequence[str], rng: np.random.Generator) -> str:
-    """Imitates an early draft: about half the sentences of a random reference, without up to half of their words."""
-    sentences = split_sentences(summaries[rng.integers(len(summaries))])
-    kept = rng.random(len(sentences)) < 0.5
-    kept[rng.integers(len(sentences))] = True
-    words = " ".join(sentence for sentence, keep in zip(sentences, kept, strict=True) if keep).split()
-    dropped = rng.uniform(0, 0.5)  # share of the words
-    return " ".join(word for word, lot in zip(words, rng.random(len(words)), strict=True) if lot >= dropped)
+def imitate_draft(reference: str, read: Iterable[str], invented: str) -> str:
+    """Imitates the draft of a summarizer that read the passages `read`: it knows their words and invents the rest.
+
+    Keeps the words of the reference that are in `read`. In place of each other word stands the word at its place in
+    `invented`, the reference of another example, which is repeated if it is shorter.
+    """
+    known = {word for text in read for word in rouge_words(text)}
+    others = itertools.cycle([word for _, word in WORD.findall(invented)] or [""])
+    draft = ""
+    for (space, word), other in zip(WORD.findall(reference), others, strict=False):
+        if word := word if known.issuperset(rouge_words(word)) else other:
+            draft += space + word
+    return draft
+
+
+def imitate_drafts(examples: Sequence[Example], read: Sequence[Sequence[int]], seed: int) -> list[str]:
+    """Imitates a draft for each training example, from its passages in `read`; "" without a reference."""
+    rng = np.random.default_rng(seed)
+    others = [examples[number].summaries for number in rng.permutation(len(examples))]
+    drafts = []
+    for example, passages, other in zip(examples, read, others, strict=True):
+        texts = [example.document.passages[passage] for passage in passages]
+        of_each = [imitate_draft(summary, texts, (other or [""])[0]) for summary in example.summaries]
+        drafts.append(of_each[rng.integers(len(of_each))] if of_each else "")
+    return drafts
+
+
+def first_drafts(drafts: Sequence[list], examples: Sequence[Example], read: Sequence) -> list[str]:
+    """The first draft of each example in `drafts` (see `read_drafts`), or "", whatever was read."""
+    return [of_example[0][0] if of_example else "" for of_example in drafts]
 
 
 def extract_drafts(

@@ -15,7 +15,7 @@ from utils.data.hand_over import read_drafts
 from utils.errors import UsageError
 from utils.files import digest
 from utils.models.encoder import tokenize
-from utils.retrieval.drafts import reference_draft
+from utils.retrieval.drafts import READ, imitate_draft
 from utils.retrieval.oracle import greedy_rouge_oracle
 from utils.retrieval.ranking import hard_negatives, search_text
 
@@ -52,6 +52,16 @@ def gold_passages(examples: Sequence[Example], args) -> list[list[int] | None]:
     return gold
 
 
+def first_hop(ranking: Ranking, evidence: Sequence[int]) -> list[int]:
+    """The passages that an imitated first hop reads: the best of a BM25 `ranking`.
+
+    A trained retriever finds more: if there are several passages of evidence, the best-ranked one is always read.
+    """
+    passages = [passage for passage, _ in ranking]
+    found = [passage for passage in passages if passage in evidence]
+    return list(dict.fromkeys(passages[:READ] + (found[:1] if len(evidence) > 1 else [])))
+
+
 @dataclass
 class Pair:
     """A training query and its passages. A passage's key is its number, counted through all documents."""
@@ -65,6 +75,8 @@ class Pair:
     evidence: list[int]  # keys of the positives
     weights: np.ndarray  # (evidence,) the probability that a positive is drawn, or the teacher's of each passage
     is_distribution: bool  # whether the weights are the teacher's; then all positives are used
+    read: list[int]  # keys of the passages that a first hop would read
+    longest: int  # most tokens of a search text
     negatives: list[list[int]]  # keys of the hard negatives, best first; a list for each of `searches`
 
 
@@ -99,6 +111,15 @@ class Pairs:
         taught = self._ask_teacher(examples, ranked[0], accelerator) if args.teacher else {}
 
         query_tokens = tokenize(retriever, [example.query for example in examples], "query")
+        longest = list(map(len, query_tokens))
+        if args.draft_share:
+            texts = [[*e.summaries, *(text for text, _ in own)] for e, own in zip(examples, drafts, strict=True)]
+            of_texts = [(number, text) for number, of_example in enumerate(texts) for text in of_example]
+            tokens = tokenize(
+                retriever, [search_text(examples[number].query, text) for number, text in of_texts], "query"
+            )
+            for (number, _), search in zip(of_texts, tokens, strict=True):
+                longest[number] = max(longest[number], len(search))
         self.rows: list[Pair] = []
         for number, example in enumerate(examples):
             evidence, weights = taught.get(number) or positives(example, args.supervision, args.oracle_passages)
@@ -116,6 +137,8 @@ class Pairs:
                 evidence=[first + passage for passage in evidence],
                 weights=np.array(weights) / sum(weights),
                 is_distribution=number in taught,
+                read=[first + passage for passage in first_hop(ranked[0][number], evidence)],
+                longest=longest[number],
                 negatives=[[first + passage for passage in of_hop] for of_hop in negatives],
             ))  # fmt: skip
         if not self.rows:
@@ -155,7 +178,8 @@ class Pairs:
         """How many pairs there are, and where their positives come from."""
         marked = sum(is_marked(pair.example, self.args.supervision) for pair in self.rows)
         others = "the teacher" if self.args.teacher else "the ROUGE oracle"
-        return f"{len(self.rows)} with positives ({marked} from evidence, the others from {others})"
+        sources = {"gold evidence": marked, others: len(self.rows) - marked}
+        return "positives from " + ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
 
     def digest(self) -> str:
         """A checksum of the training data."""
@@ -171,16 +195,12 @@ class Pairs:
 
         Negatives that are mined later may be longer. The lengths still stay, so that a run can resume from any step.
         """
-        longest = []
-        for pair in self.rows:
-            drafts = [*pair.example.summaries, *(text for text, _ in pair.drafts)] if self.args.draft_share else []
-            longest.append(search_text(pair.example.query, max(drafts, key=len, default="")))
         lengths = []
-        for pair, search in zip(self.rows, tokenize(self.retriever, longest, "query"), strict=True):
+        for pair in self.rows:
             passage = max(len(self.passage_tokens[key]) for key in sum(pair.negatives, pair.evidence))
             positive = len(pair.evidence) if pair.is_distribution else min(self.args.num_positives, len(pair.evidence))
             negative = min(self.args.num_hard_negatives, max(map(len, pair.negatives)))
-            lengths.append([len(search), passage * (positive + negative)])
+            lengths.append([pair.longest, passage * (positive + negative)])
         return lengths
 
     def draw(self, pair: Pair, epoch: int) -> tuple[list[int], np.ndarray, list[int]]:
@@ -196,13 +216,16 @@ class Pairs:
             hop = -1
             if pair.drafts:
                 draft, read = pair.drafts[rng.integers(len(pair.drafts))]
-                missing = ~np.isin(pair.evidence, read)
-                if missing.any():  # a later hop should find what the draft did not use
-                    weights = weights * np.where(missing, 1.0, args.found_weight)
-                    weights = weights / weights.sum()
             else:
-                draft = reference_draft(pair.example.summaries, rng)
+                draft, read = self._imitate(pair, rng), pair.read
+            missing = ~np.isin(pair.evidence, read)
+            if missing.any():  # a later hop should find what the draft did not use
+                weights = weights * np.where(missing, 1.0, args.found_weight)
+                weights = weights / weights.sum()
             search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query")[0]
+            while len(search) > pair.longest:  # invented words may have more tokens than those of the reference
+                draft = draft.rpartition(" ")[0]
+                search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query")[0]
         if pair.is_distribution:
             drawn = list(pair.evidence)
         else:
@@ -211,6 +234,12 @@ class Pairs:
         count = min(args.num_hard_negatives, len(pair.negatives[hop]))
         drawn += rng.choice(pair.negatives[hop], count, replace=False).tolist() if count else []
         return search, weights, drawn
+
+    def _imitate(self, pair: Pair, rng: np.random.Generator) -> str:
+        """A draft such as a summarizer would write that has read BM25's best passages for the query."""
+        summaries, other = pair.example.summaries, self.rows[rng.integers(len(self.rows))].example.summaries
+        texts = [pair.example.document.passages[key - pair.document] for key in pair.read]
+        return imitate_draft(summaries[rng.integers(len(summaries))], texts, (other or [""])[0])
 
     # ---- mining of hard negatives
 

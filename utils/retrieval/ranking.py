@@ -26,7 +26,7 @@ def search_texts(examples: Sequence[Example], queries: Sequence[str] | None) -> 
     if queries is None:
         return [example.query for example in examples]
     if len(queries) != len(examples):
-        raise ValueError(f"{len(queries)} queries for {len(examples)} examples; one for each is wanted")
+        raise ValueError(f"{len(queries)} queries for {len(examples)} examples; there must be one for each")
     return queries
 
 

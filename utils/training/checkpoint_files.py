@@ -246,7 +246,7 @@ def find_newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | 
     if folders:
         raise UsageError(
             f"no checkpoint in {checkpoints} is usable, all {len(folders)} are damaged: "
-            "start anew with --resume_from_checkpoint none, or in another --output_dir"
+            "start again with --resume_from_checkpoint none, or in another --output_dir"
         )
     return None
 

@@ -47,8 +47,7 @@ class Checkpoints:
         Called again for the same step, as after its validation, it writes the loop's state anew and keeps the tensors.
         """
         self.wait()
-        place, is_new = {"step": state.step, "epoch": state.epoch}, state.step != self.saved_step
-        self.saved_step = state.step
+        is_new, self.saved_step = state.step != self.saved_step, state.step
         if is_new:
             self.copies = gather_tensors(self.accelerator, self.model, self.optimizer, self.copies)
         state.meters = {name: meter.state(self.accelerator) for name, meter in meters.items()}
@@ -59,7 +58,8 @@ class Checkpoints:
             "scaler": scaler.state_dict() if scaler else None,
         }
         if self.accelerator.is_main_process:
-            event = {**place, "folder": str(self.folder / f"step_{state.step:08d}"), "is_best": is_best}
+            folder = str(self.folder / f"step_{state.step:08d}")
+            event = {"step": state.step, "folder": folder, "is_best": is_best}
             contents = {"state": content, "fingerprint": self.fingerprint(state.epoch), "is_best": is_best}
             tensors = self.copies if is_new else None
             self.thread = Thread(target=self._write, args=(event, tensors, contents), name=checkpoint_files.WRITER)
@@ -170,7 +170,7 @@ def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
         if newest != folder:
             raise UsageError(
                 f"--resume_from_checkpoint {folder}: {checkpoints} holds other checkpoints, up to {newest.name}; "
-                "remove the newer ones, or go on from it in another --output_dir"
+                "remove the newer ones, or resume from it in another --output_dir"
             )
     if folder:
         return folder, True
@@ -200,11 +200,11 @@ def _compare(folder: Path, saved: dict, current: dict, allow_reshard: bool) -> N
     ]
     if differences:
         raise UsageError(
-            f"{folder} is of another run: {'; '.join(differences + reshaped)}. Choose another --output_dir, or pass "
-            "--resume_from_checkpoint none to start anew in this one"
+            f"{folder} belongs to another run: {'; '.join(differences + reshaped)}. Choose another --output_dir, "
+            "or start again in this one with --resume_from_checkpoint none"
         )
     if reshaped and not allow_reshard:
         raise UsageError(
-            f"{folder} was made with another shape of batches: {'; '.join(reshaped)}. Pass --allow_reshard to go on "
-            "from the same place in the epoch"
+            f"{folder} was saved with other batches: {'; '.join(reshaped)}. Pass --allow_reshard to resume "
+            "at the same place in the epoch"
         )

@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,11 @@ import torch
 from tqdm import tqdm
 
 from utils.files import write_lines
+
+WIDTH = 120  # columns of a line on a terminal
+# what a line of training shows of its meters, and under which names
+SHORT = ("step", "epoch", "loss", "lr", "tokens_per_second", "skipped", "seconds_left")
+NAMES = {"tokens_per_second": "tokens/s", "seconds_left": "left"}
 
 
 class RunLog:
@@ -50,8 +56,8 @@ class RunLog:
                 file.write(line + "\n")
             if self.log_format == "json":
                 print(line, flush=True)
-            else:
-                self.say(" | ".join([event, *(f"{name} {_shown(value)}" for name, value in values.items())]))
+            elif event != "done":  # the run says that in words
+                self.say(_readable(event, values))
         if self.accelerator.trackers and event in ("train", "epoch", "validation"):
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(numbers, step=values.get("step"))
@@ -66,10 +72,9 @@ class RunLog:
     def say_model(self, model) -> None:
         """One line on the size of a model, the processes and the precision."""
         accelerator, parameters = self.accelerator, sum(parameter.numel() for parameter in model.parameters())
-        self.say(
-            f"{parameters:,} parameters on {accelerator.num_processes} process(es), "
-            f"{accelerator.device}, mixed precision {accelerator.mixed_precision}"
-        )
+        precision = accelerator.mixed_precision.replace("no", "float32")
+        processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+        self.say(f"{parameters:,} parameters, {processes} on {accelerator.device.type}, {precision}")
 
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -93,13 +98,15 @@ class RunLog:
 def score_table(scores: dict[str, dict], columns: tuple[str, ...]) -> str:
     """A plain-text table with a row for each name and a column for each score; counts stay whole numbers."""
     width = max(map(len, scores))
-    lines = [" " * width + "".join(f"{column:>18}" for column in columns)]
-    lines += [
-        f"{name:<{width}}"
-        + "".join(f"{row[column]:18{'d' if isinstance(row[column], int) else '.1f'}}" for column in columns)
-        for name, row in scores.items()
-    ]
+    lines = [" " * width + "".join(f"  {column:>7}" for column in columns)]
+    for name, row in scores.items():
+        cells = [_cell(row.get(column)).rjust(max(len(column), 7)) for column in columns]
+        lines.append(f"{name:<{width}}" + "".join(f"  {cell}" for cell in cells))
     return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value}" if isinstance(value, int) else f"{value:.1f}"
 
 
 def _rounded(value):
@@ -108,9 +115,27 @@ def _rounded(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _shown(value) -> str:
+def _readable(event: str, values: dict) -> str:
+    """The line of an event for a terminal. Lines of scores are cut to WIDTH columns; the file has all of them."""
+    values = {name: value for name, value in values.items() if value is not None}
+    if event in ("train", "epoch"):
+        values = {name: values[name] for name in SHORT if name in values}
+    line = event
+    for name, value in values.items():
+        part = f" | {NAMES.get(name, name)} {_shown(name, value)}"
+        if event in ("train", "epoch", "validation") and len(line + part) > WIDTH:
+            break
+        line += part
+    return line
+
+
+def _shown(name: str, value) -> str:
+    if name == "seconds_left":
+        return str(timedelta(seconds=round(value)))
     if isinstance(value, dict):
-        return " ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+        return " ".join(f"{inner} {_shown(inner, number)}" for inner, number in value.items())
+    if name == "tokens_per_second":
+        return f"{value:,.0f}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

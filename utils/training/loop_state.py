@@ -57,7 +57,7 @@ class LoopState:
         """Counts and logs a dropped step. Raises Diverged after more than `--max_skipped_steps` in a row."""
         self.skipped += 1
         self.skipped_in_a_row += 1
-        log("skip", step=self.step + 1, epoch=self.epoch, reason=reason, in_a_row=self.skipped_in_a_row)
+        log("skip", step=self.step + 1, reason=reason, in_a_row=self.skipped_in_a_row)
         if self.skipped_in_a_row > args.max_skipped_steps:
             raise Diverged(
                 f"{self.skipped_in_a_row} steps in a row were dropped, more than --max_skipped_steps "

@@ -35,7 +35,7 @@ class Run:
 
     Args:
         folder: the run folder.
-        warmup: optimizer steps in which the learning rate rises.
+        max_steps, warmup: optimizer steps of the learning rate schedule (0: no end), and of its rise.
         plan: `plan(epoch, without=example numbers, shape=...)` gives the steps of an epoch, as `plan_epoch` does.
         shape: `shape(epoch)` gives what decides the examples of a step, beside data and seed (see `batch_shape`).
         data: a checksum of what is trained on. Only a run with the same checksum resumes.
@@ -46,10 +46,11 @@ class Run:
         scores, predictions: those of the last validation, or None before it.
     """
 
-    def __init__(self, accelerator, args, folder: Path, log: RunLog, *, model, optimizer, scheduler, warmup: int, plan,
-                 shape, data):  # fmt: skip
+    def __init__(self, accelerator, args, folder: Path, log: RunLog, *, model, optimizer, scheduler,
+                 max_steps: int, warmup: int, plan, shape, data):  # fmt: skip
         self.accelerator, self.args, self.log = accelerator, args, log
-        self.model, self.optimizer, self.scheduler, self.warmup, self.plan = model, optimizer, scheduler, warmup, plan
+        self.model, self.optimizer, self.scheduler, self.plan = model, optimizer, scheduler, plan
+        self.max_steps, self.warmup = max_steps, warmup
         self.signals, self.received = Signals(), None
         self.checkpoints = Checkpoints(accelerator, args, folder, log, self.signals, model=model, optimizer=optimizer,
                                        scheduler=scheduler, data=data, shape=shape)  # fmt: skip
@@ -59,12 +60,15 @@ class Run:
         self.meters = {name: Meters(accelerator, self.state.meters.get(name)) for name in ("train", "epoch")}
         log.begin(self.state.step)
         if resumed_from:
-            log("resume", step=self.state.step, epoch=self.state.epoch, checkpoint=str(resumed_from))
+            log("resume", step=self.state.step, checkpoint=str(resumed_from))
         self.profile = profiler(accelerator, args, folder)
         self.trace = self.profile.__enter__()
         self.is_culprit_named = False
         self.scores: dict | None = None
         self.predictions: list[str] | None = None
+        self.first_step = self.state.step
+        if self.state.step_in_epoch or self.state.done_before:
+            self._plan_epoch(self.state.epoch)
         self.began = self.step_began = self.counted = time.perf_counter()
         self._look_for_a_stop()
         if self.state.stop:
@@ -93,11 +97,16 @@ class Run:
 
         `collate(examples, dummy=...)` makes a micro-batch, as in `StepBatches`.
         """
-        steps = self.plan(epoch, without=self.state.done_before)
-        done, self.steps_in_epoch = self.state.step_in_epoch, len(steps)
+        steps, done = self._plan_epoch(epoch), self.state.step_in_epoch
         self.log.start_epoch(epoch, done, len(steps))
         batches = StepBatches(examples, steps[done:], collate, self.accelerator.process_index)
         return DataLoader(batches, batch_size=None, num_workers=self.args.dataloader_num_workers)
+
+    def _plan_epoch(self, epoch: int) -> list:
+        steps, before = self.plan(epoch, without=self.state.done_before), len(self.state.done_before)
+        planned = sum(len(part) for step in steps for micro_batch in step for part in micro_batch)
+        self.steps_in_epoch, self.done_share = len(steps), before / (before + planned)
+        return steps
 
     def begin_step(self, count: int) -> int:
         """Returns `count` summed over all processes, and notes a signal to any of them."""
@@ -163,7 +172,7 @@ class Run:
 
     def end_step(self) -> None:
         """Moves on to the next step: writes log lines that are due and looks whether a stop rule is met."""
-        accelerator, args, state, epoch = self.accelerator, self.args, self.state, self.state.epoch
+        accelerator, args, state = self.accelerator, self.args, self.state
         check_loss_scale(accelerator, args)
         state.advance(self.steps_in_epoch)
         self._count_time()
@@ -172,16 +181,29 @@ class Run:
         if state.step % args.log_steps == 0 or state.step_in_epoch == 0:
             if args.check_weight_norm:
                 check_weight_norm(accelerator, self.model)
-            self.log("train", step=state.step, epoch=epoch, lr=self.scheduler.get_last_lr()[0], skipped=state.skipped,
-                     **self.meters["train"].read(accelerator), wall=state.wall_seconds)  # fmt: skip
+            self.log("train", step=state.step, epoch=self._epochs(), lr=self.scheduler.get_last_lr()[0],
+                     skipped=state.skipped, **self.meters["train"].read(accelerator), wall=state.wall_seconds,
+                     seconds_left=self._seconds_left())  # fmt: skip
         if state.step_in_epoch == 0:
-            self.log("epoch", step=state.step, epoch=state.epoch, **self.meters["epoch"].read(accelerator))
+            self.log("epoch", step=state.step, epoch=self._epochs(), **self.meters["epoch"].read(accelerator))
         self.log.advance()
         give_back_memory()
         if self.trace:
             self.trace.step()
         self._look_for_a_stop()
         self.step_began = time.perf_counter()
+
+    def _epochs(self) -> float:
+        """Passes over the examples that are done, with the fraction of the present one."""
+        state = self.state
+        if not state.step_in_epoch and not state.done_before:
+            return float(state.epoch)
+        return state.epoch + self.done_share + (1 - self.done_share) * state.step_in_epoch / self.steps_in_epoch
+
+    def _seconds_left(self) -> float | None:
+        """Until the last step of the learning rate schedule, at the pace since the start; None if it has no end."""
+        remaining, done = self.max_steps - self.state.step, self.state.step - self.first_step
+        return remaining * (self.counted - self.began) / done if remaining >= 0 else None
 
     def _seed_step(self) -> None:
         seed_step(self.args.seed, self.state.step, self.accelerator.process_index)
@@ -204,7 +226,8 @@ class Run:
     def note_validation(self, scores: dict, *, best_by: float | None, predictions: list[str] | None = None) -> None:
         """Logs a validation and saves what it decides. The best checkpoint is that with the best `best_by`."""
         self.scores, self.predictions = scores, predictions
-        self.log("validation", step=self.state.step, epoch=self.state.epoch, **scores)
+        scores = {self.args.metric_for_best: best_by, **scores}  # the one that decides comes first
+        self.log("validation", step=self.state.step, epoch=self._epochs(), **scores)
         is_best = self.state.note_validation(self.args, best_by)
         self._look_for_a_stop()
         self.save(is_best=is_best)
@@ -230,7 +253,7 @@ class Run:
         self.profile.__exit__(None, None, None)
         self.checkpoints.wait()
         if self.received:
-            reason = f"{signal.Signals(self.received).name}; the same command goes on from here"
+            reason = f"{signal.Signals(self.received).name}; run the same command again to resume"
             self.log("stop", step=self.state.step, reason=reason)
             return
         seconds = time.perf_counter() - self.began

@@ -1,5 +1,6 @@
 """Gathering the tensors of model and optimizer, and restoring them: the same for one process, DDP and FSDP2."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -7,6 +8,13 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.errors import UsageError
+
+
+def keep_outputs_exact(accelerator) -> None:
+    """Stops FSDP2 from casting a model's outputs to bf16, which would round summed losses. Call before `prepare`."""
+    policy = getattr(getattr(accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+    if hasattr(policy, "output_dtype"):
+        accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 def gather_tensors(accelerator, model, optimizer, into=None) -> dict[str, dict[str, torch.Tensor]]:
@@ -48,7 +56,7 @@ def restore_tensors(accelerator, model, optimizer, tensors, *, with_optimizer: b
     if differing := sorted(name for name in shapes | saved[0] if shapes.get(name) != saved[0].get(name)):
         name = differing[0]
         raise UsageError(
-            f"the checkpoint is of another model: {len(differing)} tensors differ, "
+            f"the checkpoint belongs to another model: {len(differing)} tensors differ, "
             f"{name} is {saved[0].get(name, 'missing')} there and {shapes.get(name, 'missing')} here"
         )
     with torch.no_grad():
