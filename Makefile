@@ -30,7 +30,7 @@ test:
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow" tests --ignore=tests/test_smoke.py --ignore=tests/test_hops.py
 
 smoke:
-	$(PYTHON) -m pytest -q -m "not slow" tests/test_smoke.py tests/test_hops.py
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow" tests/test_smoke.py tests/test_hops.py
 
 slow:
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m slow tests

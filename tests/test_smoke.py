@@ -48,8 +48,12 @@ def test_training_examples_are_handed_over_with_a_second_hop_that_searched_with_
         assert first.read == [passage for passage, _ in first.retrieved[:5]] and second.retrieved == example.retrieved
         check_hop(first.retrieved, example)
         check_hop(second.retrieved, example)
-    known = [example.hops[0].draft == example.summaries[0] for example in examples]  # all its words were read
-    assert 0.1 < np.mean(known) < 0.9
+    kept = []  # share of the reference's words that the draft keeps, because they were read
+    for example in examples:
+        draft, reference = (text.split() for text in (example.hops[0].draft, example.summaries[0]))
+        assert len(draft) == len(reference)
+        kept.append(np.mean([ours == theirs for ours, theirs in zip(draft, reference, strict=True)]))
+    assert 0.2 < np.mean(kept) < 0.8
     moved = [example.hops[0].retrieved[:5] != example.retrieved[:5] for example in examples]
     assert np.mean(moved) > 0.5
 
