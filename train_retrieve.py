@@ -53,6 +53,8 @@ class RetrieveArguments(TrainingArguments, DataArguments):
         for name in ("supervision", "teacher", "drafts_file", "validation_drafts_file"):
             if self.corpus_file and getattr(self, name) not in (None, "evidence"):
                 raise UsageError(f"--{name} cannot be used with --corpus_file; leave it out")
+        if self.drafts_file and not self.draft_share:
+            raise UsageError("--drafts_file has no effect with --draft_share 0")
         if self.corpus_file and self.smooth_window:
             raise UsageError("--smooth_window cannot be used with --corpus_file, whose passages have no neighbours")
 

@@ -116,6 +116,14 @@ def test_a_run_that_nothing_would_end_is_refused(monkeypatch, capsys, script):
     assert (arguments.num_train_epochs, arguments.max_train_steps) == (0, 5)
 
 
+def test_drafts_that_would_not_be_used_are_refused(monkeypatch, capsys):
+    flags = ["--drafts_file", "drafts.jsonl", "--draft_share"]
+    _, error = parse_flags(monkeypatch, capsys, *flags, "0", script="train_retrieve")
+    check_one_line(error)
+    assert "--drafts_file has no effect with --draft_share 0" in error
+    assert parse_flags(monkeypatch, capsys, *flags, "0.1", script="train_retrieve")[0].draft_share == 0.1
+
+
 @pytest.mark.parametrize("flag", ["per_device_train_batch_size", "per_device_eval_batch_size",
                                   "gradient_accumulation_steps", "log_steps"])  # fmt: skip
 @pytest.mark.parametrize("value", ["0", "-3"])

@@ -485,7 +485,10 @@ def test_splits_share_one_corpus(tmp_path):
         ({"train_qrels_file": "q.tsv"}, "--train_qrels_file needs --corpus_file"),
         ({"validation_qrels_file": "q.tsv"}, "--validation_qrels_file needs --corpus_file"),
         ({"corpus_file": "c.jsonl", "documents_file": "d.jsonl"}, "--documents_file cannot be used with --corpus_file"),
-        ({"corpus_file": "c.jsonl", "validation_documents_file": "d"}, "--validation_documents_file cannot be used with"),
+        (
+            {"corpus_file": "c.jsonl", "validation_documents_file": "d"},
+            "--validation_documents_file cannot be used with",
+        ),
         ({"corpus_file": "c.jsonl", "train_file": None}, "--corpus_file needs --train_file"),
         ({"corpus_file": "c.jsonl", "merge_passages": True}, "--merge_passages cannot be used with --corpus_file"),
     ],
