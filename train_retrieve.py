@@ -22,7 +22,7 @@ class RetrieveArguments(TrainingArguments, DataArguments):
     metric_for_best: str = flag("ndcg@10", "validation score that selects the best checkpoint", choices=SCORES)
     model_name_or_path: str | None = flag(None, "a sentence-transformers model or plain encoder (default: a new one)")
     max_seq_length: int | None = flag(None, "maximum tokens of a query or passage (default: the model's)", at_least=1)
-    attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster on a CPU", at_least=0)
+    attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster on a CPU", at_least=0, below=1)
     gradient_cache_tokens: int = flag(0, "gradient caching: tokens whose graph is kept at a time; 0: off", at_least=0)
     temperature: float = flag(0.05, "temperature of the contrastive loss", above=0)
     num_positives: int = flag(1, "evidence passages drawn per query", at_least=1)

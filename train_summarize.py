@@ -32,9 +32,9 @@ class SummarizeArguments(GenerationArguments, TrainingArguments, DataArguments):
     fusion: str = flag("concat", "concatenated passages, or Fusion-in-Decoder", choices=("concat", "fid"))
     passage_order: str = flag("document", "order of the passages in the source", choices=("document", "rank"))
     max_source_length: int = flag(512, "maximum source tokens; with fid, per passage", at_least=16)
-    dropout: float | None = flag(None, "dropout (default: the model's own; 0 for a new one)", at_least=0)
+    dropout: float | None = flag(None, "dropout (default: the model's own; 0 for a new one)", at_least=0, below=1)
     max_target_length: int = flag(128, "maximum reference tokens in training", at_least=1)
-    label_smoothing_factor: float = flag(0.1, "probability spread over the vocabulary in the loss", at_least=0)
+    label_smoothing_factor: float = flag(0.1, "probability spread over the vocabulary in the loss", at_least=0, below=1)
 
     def __post_init__(self):
         super().__post_init__()

@@ -116,6 +116,30 @@ def test_a_run_that_nothing_would_end_is_refused(monkeypatch, capsys, script):
     assert (arguments.num_train_epochs, arguments.max_train_steps) == (0, 5)
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--label_smoothing_factor", "1.5"], "--label_smoothing_factor 1.5: must be less than 1"),
+    (["--length_penalty", "nan"], "--length_penalty nan: must be a finite number"),
+    (["--learning_rate", "inf"], "--learning_rate inf: must be a finite number"),
+    (["--dropout", "1.5"], "--dropout 1.5: must be less than 1"),
+    (["--adam_beta1", "1.5"], "--adam_beta1 1.5: must be less than 1"),
+    (["--min_new_tokens", "9", "--max_new_tokens", "8"], "--min_new_tokens 9: must be at most --max_new_tokens 8"),
+])  # fmt: skip
+def test_values_that_make_no_sense_are_refused_by_name(monkeypatch, capsys, flags, message):
+    _, error = parse_flags(monkeypatch, capsys, *flags)
+    check_one_line(error)
+    assert message in error
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("--lr", "--learning_rate"), ("--epochs", "--num_train_epochs"), ("--fp16", "--mixed_precision fp16"),
+    ("--batch_size=8", "--per_device_train_batch_size"), ("--save_steps", "--checkpointing_steps"),
+])  # fmt: skip
+def test_names_of_other_scripts_are_answered_with_those_of_this_suite(monkeypatch, capsys, typed, meant):
+    _, error = parse_flags(monkeypatch, capsys, typed)
+    check_one_line(error)
+    assert f"did you mean {meant}?" in error
+
+
 def test_drafts_that_would_not_be_used_are_refused(monkeypatch, capsys):
     flags = ["--drafts_file", "drafts.jsonl", "--draft_share"]
     _, error = parse_flags(monkeypatch, capsys, *flags, "0", script="train_retrieve")

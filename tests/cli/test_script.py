@@ -60,6 +60,12 @@ def test_a_start_seeds_everything_and_asks_for_deterministic_operations_if_told(
         torch.set_num_threads(threads)
 
 
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.cli.script.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--report_to wandb: the package is not installed: pip install wandb"):
+        start(alone(), TrainingArguments(output_dir=str(tmp_path / "run"), report_to="wandb"))
+
+
 def test_other_systems_than_linux_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(UsageError, match="only Linux is supported"):

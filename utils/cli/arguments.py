@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from utils.errors import UsageError
 
 
-def flag(default, text: str, *, at_least=None, at_most=None, above=None, choices: tuple[str, ...] = ()):
+def flag(default, text: str, *, at_least=None, above=None, at_most=None, below=None, choices: tuple[str, ...] = ()):
     """A dataclass field with a default, a help text and the values that are accepted."""
-    limits = {"at_least": at_least, "at_most": at_most, "above": above, "choices": choices}
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata={"help": text, **limits})
 
 
@@ -31,12 +31,19 @@ def check_values(arguments) -> None:
             continue
         if limits["choices"] and value not in limits["choices"]:
             raise UsageError(f"--{name} {value}: choose one of {', '.join(limits['choices'])}")
-        if limits["at_least"] is not None and not limits["at_least"] <= value < math.inf:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name} {value}: must be a finite number")
+        if limits["at_least"] is not None and value < limits["at_least"]:
             raise UsageError(f"--{name} {value}: must be at least {limits['at_least']}")
-        if limits["above"] is not None and not limits["above"] < value < math.inf:
+        if limits["above"] is not None and value <= limits["above"]:
             raise UsageError(f"--{name} {value}: must be greater than {limits['above']}")
         if limits["at_most"] is not None and value > limits["at_most"]:
             raise UsageError(f"--{name} {value}: must be at most {limits['at_most']}")
+        if limits["below"] is not None and value >= limits["below"]:
+            raise UsageError(f"--{name} {value}: must be less than {limits['below']}")
+    least, most = (getattr(arguments, name, None) for name in ("min_new_tokens", "max_new_tokens"))
+    if least is not None and most is not None and least > most:
+        raise UsageError(f"--min_new_tokens {least}: must be at most --max_new_tokens {most}")
 
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -197,8 +204,8 @@ class TrainingArguments(RunArguments):
     lr_scheduler_type: str = flag("linear", "learning rate schedule", choices=LR_SCHEDULERS)
     num_warmup_steps: int = flag(100, "optimizer steps of linear warm-up, at most a tenth of all steps", at_least=0)
     weight_decay: float = flag(0.01, "AdamW weight decay, not applied to biases and norms", at_least=0)
-    adam_beta1: float = flag(0.9, "AdamW beta1", at_least=0)
-    adam_beta2: float = flag(0.98, "AdamW beta2", at_least=0)
+    adam_beta1: float = flag(0.9, "AdamW beta1", at_least=0, below=1)
+    adam_beta2: float = flag(0.98, "AdamW beta2", at_least=0, below=1)
     adam_epsilon: float = flag(1e-8, "AdamW epsilon", at_least=0)
     max_grad_norm: float = flag(1.0, "clip the gradient norm to this; 0: off", at_least=0)
 
@@ -315,6 +322,28 @@ def parse(arguments_class, description: str):
         parser.error(str(error))
 
 
+ELSEWHERE = {  # what other training scripts call a flag
+    "--lr": "--learning_rate",
+    "--epochs": "--num_train_epochs",
+    "--num_epochs": "--num_train_epochs",
+    "--max_steps": "--max_train_steps",
+    "--batch_size": "--per_device_train_batch_size",
+    "--train_batch_size": "--per_device_train_batch_size",
+    "--eval_batch_size": "--per_device_eval_batch_size",
+    "--fp16": "--mixed_precision fp16",
+    "--bf16": "--mixed_precision bf16",
+    "--model": "--model_name_or_path",
+    "--model_name": "--model_name_or_path",
+    "--warmup_steps": "--num_warmup_steps",
+    "--lr_scheduler": "--lr_scheduler_type",
+    "--logging_steps": "--log_steps",
+    "--save_steps": "--checkpointing_steps",
+    "--save_total_limit": "--checkpoints_total_limit",
+    "--grad_clip": "--max_grad_norm",
+    "--label_smoothing": "--label_smoothing_factor",
+}
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help texts in one column of at most 120 characters, beside the flags."""
 
@@ -333,7 +362,9 @@ class Parser(argparse.ArgumentParser):
         """Prints one line with the flag that was probably meant, and exits with code 2."""
         known = [option for action in self._actions for option in action.option_strings]
         for word in message.partition("unrecognized arguments: ")[2].split():
-            if near := difflib.get_close_matches(word.partition("=")[0], known, n=1):
+            typed = word.partition("=")[0]
+            meant = [name for name in (ELSEWHERE.get(typed, ""),) if name.partition(" ")[0] in known]
+            if near := meant or difflib.get_close_matches(typed, known, n=1):
                 message += f"; did you mean {near[0]}?"
         if os.environ.get("RANK", "0") == "0":  # once, however many processes were started
             print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)

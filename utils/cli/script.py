@@ -11,6 +11,7 @@ import time
 import traceback
 import warnings
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -94,6 +95,9 @@ def start(accelerator, args) -> Path:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for libraries that are imported later, such as faiss
         keep_memory()
+    tracker = getattr(args, "report_to", None)
+    if tracker and not any(find_spec(name) for name in (tracker, f"{tracker}X")):  # tensorboardX is a tensorboard
+        raise UsageError(f"--report_to {tracker}: the package is not installed: pip install {tracker}")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UsageError(
             "DeepSpeed is not supported: use accelerate_configs/fsdp2.yaml, which shards the model as well"
