@@ -115,6 +115,7 @@ def read_input(args, rejected_file: Path | None) -> tuple[list[Example], str]:
         return sample_examples(args.split, 50)[: args.max_examples], args.split
     try:
         text = sys.stdin.read() if args.document == "-" else Path(args.document).read_text(encoding="utf-8")
+        text = text.removeprefix("\ufeff")  # a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--document {args.document}: cannot be read as UTF-8 text: {error}") from error
     if not text.strip():
@@ -295,6 +296,8 @@ def main():
             of_hops = [{"hop": hop, **score_hop(examples, records, hop), **dict(cost)}
                        for hop, cost in enumerate(costs, 1) if cost]  # fmt: skip
             (run_folder / f"hops.{split}.json").write_text(json.dumps(of_hops, indent=2) + "\n", encoding="utf-8")
+            if scored := of_hops[0].get("with_reference"):
+                say(f"ROUGE is of the {scored} of {len(examples)} examples that have a reference")
             columns = tuple(name for name in SHOWN if any(name in row for row in of_hops))
             say(score_table({f"hop {row['hop']}": row for row in of_hops}, columns))
         say(f"wrote {run_folder / f'predictions.{split}.jsonl'}")

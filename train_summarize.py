@@ -59,7 +59,7 @@ from torch.profiler import record_function
 from transformers import get_scheduler
 
 from utils.cli.script import end_run, precision, record_run, run_script, start
-from utils.data.hand_over import write_predictions
+from utils.data.hand_over import given_rankings, write_predictions
 from utils.data.loading import load_splits
 from utils.data.trec import run_rankings
 from utils.evaluation.extracts import score_extracts
@@ -109,8 +109,8 @@ def rank(train: list, validation: list, args, accelerator) -> list[list]:
         seed = {"seed": args.seed} if name == "random" else {}
         return [[BASELINES[name](example, **seed) for example in examples] for examples in splits]
     if name in (None, "bm25"):
-        ranked = [[example.retrieved if name is None else None for example in examples] for examples in splits]
-        return [bm25_rankings(examples) if None in own else own for examples, own in zip(splits, ranked, strict=True)]
+        given = given_rankings(splits) if name is None else None
+        return given or [bm25_rankings(examples) for examples in splits]
     if Path(name).is_file():
         ranked = run_rankings(name, train + validation)  # in one call, which refuses ids that both splits have
         return [ranked[: len(train)], ranked[len(train) :]]
@@ -244,6 +244,8 @@ def main():
 
     sources = Sources(tokenizer, args.fusion, args.max_source_length, args.passage_order)
     train_rankings, validation_rankings = rank(train, validation, args, accelerator)
+    source = args.retriever or ("bm25" if train[0].retrieved is None else "the rankings in the files")
+    log.say(f"{len(train)} training and {len(validation)} validation examples; passages from {source}")
     train_rows = read(train, train_rankings, sources, args)
     validation_rows = read(validation, validation_rankings, sources, args)
     pairs = [(row["sources"], target) for row in train_rows for target in row["targets"]]  # one for each reference

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from conftest import OFFLINE, ROOT, command, events, launch, read_jsonl
 
+from utils.data.examples import Document, Example
 from utils.data.loading import load_examples
 from utils.data.sample import sample_records
+from utils.evaluation.hops import score_hop
 from utils.evaluation.retrieval import retrieval_scores
 from utils.evaluation.rouge import rouge_scores
 from utils.files import write_jsonl
@@ -66,6 +68,18 @@ def test_scores_by_hop_are_those_of_what_was_written(hops):
     assert rows[0]["examples"] == 24 >= rows[1]["examples"]
     assert rows[0]["encoder_tokens"] > 2 * rows[1]["encoder_tokens"] > 0
     assert rows[0]["source_tokens"] > 0 and rows[0]["generated_tokens"] > 0
+
+
+def test_rouge_is_of_the_examples_that_have_a_reference():
+    document = Document("d", ["They chose red.", "Nobody spoke."])
+    examples = [Example(str(number), "q", document, summaries, None, None, None)
+                for number, summaries in enumerate((["They chose red."], [], ["Blue."]))]  # fmt: skip
+    hop = {"draft": "They chose red.", "read": [0], "retrieved": [{"passage": 0, "score": 1.0}]}
+    records = [{"hops": [hop], "prediction": hop["draft"]}] * 3
+    scores = score_hop(examples, records, 1)
+    assert scores["with_reference"] == 2 and scores["rougeL"] == pytest.approx(50)
+    assert "with_reference" not in score_hop([examples[0]] * 3, records, 1)
+    assert score_hop([examples[1]] * 3, records, 1) == {}
 
 
 def test_two_processes_write_the_same_file_as_one(hops, tmp_path):
@@ -137,17 +151,18 @@ QUESTION = sample_records("validation", 1)[0]["query"]
 
 @pytest.mark.parametrize("source", ["file", "standard input"])
 def test_one_document_is_summarized_on_standard_output_and_explained_on_standard_error(smoke, tmp_path, source):
-    (tmp_path / "meeting.txt").write_text(MEETING)
+    text = "\ufeff" + MEETING  # with a byte order mark
+    (tmp_path / "meeting.txt").write_text(text)
     flags = ["--document", "-" if source == "standard input" else tmp_path / "meeting.txt", "--query", QUESTION,
              "--retriever", smoke["retrieve"], "--summarizer", smoke["summarize"], "--max_new_tokens", 12,
              "--passage_words", 20, "--output_dir", tmp_path / "run"]  # fmt: skip
     result = subprocess.run(command(SCRIPT, flags, 1), env={**os.environ, **OFFLINE}, capture_output=True, text=True,
-                            input=MEETING, cwd=ROOT)  # fmt: skip
+                            input=text, cwd=ROOT)  # fmt: skip
     assert result.returncode == 0, result.stderr
     (record,) = read_jsonl(tmp_path / "run" / "predictions.document.jsonl")
     assert result.stdout == record["prediction"] + "\n"
     assert "hop 1 read" in result.stderr and record["hops"][0]["draft"] in result.stderr
-    assert record["query"] == QUESTION and len(record["passages"]) > 5
+    assert record["query"] == QUESTION and len(record["passages"]) > 5 and "\ufeff" not in record["passages"][0]
 
 
 @pytest.mark.parametrize(

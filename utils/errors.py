@@ -15,6 +15,11 @@ class DataError(ValueError):
     exit_code = 2
 
 
+def in_one_line(error: BaseException) -> str:
+    """The whole message of a library's error, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class BadRecord(Exception):
     """What is wrong with one record; caught where the file and the line are known."""
 

@@ -66,6 +66,11 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
         start(alone(), TrainingArguments(output_dir=str(tmp_path / "run"), report_to="wandb"))
 
 
+def test_gradients_are_not_divided_by_accelerate_as_well(tmp_path):
+    with pytest.raises(UsageError, match="unset it and use --gradient_accumulation_steps"):
+        start(alone(gradient_accumulation_steps=4), TrainingArguments(output_dir=str(tmp_path / "run")))
+
+
 def test_other_systems_than_linux_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(UsageError, match="only Linux is supported"):

@@ -11,7 +11,7 @@ import pytest
 from utils.cli.arguments import DataArguments
 from utils.data.corpus import load_corpus
 from utils.data.examples import Corpus, Document, Hop, blocks
-from utils.data.hand_over import hops_record, write_retrieved
+from utils.data.hand_over import given_rankings, hops_record, write_retrieved
 from utils.data.loading import load_examples, load_splits
 from utils.data.passages import split_document
 from utils.data.trec import read_qrels
@@ -183,6 +183,17 @@ def test_retrieved_file_gives_the_examples_back(tmp_path):
         assert [e.retrieved for e in again] == [[(1, 0.123457), (0, -2.0)], [], [(2, 1e-9)]]
     first = json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first["summary"] == "short" and first["retrieved"][0] == {"passage": 1, "score": 0.123457}
+
+
+def test_rankings_are_those_of_all_examples_or_of_none(tmp_path):
+    ranked = {**GOOD, "retrieved": [{"passage": 1, "score": 2.0}]}
+    (bare,) = load_examples(write(tmp_path / "b.jsonl", GOOD))
+    first, second = load_examples(write(tmp_path / "d.jsonl", ranked, {**ranked, "id": "b"}))
+    assert given_rankings([[bare], [bare]]) is None
+    assert given_rankings([[first, second], [first]]) == [[[(1, 2.0)], [(1, 2.0)]], [[(1, 2.0)]]]
+    for splits in ([[first, bare], [second]], [[first, second], [bare]], [[bare], [first, second]]):
+        with pytest.raises(DataError, match="1 of 3 training and validation examples have no 'retrieved', such as 'a'"):
+            given_rankings(splits)
 
 
 def test_hops_are_read_back_as_they_were_written(tmp_path):

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from utils.data.examples import Document, Example
 from utils.errors import UsageError
+from utils.models.encoder import load_retriever
 from utils.models.encoder_decoder import Summarizer, build_small_bart, load_model_and_tokenizer, save_pretrained
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
 from utils.models.sources import Sources, collate
@@ -399,3 +400,16 @@ def test_an_error_names_the_flag_that_the_model_was_given_by(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=f"^--summarizer {tmp_path}: "):
         load_model_and_tokenizer(str(tmp_path), dropout=0.1, name="--summarizer")
+
+
+def test_cut_off_weights_are_refused_in_one_line(tokenizer, tmp_path):
+    model = build_small_bart(tokenizer)
+    save_pretrained(Summarizer(model), tokenizer, tmp_path, Summarizer(model).state_dict())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5000])
+    with pytest.raises(UsageError) as caught:
+        load_model_and_tokenizer(str(tmp_path))
+    assert str(caught.value).startswith(f"--model_name_or_path {tmp_path}: no encoder-decoder model could be loaded: ")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="no retriever could be loaded: "):
+        load_retriever(str(tmp_path))

@@ -95,6 +95,11 @@ def start(accelerator, args) -> Path:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for libraries that are imported later, such as faiss
         keep_memory()
+    if getattr(accelerator, "gradient_accumulation_steps", 1) != 1:  # accelerate would divide gradients by it as well
+        raise UsageError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accelerator.gradient_accumulation_steps} in the environment: "
+            "unset it and use --gradient_accumulation_steps"
+        )
     tracker = getattr(args, "report_to", None)
     if tracker and not any(find_spec(name) for name in (tracker, f"{tracker}X")):  # tensorboardX is a tensorboard
         raise UsageError(f"--report_to {tracker}: the package is not installed: pip install {tracker}")

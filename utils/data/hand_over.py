@@ -1,5 +1,6 @@
 """Files with which the stages hand examples on: rankings, drafts, predictions and hops."""
 
+import itertools
 import logging
 import math
 import os
@@ -51,6 +52,21 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
             "drafts are matched by 'id'"
         )
     return found
+
+
+def given_rankings(splits: Sequence[Sequence[Example]]) -> list[list[Ranking]] | None:
+    """The rankings that the examples of all splits bring along, or None if no example does.
+
+    Raises DataError if only some do: they would be trained on passages from two sources.
+    """
+    examples = list(itertools.chain(*splits))
+    without = [example.id for example in examples if example.retrieved is None]
+    if 0 < len(without) < len(examples):
+        raise DataError(
+            f"{len(without)} of {len(examples)} training and validation examples have no 'retrieved', such as "
+            f"'{without[0]}': rank all of them, or choose where passages come from with --retriever"
+        )
+    return None if without else [[example.retrieved for example in of_split] for of_split in splits]
 
 
 def write_hand_over(

@@ -10,7 +10,8 @@ def score_hop(examples: Sequence[Example], records: Sequence[dict], number: int)
 
     `records` come from `hops_record`. An example whose search ended earlier counts with its last hop. ROUGE scores the
     drafts of the hop, or after the last hop the predictions. `new_evidence` is a later hop's: of the evidence that hop
-    1 did not read, the share that this hop reads, in percent.
+    1 did not read, the share that this hop reads, in percent. `with_reference` counts the examples that ROUGE is of, if
+    some have no reference.
     """
     from utils.evaluation.retrieval import score_rankings  # imports `evaluate`, which takes seconds
     from utils.evaluation.rouge import Rouge
@@ -25,8 +26,11 @@ def score_hop(examples: Sequence[Example], records: Sequence[dict], number: int)
                  for example, record, hop in zip(examples, records, hops, strict=True)]  # fmt: skip
         if missed := sum(len(new) for new, _ in pairs):
             scores["new_evidence"] = 100 * sum(len(new & read) for new, read in pairs) / missed
-    if all(example.summaries for example in examples):
-        is_last = all(len(record["hops"]) <= number for record in records)
-        texts = [record["prediction"] if is_last else hop["draft"] for record, hop in zip(records, hops, strict=True)]
-        scores |= Rouge().compute(predictions=texts, references=[example.summaries for example in examples])
+    is_last = all(len(record["hops"]) <= number for record in records)
+    texts = [record["prediction"] if is_last else hop["draft"] for record, hop in zip(records, hops, strict=True)]
+    pairs = [(text, example.summaries) for text, example in zip(texts, examples, strict=True) if example.summaries]
+    if pairs:
+        predictions, references = zip(*pairs, strict=True)
+        scores |= Rouge().compute(predictions=predictions, references=references)
+        scores |= {"with_reference": len(pairs)} if len(pairs) < len(examples) else {}
     return scores

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertModel
 
-from utils.errors import UsageError
+from utils.errors import UsageError, in_one_line
 from utils.fast.cpu import laid_out_weights, use_fast_layers
 from utils.fast.packing import is_packed, remove_padding
 from utils.models.settings import write_settings
@@ -72,10 +72,8 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
         retriever = SentenceTransformer(
             name_or_path, device="cpu", model_kwargs={"dtype": torch.float32}, config_kwargs=config
         )
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{name_or_path}: no retriever could be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+    except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
+        raise UsageError(f"{name_or_path}: no retriever could be loaded: {in_one_line(error)}") from error
     is_unit = any(isinstance(module, Normalize) for module in retriever)
     if not is_unit and retriever.similarity_fn_name == SimilarityFunction.COSINE.value:
         retriever.append(Normalize())  # loss and search use the dot product, which must be the cosine

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from utils.errors import UsageError
+from utils.errors import UsageError, in_one_line
 from utils.fast.beam_search import beam_search
 from utils.fast.cpu import FunctionalDropout, Linear, laid_out_weights, use_fast_layers
 from utils.fast.packing import laid_end_to_end, remove_padding_of_both
@@ -74,10 +74,9 @@ def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, na
             if dropout is not None and hasattr(config, entry):
                 setattr(config, entry, dropout)
         model = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{name} {name_or_path}: no encoder-decoder model could be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+    except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
+        message = f"{name} {name_or_path}: no encoder-decoder model could be loaded: {in_one_line(error)}"
+        raise UsageError(message) from error
     return model, tokenizer
 
 
