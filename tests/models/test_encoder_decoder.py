@@ -1,5 +1,6 @@
 """The summarizer against Transformers' own forward, loss and generation; sources; the tokenizer; saving."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -10,7 +11,9 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertModel,
     PegasusConfig,
     PreTrainedTokenizerFast,
     T5Config,
@@ -413,3 +416,25 @@ def test_cut_off_weights_are_refused_in_one_line(tokenizer, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="no retriever could be loaded: "):
         load_retriever(str(tmp_path))
+
+
+def test_tokenizers_that_do_not_belong_to_the_model_are_refused(tokenizer, tmp_path):
+    model = build_small_bart(tokenizer)
+    folder, small = tmp_path / "bart", tmp_path / "small"
+    save_pretrained(Summarizer(model), tokenizer, folder, Summarizer(model).state_dict())
+    shutil.copytree(folder, small)
+    config = BartConfig.from_pretrained(small, vocab_size=20)
+    BartForConditionalGeneration(config).save_pretrained(small)
+    encoder = tmp_path / "encoder"
+    BertModel(BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                         intermediate_size=16)).save_pretrained(encoder)  # fmt: skip
+    tokenizer.save_pretrained(encoder)
+    message = f"the tokenizer has {len(tokenizer):,} tokens, but the model has embeddings for 20"
+    for load, path in ((load_model_and_tokenizer, small), (load_retriever, encoder)):
+        with pytest.raises(UsageError, match=f"{path}: {message}"):
+            load(str(path))
+    for path in (*folder.glob("token*"), *folder.glob("special*"), *encoder.glob("token*"), *encoder.glob("special*")):
+        path.unlink()
+    for load, path in ((load_model_and_tokenizer, folder), (load_retriever, encoder)):
+        with pytest.raises(UsageError, match=f"{path}: .*tokenizer"):  # a stub, or none at all
+            load(str(path))

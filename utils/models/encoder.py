@@ -22,7 +22,7 @@ from utils.errors import UsageError, in_one_line
 from utils.fast.cpu import laid_out_weights, use_fast_layers
 from utils.fast.packing import is_packed, remove_padding
 from utils.models.settings import write_settings
-from utils.models.tokenizer import pad, train_tokenizer
+from utils.models.tokenizer import check_vocabulary, pad, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
 
 PROMPTS = {"query": "query", "passage": "document"}  # names of the prompts in sentence-transformers
@@ -74,6 +74,9 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
         )
     except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
         raise UsageError(f"{name_or_path}: no retriever could be loaded: {in_one_line(error)}") from error
+    transformer = next((module for module in retriever.modules() if hasattr(module, "get_input_embeddings")), None)
+    if transformer is not None and hasattr(retriever.tokenizer, "all_special_ids"):  # not a static model
+        check_vocabulary(retriever.tokenizer, transformer, name_or_path)
     is_unit = any(isinstance(module, Normalize) for module in retriever)
     if not is_unit and retriever.similarity_fn_name == SimilarityFunction.COSINE.value:
         retriever.append(Normalize())  # loss and search use the dot product, which must be the cosine

@@ -21,6 +21,7 @@ from utils.fast.cpu import FunctionalDropout, Linear, laid_out_weights, use_fast
 from utils.fast.packing import laid_end_to_end, remove_padding_of_both
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
 from utils.models.sources import tokens_per_example
+from utils.models.tokenizer import check_vocabulary
 
 # most tokens, padding included, that generation encodes at once; fewer on a CPU, to fit its cache
 ENCODED_ON_CPU, ENCODED_ON_GPU = 2048, 8192
@@ -77,6 +78,7 @@ def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, na
     except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
         message = f"{name} {name_or_path}: no encoder-decoder model could be loaded: {in_one_line(error)}"
         raise UsageError(message) from error
+    check_vocabulary(tokenizer, model, f"{name} {name_or_path}")
     return model, tokenizer
 
 

@@ -15,8 +15,10 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
+from utils.errors import UsageError
 from utils.files import cache_folder, write_whole
 
+ORDINARY_TOKENS = 10  # fewer, besides special ones, are no vocabulary
 CACHED_FROM = 2**20  # characters in total; tokenizing fewer is faster than reading the cache
 
 
@@ -35,6 +37,23 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, model_max_length=max_length, cls_token="<s>", sep_token="</s>", **special
     )
+
+
+def check_vocabulary(tokenizer, model, name: str) -> None:
+    """Raises UsageError if the tokenizer cannot be that of the model.
+
+    If a folder has no tokenizer files, Transformers makes a tokenizer that has special tokens only, without an error.
+    """
+    tokens, embeddings = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if tokens > embeddings:
+        raise UsageError(
+            f"{name}: the tokenizer has {tokens:,} tokens, but the model has embeddings for {embeddings:,}; "
+            "put the model's own tokenizer into its folder"
+        )
+    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < ORDINARY_TOKENS:
+        raise UsageError(
+            f"{name}: the tokenizer has {tokens} tokens and knows no words; its files are missing from the folder"
+        )
 
 
 def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
