@@ -86,7 +86,7 @@ from utils.data.sample import sample_examples
 from utils.evaluation.hops import score_hop
 from utils.files import digest, write_jsonl
 from utils.models.encoder import encode, load_retriever, weights_key
-from utils.models.encoder_decoder import Summarizer, load_model_and_tokenizer
+from utils.models.encoder_decoder import Summarizer, check_lengths, load_model_and_tokenizer
 from utils.models.settings import saved_settings
 from utils.models.sources import Sources, collate
 from utils.retrieval.bm25 import bm25_rankings
@@ -159,6 +159,7 @@ def load_models(args, accelerator) -> Models:
     summarizer = sources = scorer = None
     if args.summarizer != "extract":
         model, tokenizer = load_model_and_tokenizer(args.summarizer, name="--summarizer")
+        check_lengths(model, settings["max_source_length"], 0, settings["max_new_tokens"])
         summarizer = Summarizer(model).to(accelerator.device).eval()
         sources = Sources(tokenizer, settings["fusion"], settings["max_source_length"], settings["passage_order"])
 

@@ -165,7 +165,7 @@ def make_retriever(documents: list, examples: list, args):
         texts = itertools.chain(*(document.passages for document in documents), (example.query for example in examples))
         retriever = encoder.build_small_encoder(texts, attention_dropout=args.attention_dropout)
     if args.max_seq_length:
-        retriever.max_seq_length = args.max_seq_length
+        encoder.set_max_seq_length(retriever, args.max_seq_length)
     return retriever
 
 

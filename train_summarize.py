@@ -64,7 +64,7 @@ from utils.data.loading import load_splits
 from utils.data.trec import run_rankings
 from utils.evaluation.extracts import score_extracts
 from utils.files import digest
-from utils.models.encoder_decoder import Summarizer, build_small_bart, load_model_and_tokenizer, save_pretrained
+from utils.models import encoder_decoder
 from utils.models.settings import saved_settings, write_settings
 from utils.models.sources import Sources, collate, count_targets, count_tokens, halves
 from utils.models.tokenizer import train_tokenizer
@@ -84,14 +84,15 @@ BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ra
 def make_model(train: list, args, accelerator) -> tuple:
     """The summarizer and its tokenizer: a checkpoint, or a small BART with a tokenizer trained on the training text."""
     if args.model_name_or_path:
-        pretrained, tokenizer = load_model_and_tokenizer(args.model_name_or_path, args.dropout)
+        pretrained, tokenizer = encoder_decoder.load_model_and_tokenizer(args.model_name_or_path, args.dropout)
     else:
         documents = dict.fromkeys(example.document for example in train)
         texts = [text for document in documents for text in document.passages]
         texts += [text for example in train for text in (example.query, *example.summaries)]
         tokenizer = train_tokenizer(texts)
-        pretrained = build_small_bart(tokenizer, dropout=args.dropout or 0.0)
-    summarizer = Summarizer(pretrained)
+        pretrained = encoder_decoder.build_small_bart(tokenizer, dropout=args.dropout or 0.0)
+    encoder_decoder.check_lengths(pretrained, args.max_source_length, args.max_target_length, args.max_new_tokens)
+    summarizer = encoder_decoder.Summarizer(pretrained)
     runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
     if runs_twice or pretrained.config.hidden_size < 256:
         # activation checkpointing runs layers again, without the sequences' lengths; narrow models are faster padded
@@ -209,7 +210,7 @@ def validate(summarizer, rows: list[dict], sources: Sources, extract_scores, *, 
 
 def save(summarizer, tokenizer, folder, weights: dict, args) -> None:
     """A folder that Transformers loads, and the settings that reading and writing need."""
-    save_pretrained(summarizer, tokenizer, folder, weights)
+    encoder_decoder.save_pretrained(summarizer, tokenizer, folder, weights)
     reading = ("model_name_or_path", "fusion", "passage_order", "top_k", "max_source_length", "max_target_length")
     write_settings(folder, args, (*reading, *args.generation()))
 

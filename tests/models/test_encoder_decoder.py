@@ -16,17 +16,26 @@ from transformers import (
     BertModel,
     PegasusConfig,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.data.examples import Document, Example
 from utils.errors import UsageError
-from utils.models.encoder import load_retriever
-from utils.models.encoder_decoder import Summarizer, build_small_bart, load_model_and_tokenizer, save_pretrained
+from utils.models.encoder import build_small_encoder, load_retriever, set_max_seq_length
+from utils.models.encoder_decoder import (
+    Summarizer,
+    build_small_bart,
+    check_lengths,
+    load_model_and_tokenizer,
+    save_pretrained,
+)
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
 from utils.models.sources import Sources, collate
-from utils.models.tokenizer import train_tokenizer
+from utils.models.tokenizer import position_limit, train_tokenizer
 from utils.retrieval.teacher import passage_likelihoods
 
 TEXTS = [f"The committee {verb} the {noun} in {month}." for verb in ("saw", "sold", "mended", "painted")
@@ -416,6 +425,26 @@ def test_cut_off_weights_are_refused_in_one_line(tokenizer, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="no retriever could be loaded: "):
         load_retriever(str(tmp_path))
+
+
+def test_lengths_beyond_the_models_positions_are_refused_by_flag(tokenizer):
+    small, bert = build_small_bart(tokenizer), build_small_encoder(TEXTS, vocab_size=300, hidden_size=32, layers=1)
+    check_lengths(small, 1024, 1024, 1024)
+    set_max_seq_length(bert, 512)
+    for lengths, flag in (((1025, 9, 9), "max_source_length"), ((9, 1025, 9), "max_target_length"),
+                          ((9, 9, 1025), "max_new_tokens")):  # fmt: skip
+        with pytest.raises(UsageError, match=f"--{flag} 1025: the model has positions for 1024 tokens only"):
+            check_lengths(small, *lengths)
+    with pytest.raises(UsageError, match="--max_seq_length 513: the model has positions for 512 tokens only"):
+        set_max_seq_length(bert, 513)
+    assert bert.max_seq_length == 512
+    ids = torch.full((1, 1024), 5)
+    assert small(input_ids=ids, decoder_input_ids=ids).logits.shape[1] == 1024  # the limit can be used
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    check_lengths(t5, 10**5, 10**5, 10**5)  # it computes positions of any distance
+    roberta = RobertaModel(RobertaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                         intermediate_size=16, max_position_embeddings=34))  # fmt: skip
+    assert position_limit(roberta) == 32  # the first two are for padding
 
 
 def test_tokenizers_that_do_not_belong_to_the_model_are_refused(tokenizer, tmp_path):

@@ -22,7 +22,7 @@ from utils.errors import UsageError, in_one_line
 from utils.fast.cpu import laid_out_weights, use_fast_layers
 from utils.fast.packing import is_packed, remove_padding
 from utils.models.settings import write_settings
-from utils.models.tokenizer import check_vocabulary, pad, train_tokenizer
+from utils.models.tokenizer import check_length, check_vocabulary, pad, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
 
 PROMPTS = {"query": "query", "passage": "document"}  # names of the prompts in sentence-transformers
@@ -83,6 +83,12 @@ def load_retriever(name_or_path: str, attention_dropout: float | None = None) ->
     use_fast_layers(retriever)
     remove_padding(retriever)
     return retriever
+
+
+def set_max_seq_length(retriever: SentenceTransformer, tokens: int) -> None:
+    """Cuts queries and passages to so many tokens. UsageError if the model has not as many positions."""
+    check_length(retriever, "max_seq_length", tokens)
+    retriever.max_seq_length = tokens
 
 
 def weights_key(model: torch.nn.Module) -> str:

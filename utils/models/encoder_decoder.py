@@ -21,7 +21,7 @@ from utils.fast.cpu import FunctionalDropout, Linear, laid_out_weights, use_fast
 from utils.fast.packing import laid_end_to_end, remove_padding_of_both
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
 from utils.models.sources import tokens_per_example
-from utils.models.tokenizer import check_vocabulary
+from utils.models.tokenizer import check_length, check_vocabulary
 
 # most tokens, padding included, that generation encodes at once; fewer on a CPU, to fit its cache
 ENCODED_ON_CPU, ENCODED_ON_GPU = 2048, 8192
@@ -80,6 +80,13 @@ def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, na
         raise UsageError(message) from error
     check_vocabulary(tokenizer, model, f"{name} {name_or_path}")
     return model, tokenizer
+
+
+def check_lengths(model, max_source_length: int, max_target_length: int, max_new_tokens: int) -> None:
+    """Raises UsageError if a flag asks for more tokens than the model's encoder or decoder has positions for."""
+    check_length(model.get_encoder(), "max_source_length", max_source_length)
+    check_length(model.get_decoder(), "max_target_length", max_target_length)
+    check_length(model.get_decoder(), "max_new_tokens", max_new_tokens)
 
 
 class Summarizer(nn.Module):

@@ -56,6 +56,22 @@ def check_vocabulary(tokenizer, model, name: str) -> None:
         )
 
 
+def position_limit(stack: torch.nn.Module) -> int | None:
+    """The most tokens that an encoder or decoder has positions for; None if it computes them for any length."""
+    for name, module in stack.named_modules():
+        if isinstance(module, torch.nn.Embedding) and "position" in name.rpartition(".")[2]:
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.weight.shape[0] - max(first, getattr(module, "offset", 0))
+    return None
+
+
+def check_length(stack: torch.nn.Module, name: str, length: int) -> None:
+    """Raises UsageError if the flag `name` asks an encoder or decoder for more tokens than it has positions for."""
+    limit = position_limit(stack)
+    if limit is not None and length > limit:
+        raise UsageError(f"--{name} {length}: the model has positions for {limit} tokens only")
+
+
 def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, both (texts, tokens), padded on the right."""
     rows = [torch.tensor(ids) for ids in token_ids]
