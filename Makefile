@@ -33,4 +33,4 @@ smoke:
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow" tests/test_smoke.py tests/test_hops.py
 
 slow:
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m slow tests
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m slow tests
