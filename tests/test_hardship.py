@@ -267,5 +267,5 @@ def test_examples_without_positives_are_left_out_of_the_retrievers_epochs(tmp_pa
         record.update(evidence=[], summary=["Zyzzyva."])  # nor does a passage share a word with it
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     result = run("train_retrieve.py", tmp_path / "run", "--train_file", data, "--validation_file", data)
-    assert "12 training examples, 12 for validation; 9 with positives" in result.stdout
+    assert "12 training examples, 12 validation examples; positives from gold evidence: 9" in result.stdout
     assert [line["examples"] for line in events(tmp_path / "run", "epoch")] == [9, 9]

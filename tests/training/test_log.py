@@ -91,6 +91,16 @@ def test_the_log_of_a_killed_run_goes_on_without_repeated_or_broken_lines(tmp_pa
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"event": "tra')
     RunLog(alone(), tmp_path, "none").begin(2)
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+    for validates, kept in ((False, 4), (True, 3)):  # the validation of step 2 was logged and then lost
+        added = [
+            lines[0],
+            json.dumps({"event": "validation", "step": 1}),
+            lines[1],
+            json.dumps({"event": "validation", "step": 2}),
+        ]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(added) + "\n")
+        RunLog(alone(), tmp_path, "none").begin(2, validates)
+        assert (tmp_path / "metrics.jsonl").read_text().splitlines() == added[:kept]
     RunLog(alone(), tmp_path, "none").begin(0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 

@@ -33,8 +33,12 @@ class RunLog:
         self.bar = None
         self.lock = threading.RLock()
 
-    def begin(self, step: int) -> None:
-        """Drops the lines of the file after the step that the run resumes from; 0 drops all."""
+    def begin(self, step: int, validates: bool = False) -> None:
+        """Drops the lines of the file after the step that the run resumes from; 0 drops all.
+
+        With `validates`, the run first validates this step: a kill came after its validation was logged, but before
+        that was saved. The logged one is dropped.
+        """
         if not self.accelerator.is_main_process:
             return
         kept = []
@@ -43,7 +47,8 @@ class RunLog:
                 event = json.loads(line)
             except ValueError:
                 continue  # an incomplete line: the run was killed
-            if event["step"] <= step and event["event"] not in ("stop", "done"):
+            is_repeated = validates and event["event"] == "validation" and event["step"] == step
+            if event["step"] <= step and event["event"] not in ("stop", "done") and not is_repeated:
                 kept.append(line)
         write_lines(self.path, kept)
 

@@ -58,7 +58,7 @@ class Run:
         if old_shape:  # the epoch continues with the examples that were not yet read with the old shape
             self.state.leave_out(plan(self.state.epoch, without=self.state.done_before, shape=old_shape))
         self.meters = {name: Meters(accelerator, self.state.meters.get(name)) for name in ("train", "epoch")}
-        log.begin(self.state.step)
+        log.begin(self.state.step, self.state.validation_due)
         if resumed_from:
             log("resume", step=self.state.step, checkpoint=str(resumed_from))
         self.profile = profiler(accelerator, args, folder)
