@@ -27,7 +27,7 @@ quality:
 	$(PYTHON) -m ruff check .
 
 test:
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow" tests --ignore=tests/test_smoke.py --ignore=tests/test_hops.py
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow" tests --ignore=tests/test_smoke.py --ignore=tests/test_hops.py
 
 smoke:
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow" tests/test_smoke.py tests/test_hops.py
