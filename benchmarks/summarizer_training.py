@@ -32,9 +32,9 @@ The default is bf16: what lies between the last two rows is the machine, shared 
     bf16 against the plain loop in bf16: 2.17x
     default against the plain loop in float32: 2.52x
 
-2026-11-28, an Intel Xeon without bf16 instructions, 2 cores, float32 only, two rounds of 32 examples, in turns: the plain
-loop 357 and 287, train_summarize.py 667 and 580, 1.87x and 2.02x. By the seconds that the log counts for steps, from which
-the rows above were taken, train_summarize.py is at the same 667 and 580: the wall clock makes no difference.
+2026-11-28, an Intel Xeon without bf16 instructions, 2 cores, float32 only, two rounds of 32 examples, in turns: the
+plain loop 357 and 287, train_summarize.py 667 and 580, 1.87x and 2.02x. By the seconds that the log counts for steps,
+from which the rows above were taken, train_summarize.py is at the same 667 and 580: the wall clock changes nothing.
 """
 
 import argparse
