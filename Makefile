@@ -1,10 +1,10 @@
-# make quickstart  installs the requirements and runs the three scripts on the embedded data
+# make quickstart install the requirements and run the three scripts on the embedded data
 # make style      rewrite the code as ruff wants it
 # make quality    the same as a check, nothing rewritten
 # make test       the unit tests
 # make smoke      the scripts as users run them
 # make slow       kills, damage and signals at many places of a run: half an hour
-# Everything runs offline; any of these needs only `pip install -r requirements-dev.txt`.
+# All but the installing runs offline. The last five need `pip install -r requirements-dev.txt`.
 
 PYTHON ?= python
 LAUNCH = accelerate launch --config_file accelerate_configs/cpu.yaml

@@ -102,6 +102,13 @@ def test_real_drafts_turn_the_weights_to_what_they_were_not_written_from(encoder
     assert pairs.draw(pairs.rows[2], 0)[1] == pytest.approx([1.0])  # its evidence is missing whole
 
 
+def test_missing_evidence_without_gold_words_leaves_the_weights_as_they_are(encoder, monkeypatch):
+    monkeypatch.setattr("utils.retrieval.pairs.READ", 1)
+    pairs = make_pairs(encoder, draft_share=1.0, found_weight=0.0)
+    pairs.rows[0].weights = np.array([1.0, 0.0])  # evidence 0 is read; evidence 3, which is missing, has no gold words
+    assert pairs.draw(pairs.rows[0], 0)[1] == pytest.approx([1.0, 0.0])
+
+
 def test_mined_negatives_are_the_models_best_and_can_be_set_back(encoder):
     pairs, asked = make_pairs(encoder, draft_share=0.5), []
 

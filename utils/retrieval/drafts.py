@@ -1,7 +1,8 @@
 """Drafts for training, and drafts without a summarizer.
 
 A hop writes a draft, and the next hop searches with it. The retriever is therefore trained on queries alone and on
-queries with a draft. The drafts come from the references, or from a file that `retrieve_and_summarize.py` wrote.
+queries with a draft. These drafts are imitations, made from the references, or come from a file that
+`retrieve_and_summarize.py` wrote.
 """
 
 import itertools
@@ -35,14 +36,14 @@ def imitate_draft(reference: str, read: Iterable[str], invented: str) -> str:
 
 
 def imitate_drafts(examples: Sequence[Example], read: Sequence[Sequence[int]], seed: int) -> list[str]:
-    """Imitates a draft for each training example, from its passages in `read`; "" without a reference."""
+    """Imitates a draft for each example, as written from its passages in `read`; "" without a reference."""
     rng = np.random.default_rng(seed)
     others = [examples[number].summaries for number in rng.permutation(len(examples))]
     drafts = []
     for example, passages, other in zip(examples, read, others, strict=True):
         texts = [example.document.passages[passage] for passage in passages]
-        of_each = [imitate_draft(summary, texts, (other or [""])[0]) for summary in example.summaries]
-        drafts.append(of_each[rng.integers(len(of_each))] if of_each else "")
+        reference = example.summaries[rng.integers(len(example.summaries))] if example.summaries else ""
+        drafts.append(imitate_draft(reference, texts, (other or [""])[0]))
     return drafts
 
 

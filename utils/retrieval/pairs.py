@@ -219,7 +219,7 @@ class Pairs:
             else:
                 draft, read = self._imitate(pair, rng), pair.read
             missing = ~np.isin(pair.evidence, read)
-            if missing.any():  # a later hop should find what the draft did not use
+            if weights[missing].any():  # a later hop should find what the draft did not use
                 weights = weights * np.where(missing, 1.0, args.found_weight)
                 weights = weights / weights.sum()
             search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query")[0]
