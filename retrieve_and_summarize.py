@@ -79,6 +79,7 @@ from accelerate import Accelerator
 from utils.cli.script import end_run, precision, record_run, run_script, start
 from utils.data.examples import Document, Example, Hop
 from utils.data.hand_over import hops_record
+from utils.data.kept import content_key
 from utils.data.loading import load_examples
 from utils.data.parts import read_parts, write_parts
 from utils.data.passages import split_document
@@ -97,6 +98,7 @@ from utils.training.batching import eval_batches
 from utils.training.log import score_table
 from utils.training.signals import Signals
 
+DECIDE_NOTHING = ("output_dir", "cache_dir", "deterministic")
 RANKED = 100  # passages of a hop's ranking that are written out
 
 
@@ -112,7 +114,7 @@ def read_input(args, rejected_file: Path | None) -> tuple[list[Example], str]:
         )  # fmt: skip
         return examples, args.split
     if not args.document:
-        return sample_examples(args.split, 50)[: args.max_examples], args.split
+        return sample_examples(args.split, 50, args.max_examples), args.split
     try:
         text = sys.stdin.read() if args.document == "-" else Path(args.document).read_text(encoding="utf-8")
         text = text.removeprefix("\ufeff")  # a byte order mark
@@ -277,9 +279,9 @@ def main():
     models = load_models(args, accelerator)
     record_run(accelerator, args, run_folder)  # only now it is accepted
     key = digest([
-        sorted((name, value) for name, value in vars(args).items() if name not in ("output_dir", "deterministic")),
+        sorted((name, value) for name, value in vars(args).items() if name not in DECIDE_NOTHING),
         [*models.key(), accelerator.mixed_precision],
-        *([example.id, example.query, example.summaries, example.document.passages] for example in examples),
+        content_key(examples),
     ])  # fmt: skip
     blocks, parts = in_blocks(examples, args.per_device_eval_batch_size), run_folder / f"parts.{split}.{key}"
     is_alone = accelerator.num_processes == 1  # several processes agree on signals between two blocks only

@@ -62,6 +62,7 @@ class RetrieveArguments(TrainingArguments, DataArguments):
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
     arguments = parse(RetrieveArguments, __doc__)
 
+import collections
 import copy
 import itertools
 import math
@@ -77,15 +78,16 @@ from torch.profiler import record_function
 from transformers import get_scheduler
 
 from utils.cli.script import end_run, precision, record_run, run_script, start
-from utils.data.examples import Hop
 from utils.data.hand_over import read_drafts, write_hand_over
+from utils.data.kept import content_key
 from utils.data.loading import load_splits
 from utils.models import contrastive, encoder
 from utils.retrieval.corpus_search import make_search
-from utils.retrieval.dense import remember_passages
-from utils.retrieval.drafts import READ, first_drafts, imitate_drafts
+from utils.retrieval.drafts import Imitations, first_drafts
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
-from utils.retrieval.ranking import fuse_hops, search_text
+from utils.retrieval.ranking import KEPT
+from utils.retrieval.two_hops import search_hops
+from utils.tables import values
 from utils.training.batching import batch_shape, plan_epoch
 from utils.training.checkpoint_files import publish
 from utils.training.log import RunLog, score_table
@@ -162,8 +164,10 @@ def make_retriever(documents: list, examples: list, args):
     if args.model_name_or_path:
         retriever = encoder.load_retriever(args.model_name_or_path, args.attention_dropout)
     else:
-        texts = itertools.chain(*(document.passages for document in documents), (example.query for example in examples))
-        retriever = encoder.build_small_encoder(texts, attention_dropout=args.attention_dropout)
+        texts = itertools.chain.from_iterable((*(d.passages for d in documents), values(examples, "query")))
+        retriever = encoder.build_small_encoder(
+            texts, attention_dropout=args.attention_dropout, key=content_key(examples)
+        )
     if args.max_seq_length:
         encoder.set_max_seq_length(retriever, args.max_seq_length)
     return retriever
@@ -173,19 +177,6 @@ def score(examples: list, rankings: list, gold: list) -> dict:
     from utils.evaluation.retrieval import score_rankings  # imports `evaluate`, which takes seconds
 
     return score_rankings(examples, rankings, gold)
-
-
-def search(examples: list, rank_by, encode_texts, write_drafts=None) -> list[list[Hop]]:
-    """Ranks the passages of each example: with one hop or, with `write_drafts(examples, read)`, with two."""
-    if write_drafts is None:
-        return [[Hop("", [], ranking)] for ranking in rank_by(examples, encode_texts)]
-    encode_once = remember_passages(encode_texts)
-    first = rank_by(examples, encode_once)
-    read = [[passage for passage, _ in ranking[:READ]] for ranking in first]
-    drafts = write_drafts(examples, read)
-    second = rank_by(examples, encode_once, queries=list(map(search_text, [e.query for e in examples], drafts)))
-    hops = zip(drafts, read, first, second, strict=True)
-    return [[Hop(draft, of_hop, one), Hop("", [], fuse_hops([one, two]))] for draft, of_hop, one, two in hops]
 
 
 def validate(examples: list, gold: list, bm25_scores: dict, search_now, *, poll) -> dict:
@@ -223,7 +214,7 @@ def main():
         raise UsageError("--gradient_cache_tokens is not supported with FSDP")
     log = RunLog(accelerator, run_folder, args.log_format)
     train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
-    documents = list(dict.fromkeys(example.document for example in train))  # or the one corpus of all examples
+    documents = list(dict.fromkeys(values(train, "document")))  # or the one corpus of all examples
     retriever = make_retriever(documents, train, args)
     log.say_model(retriever)
 
@@ -232,15 +223,15 @@ def main():
     pairs = Pairs(args, train, documents, retriever, lexical=index.bm25_rankings, accelerator=accelerator)
     log.say(f"{len(train)} training examples, {len(validation)} validation examples; {pairs.describe()}")
     gold = gold_passages(validation, args)
-    bm25_scores = score(validation, index.bm25_rankings(validation, args.corpus_file and args.top_k), gold)
+    bm25_scores = score(validation, index.bm25_rankings(validation, args.top_k if args.corpus_file else KEPT), gold)
     # what writes the drafts of a second hop in training and validation; without a summarizer, an imitation
-    imitated = partial(imitate_drafts, seed=args.seed) if args.draft_share and not args.corpus_file else None
+    imitate = partial(Imitations, seed=args.seed) if args.draft_share and not args.corpus_file else None
     given = args.validation_drafts_file and partial(first_drafts, read_drafts(args.validation_drafts_file, validation))
 
     # ---- optimizer, schedule
 
     shape_of = partial(batch_shape, args, accelerator.num_processes, by_group=args.group_by_document)
-    plan = partial(plan_steps, pairs.lengths(), [pair.document for pair in pairs.rows], args, shape_of)
+    plan = partial(plan_steps, pairs.lengths(), pairs.first_keys(), args, shape_of)
     optimizer = torch.optim.AdamW(parameter_groups(retriever, args.weight_decay), lr=args.learning_rate, fused=True,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)  # fmt: skip
     # not prepared: accelerate would step it once for each process
@@ -261,9 +252,9 @@ def main():
 
     encode_texts = partial(encoder.encode, retriever, accelerator=accelerator, poll=run.poll)
     rank_by = partial(index.retriever_rankings, settings=vars(args))
-    search_now = partial(search, rank_by=rank_by, encode_texts=encode_texts)
-    validate_now = partial(validate, validation, gold, bm25_scores,
-                           partial(search_now, write_drafts=given or imitated), poll=run.poll)  # fmt: skip
+    search_now = partial(search_hops, rank_by=rank_by, encode_texts=encode_texts)
+    validation_search = partial(search_now, write_drafts=given or (imitate and imitate(validation)))
+    validate_now = partial(validate, validation, gold, bm25_scores, validation_search, poll=run.poll)
     model.train()
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, retriever=retriever, args=args)
     if run.state.validation_due:  # a signal interrupted it
@@ -280,7 +271,7 @@ def main():
                 break
         collate_epoch = partial(collate_pairs, epoch=epoch, pairs=pairs, retriever=retriever,
                                 max_tokens=args.gradient_cache_tokens)  # fmt: skip
-        for micro_batches in run.loader(pairs.rows, epoch, collate_epoch):
+        for micro_batches in run.loader(pairs, epoch, collate_epoch):
             count = run.begin_step(sum(map(contrastive.count_pairs, micro_batches)))  # of all processes
             sums = run.try_step(micro_step, micro_batches, count)  # forward and backward pass of each
             if sums is None:
@@ -318,11 +309,16 @@ def main():
         if whole is not retriever:
             whole.load_state_dict(weights)
         publish(run_folder, lambda folder: encoder.save_pretrained(whole, folder, args))
-    for split, examples, write_drafts in (("train", train, imitated), ("validation", validation, given)):
+    for split, examples, write_drafts in (
+        ("train", train, imitate and imitate(train)),
+        ("validation", validation, given),
+    ):
         hops = search_now(examples, write_drafts=write_drafts)
         if accelerator.is_main_process:
             write_hand_over(run_folder, split, examples, hops, top_k=args.top_k, with_trec=args.trec_run)
             log.say(f"wrote {run_folder / f'retrieved.{split}.jsonl'}")
+        else:
+            collections.deque(hops, maxlen=0)  # every process takes part in the search
     end_run(accelerator)
 
 

@@ -48,6 +48,7 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -59,18 +60,19 @@ from torch.profiler import record_function
 from transformers import get_scheduler
 
 from utils.cli.script import end_run, precision, record_run, run_script, start
-from utils.data.hand_over import given_rankings, write_predictions
+from utils.data.hand_over import have_rankings, write_predictions
+from utils.data.kept import content_key
 from utils.data.loading import load_splits
 from utils.data.trec import run_rankings
 from utils.evaluation.extracts import score_extracts
-from utils.files import digest
 from utils.models import encoder_decoder
 from utils.models.settings import saved_settings, write_settings
-from utils.models.sources import Sources, collate, count_targets, count_tokens, halves
+from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, halves
 from utils.models.tokenizer import train_tokenizer
 from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
 from utils.retrieval.bm25 import bm25_rankings
 from utils.retrieval.dense import retriever_rankings
+from utils.tables import lengths, values
 from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns
 from utils.training.checkpoint_files import publish
 from utils.training.log import RunLog, score_table
@@ -86,10 +88,12 @@ def make_model(train: list, args, accelerator) -> tuple:
     if args.model_name_or_path:
         pretrained, tokenizer = encoder_decoder.load_model_and_tokenizer(args.model_name_or_path, args.dropout)
     else:
-        documents = dict.fromkeys(example.document for example in train)
-        texts = [text for document in documents for text in document.passages]
-        texts += [text for example in train for text in (example.query, *example.summaries)]
-        tokenizer = train_tokenizer(texts)
+        documents = dict.fromkeys(values(train, "document"))
+        texts = itertools.chain(
+            itertools.chain.from_iterable(document.passages for document in documents),
+            itertools.chain.from_iterable((example.query, *example.summaries) for example in train),
+        )
+        tokenizer = train_tokenizer(texts, key=content_key(train))
         pretrained = encoder_decoder.build_small_bart(tokenizer, dropout=args.dropout or 0.0)
     encoder_decoder.check_lengths(pretrained, args.max_source_length, args.max_target_length, args.max_new_tokens)
     summarizer = encoder_decoder.Summarizer(pretrained)
@@ -103,53 +107,51 @@ def make_model(train: list, args, accelerator) -> tuple:
 # ---- what is read: the query and the passages retrieved for it
 
 
-def rank(train: list, validation: list, args, accelerator) -> list[list]:
-    """Ranks the passages of each example of both splits, by `--retriever`."""
+def rank(train: Sequence, validation: Sequence, args, accelerator) -> list[list[list[tuple[int, ...]]]]:
+    """For each example of both splits: the best passages at each hop, by `--retriever`."""
     name, splits = args.retriever, (train, validation)
+    if name is None and have_rankings(splits):
+        of_splits = [((*example.hops[:-1], example) for example in examples) for examples in splits]
+        return [
+            [[best(hop.retrieved, args) for hop in of_example] for of_example in examples] for examples in of_splits
+        ]
     if name in BASELINES:
         seed = {"seed": args.seed} if name == "random" else {}
-        return [[BASELINES[name](example, **seed) for example in examples] for examples in splits]
-    if name in (None, "bm25"):
-        given = given_rankings(splits) if name is None else None
-        return given or [bm25_rankings(examples) for examples in splits]
-    if Path(name).is_file():
-        ranked = run_rankings(name, train + validation)  # in one call, which refuses ids that both splits have
-        return [ranked[: len(train)], ranked[len(train) :]]
-    from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
+        of_splits = [map(partial(BASELINES[name], **seed), examples) for examples in splits]
+    elif name in (None, "bm25"):
+        of_splits = [bm25_rankings(examples, args.top_k) for examples in splits]
+    elif Path(name).is_file():
+        ranked = run_rankings(name, [*train, *validation])  # in one call, which refuses ids that both splits have
+        of_splits = [ranked[: len(train)], ranked[len(train) :]]
+    else:
+        from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
 
-    encode_texts = partial(encode, load_retriever(name).to(accelerator.device), accelerator=accelerator)
-    return [retriever_rankings(examples, encode_texts, saved_settings(name)) for examples in splits]
-
-
-def read(examples: list, rankings: list, sources: Sources, args) -> list[dict]:
-    """A row for each example: its source, the passages in the source, the sources of all hops, and the targets."""
-    sources.read(example.document for example in examples)
-    rows = []
-    for example, ranking in zip(examples, rankings, strict=True):
-        earlier = [hop.retrieved for hop in example.hops[:-1]] if args.retriever is None else []
-        of_hops = [
-            sources.build(example.query, example.document, [passage for passage, _ in ranked[: args.top_k]])
-            for ranked in (*earlier, ranking)
-        ]
-        source, passages = of_hops[-1]
-        targets = sources.tokenizer(text_target=example.summaries, truncation=True, max_length=args.max_target_length)
-        rows.append({"example": example, "source": source, "passages": passages, "targets": targets["input_ids"],
-                     "sources": [source for source, _ in of_hops]})  # fmt: skip
-    return rows
+        encode_texts = partial(encode, load_retriever(name).to(accelerator.device), accelerator=accelerator)
+        settings, top_k = saved_settings(name), args.top_k
+        of_splits = [retriever_rankings(examples, encode_texts, settings, top_k=top_k) for examples in splits]
+    return [[[best(ranking, args)] for ranking in rankings] for rankings in of_splits]
 
 
-def collate_pairs(pairs: list, dummy: bool, *, epoch: int, seed: int, pad_token_id: int) -> dict:
-    """A batch of sources and targets. Each epoch draws a hop for each example: one summarizer serves all hops."""
-    drawn = [
-        of_hops[np.random.default_rng([seed, epoch, number]).integers(len(of_hops))] for number, of_hops, _ in pairs
+def best(ranking: list, args) -> tuple[int, ...]:
+    """The passages that are read."""
+    return tuple(passage for passage, _ in ranking[: args.top_k])
+
+
+def collate_targets(targets: list[int], dummy: bool, *, rows: Rows, epoch: int, seed: int, pad_token_id: int) -> dict:
+    """A batch of sources and targets. Each epoch draws a hop for each target: one summarizer serves all hops."""
+    numbers = rows.number_of_target[targets].tolist()
+    hops = [
+        np.random.default_rng([seed, epoch, target]).integers(len(rows.hops[number]))
+        for target, number in zip(targets, numbers, strict=True)
     ]
-    batch = collate(drawn, [target for *_, target in pairs], pad_token_id)
+    sources = list(map(rows.source_of_hop, numbers, hops))
+    batch = collate(sources, [rows.target_tokens[target] for target in targets], pad_token_id)
     if dummy:
         batch["labels"].fill_(-100)
     return batch
 
 
-def plan_steps(lengths: list, args, shape_of, epoch: int, without=(), shape: dict | None = None) -> list:
+def plan_steps(lengths, args, shape_of, epoch: int, without=(), shape: dict | None = None) -> list:
     """The examples of each step of an epoch. A resumed epoch may have the batch `shape` of an earlier run."""
     shuffle = 0 if args.overfit_one_batch else epoch
     steps = plan_epoch(lengths, seed=args.seed, epoch=shuffle, without=without, **(shape or shape_of(epoch)))
@@ -172,7 +174,7 @@ def train_micro_batch(batch: dict, target_tokens: int, *, accelerator, model, su
     return {"loss": loss.detach(), "nll": nll, "count": count_targets(batch), **tokens}
 
 
-def validate(summarizer, rows: list[dict], sources: Sources, extract_scores, *, args, accelerator, poll) -> tuple:
+def validate(summarizer, rows: Rows, sources: Sources, extract_scores, *, args, accelerator, poll) -> tuple:
     """Predictions, and scores beside those of extracts, on all processes. Raises Interrupted on a signal."""
     from utils.evaluation.rouge import mean_of_each, rouge_of_each  # imports `evaluate`, which takes seconds
 
@@ -244,22 +246,19 @@ def main():
     log.say_model(summarizer)
 
     sources = Sources(tokenizer, args.fusion, args.max_source_length, args.passage_order)
-    train_rankings, validation_rankings = rank(train, validation, args, accelerator)
+    train_hops, validation_hops = rank(train, validation, args, accelerator)
     source = args.retriever or ("bm25" if train[0].retrieved is None else "the rankings in the files")
     log.say(f"{len(train)} training and {len(validation)} validation examples; passages from {source}")
-    train_rows = read(train, train_rankings, sources, args)
-    validation_rows = read(validation, validation_rankings, sources, args)
-    pairs = [(row["sources"], target) for row in train_rows for target in row["targets"]]  # one for each reference
+    train_rows = Rows(train, train_hops, sources, args.max_target_length)
+    validation_rows = Rows(validation, validation_hops, sources, args.max_target_length)
 
     # ---- batches, optimizer, schedule
 
     sequences = args.top_k if args.fusion == "fid" else 1
-    lengths = [
-        [sequences * max(len(sequence) for source in of_hops for sequence in source), len(target)]
-        for of_hops, target in pairs
-    ]
+    source_lengths = sequences * train_rows.source_lengths()[train_rows.number_of_target]
+    side_lengths = np.stack([source_lengths, lengths(train_rows.target_tokens)], axis=1)
     shape_of = partial(batch_shape, args, accelerator.num_processes)
-    plan = partial(plan_steps, lengths, args, shape_of)
+    plan = partial(plan_steps, side_lengths, args, shape_of)
     optimizer = torch.optim.AdamW(parameter_groups(summarizer, args.weight_decay), lr=args.learning_rate, fused=True,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)  # fmt: skip
     # not prepared: accelerate would step it once for each process
@@ -268,7 +267,7 @@ def main():
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
     model, optimizer = accelerator.prepare(summarizer, optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
-              max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=digest(pairs))  # fmt: skip
+              max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=train_rows.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
 
     # ---- training
@@ -277,15 +276,16 @@ def main():
     validate_now = partial(validate, summarizer, validation_rows, sources, extract_scores, args=args,
                            accelerator=accelerator, poll=run.poll)  # fmt: skip
     model.train()
-    numbered = [(number, *pair) for number, pair in enumerate(pairs)]
+    targets = range(len(side_lengths))  # one for each reference
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, summarizer=summarizer, args=args)
     if run.state.validation_due:  # a signal interrupted it
         between_steps(run, validate_now, args)
     for epoch in itertools.count(run.state.epoch):
         if run.is_over():
             break
-        collate_epoch = partial(collate_pairs, epoch=epoch, seed=args.seed, pad_token_id=tokenizer.pad_token_id)
-        for micro_batches in run.loader(numbered, epoch, collate_epoch):
+        collate_epoch = partial(collate_targets, rows=train_rows, epoch=epoch, seed=args.seed,
+                                pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        for micro_batches in run.loader(targets, epoch, collate_epoch):
             target_tokens = run.begin_step(sum(map(count_targets, micro_batches)))  # of all processes
             # forward and backward pass of each micro-batch; if memory runs out, again in halves
             sums = run.try_step(micro_step, micro_batches, target_tokens, halves)

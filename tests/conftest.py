@@ -15,6 +15,8 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
+from utils.data.examples import Hop
+
 ROOT = Path(__file__).parent.parent
 
 # The smallest runs that have everything in them: two epochs, accumulation, dropout, draws of negatives.
@@ -88,6 +90,11 @@ def events(run_folder, name: str) -> list[dict]:
 
 def read_jsonl(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def one_hop(rankings) -> list[list[Hop]]:
+    """The hops of examples that were searched once."""
+    return [[Hop("", [], ranking)] for ranking in rankings]
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ LEVELS = [
     {"reporting", "evaluation"},
     {"retrieval", "cli"},
     {"training", "models", "data"},
+    {"tables"},
     {"fast", "files", "errors"},
 ]
 LEVEL = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}

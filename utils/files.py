@@ -96,7 +96,20 @@ def digest(rows: Iterable) -> str:
     return total.hexdigest()[:16]
 
 
+_chosen_cache: Path | None = None
+
+
+def choose_cache_folder(folder: str | os.PathLike | None) -> None:
+    """Sets the cache folder of this process; None: the default."""
+    global _chosen_cache
+    _chosen_cache = Path(folder) if folder else None
+
+
+def is_cache_chosen() -> bool:
+    return _chosen_cache is not None
+
+
 def cache_folder() -> Path:
     """The folder for what is computed from a user's data and used by later runs; it may be deleted at any time."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return Path(home) / "multistep-retrieve-summarize"
+    return _chosen_cache or Path(home) / "multistep-retrieve-summarize"

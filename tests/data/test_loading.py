@@ -7,11 +7,12 @@ import os
 import sys
 
 import pytest
+from conftest import one_hop
 
 from utils.cli.arguments import DataArguments
 from utils.data.corpus import load_corpus
 from utils.data.examples import Corpus, Document, Hop, blocks
-from utils.data.hand_over import given_rankings, hops_record, write_retrieved
+from utils.data.hand_over import have_rankings, hops_record, write_retrieved
 from utils.data.loading import load_examples, load_splits
 from utils.data.passages import split_document
 from utils.data.trec import read_qrels
@@ -177,7 +178,7 @@ def test_retrieved_file_gives_the_examples_back(tmp_path):
     path = write(tmp_path / "d.jsonl", GOOD, several, {"document": "T u. " * 90, "summary": "s"})
     for merge in (False, True):
         examples = load_examples(path, merge_passages=merge, passage_words=2)
-        write_retrieved(tmp_path / "r.jsonl", examples, [[(1, 0.123456789), (0, -2)], [], [(2, 1e-9)]])
+        write_retrieved(tmp_path / "r.jsonl", examples, one_hop([[(1, 0.123456789), (0, -2)], [], [(2, 1e-9)]]))
         again = load_examples(tmp_path / "r.jsonl")
         assert fields_of(again) == fields_of(examples)
         assert [e.retrieved for e in again] == [[(1, 0.123457), (0, -2.0)], [], [(2, 1e-9)]]
@@ -189,11 +190,11 @@ def test_rankings_are_those_of_all_examples_or_of_none(tmp_path):
     ranked = {**GOOD, "retrieved": [{"passage": 1, "score": 2.0}]}
     (bare,) = load_examples(write(tmp_path / "b.jsonl", GOOD))
     first, second = load_examples(write(tmp_path / "d.jsonl", ranked, {**ranked, "id": "b"}))
-    assert given_rankings([[bare], [bare]]) is None
-    assert given_rankings([[first, second], [first]]) == [[[(1, 2.0)], [(1, 2.0)]], [[(1, 2.0)]]]
+    assert not have_rankings([[bare], [bare]])
+    assert have_rankings([[first, second], [first]])
     for splits in ([[first, bare], [second]], [[first, second], [bare]], [[bare], [first, second]]):
         with pytest.raises(DataError, match="1 of 3 training and validation examples have no 'retrieved', such as 'a'"):
-            given_rankings(splits)
+            have_rankings(splits)
 
 
 def test_hops_are_read_back_as_they_were_written(tmp_path):
@@ -219,7 +220,7 @@ def test_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
     assert os.listdir(tmp_path) == ["f.jsonl"]
     (example,) = load_examples(write(tmp_path / "d.jsonl", GOOD))
     with pytest.raises(ValueError, match="score of passage 0 is nan"):
-        write_retrieved(tmp_path / "f.jsonl", [example], [[(0, float("nan"))]])
+        write_retrieved(tmp_path / "f.jsonl", [example], one_hop([[(0, float("nan"))]]))
 
 
 # ---- a corpus that all examples search
@@ -360,7 +361,10 @@ def test_corpus_folder_that_cannot_be_written_is_one_line_with_the_remedy(tmp_pa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
     message = corpus_error(write(tmp_path / "c.jsonl", *ROWS))
-    assert "a corpus cannot be kept there: Not a directory; set HF_HOME" in message and "\n" not in message
+    assert (
+        "a corpus cannot be kept there: Not a directory; name another folder with --cache_dir" in message
+        and "\n" not in message
+    )
 
 
 def test_examples_share_the_corpus_and_name_their_evidence_by_its_ids(tmp_path, corpus):
@@ -460,7 +464,7 @@ def test_hand_over_of_a_corpus_is_read_without_it(tmp_path, corpus):
         {"_id": "q3", "text": "why?", "summary": "s", "evidence": ["2"]},
     )
     examples = load_examples(path, corpus=corpus, **BEIR)
-    write_retrieved(tmp_path / "r.jsonl", examples, [[(2, 0.5), (1, 0.25)], [(0, 1.0)], []])
+    write_retrieved(tmp_path / "r.jsonl", examples, one_hop([[(2, 0.5), (1, 0.25)], [(0, 1.0)], []]))
     first, second, third = load_examples(tmp_path / "r.jsonl")
     assert first.document.passages == [PASSAGES[2], PASSAGES[1], PASSAGES[0]]
     assert (first.evidence, first.evidence_words, first.retrieved) == ([0, 2], [3, 4], [(0, 0.5), (1, 0.25)])
@@ -472,7 +476,7 @@ def test_hand_over_of_a_corpus_is_read_without_it(tmp_path, corpus):
 
 def test_hand_over_leaves_out_examples_for_which_nothing_was_found(tmp_path, corpus, caplog):
     path = write(tmp_path / "q.jsonl", *({"_id": n, "text": "x", "summary": "s"} for n in "ab"))
-    write_retrieved(tmp_path / "r.jsonl", load_examples(path, corpus=corpus, **BEIR), [[], [(0, 1.0)]])
+    write_retrieved(tmp_path / "r.jsonl", load_examples(path, corpus=corpus, **BEIR), one_hop([[], [(0, 1.0)]]))
     assert [e.id for e in load_examples(tmp_path / "r.jsonl")] == ["b"]
     assert "r.jsonl is without 1 examples, for which nothing was found: a" in caplog.text
 

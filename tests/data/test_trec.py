@@ -228,7 +228,7 @@ def stage_2(tmp_path, run):
 
 def test_stage_2_reads_the_passages_that_a_run_ranks_first(tmp_path):
     def last_first(train, validation):
-        examples = train + validation
+        examples = [*train, *validation]
         passages = [range(len(example.document.passages))[::-1] for example in examples]
         write_run(tmp_path / "a.run", examples, [[(number, number) for number in order] for order in passages], "t")
         return tmp_path / "a.run"

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_hop
 
 from utils.data.examples import Document, Example
 from utils.data.hand_over import write_retrieved
@@ -102,7 +102,7 @@ def files(tmp_path):
     """The same ranking as a hand-over file and as a run, BM25's as a run, and the evidence."""
     examples, rankings = make_examples()
     unmarked = dataclasses.replace(examples[0], id="unmarked", evidence=None, evidence_words=None)
-    write_retrieved(tmp_path / "ours.jsonl", [unmarked, *examples], [rankings[0], *rankings])
+    write_retrieved(tmp_path / "ours.jsonl", [unmarked, *examples], one_hop([rankings[0], *rankings]))
     write_run(tmp_path / "ours.run", examples, rankings, tag="ours")
     write_run(tmp_path / "bm25.run", examples, bm25_rankings(examples), tag="bm25")
     write_qrels(tmp_path / "qrels", examples)
@@ -246,7 +246,7 @@ def test_hand_over_files_of_other_passages_keep_their_own_evidence(files, capsys
             dataclasses.replace(example, document=document, evidence=evidence, evidence_words=[1] * len(evidence))
         )
     perfect = [[(passage, -passage) for passage in example.evidence] for example in halves]
-    write_retrieved(files / "halves.jsonl", halves, perfect)
+    write_retrieved(files / "halves.jsonl", halves, one_hop(perfect))
     lines = printed(capsys, files / "ours.jsonl", files / "halves.jsonl", "--metric", "recall@10")
     assert lines[0] == "2 queries are on one side only and left out"
     assert lines[1].startswith("recall@10, 22 queries about 6 documents")
@@ -255,7 +255,7 @@ def test_hand_over_files_of_other_passages_keep_their_own_evidence(files, capsys
 
 def test_queries_of_one_collection_are_drawn_one_by_one(tmp_path, capsys):
     examples, rankings = make_examples(documents=1)
-    write_retrieved(tmp_path / "one.jsonl", examples, rankings)
+    write_retrieved(tmp_path / "one.jsonl", examples, one_hop(rankings))
     lines = printed(capsys, tmp_path / "one.jsonl", "--metric", "recall@2")
     assert "4 queries drawn one by one" in lines[0]
     mean, low, high = numbers(lines[1])
@@ -266,9 +266,9 @@ def test_sides_that_do_not_belong_together_are_refused_in_words(files):
     examples, rankings = make_examples()
     renamed = [dataclasses.replace(example, id=f"x{number}") for number, example in enumerate(examples)]
     write_run(files / "other.run", renamed, rankings, tag="t")
-    write_retrieved(files / "other.jsonl", renamed, rankings)
+    write_retrieved(files / "other.jsonl", renamed, one_hop(rankings))
     unmarked = [dataclasses.replace(example, evidence=None, evidence_words=None) for example in examples]
-    write_retrieved(files / "unmarked.jsonl", unmarked, rankings)
+    write_retrieved(files / "unmarked.jsonl", unmarked, one_hop(rankings))
     (files / "plain.jsonl").write_text('{"id": "p", "passages": ["a"], "evidence": [0]}\n')
     for sides, message in (
         (["ours.jsonl", "other.run"], "other.run: no line for any query with evidence"),

@@ -8,7 +8,7 @@ import pytest
 from utils.data.examples import Document, Example
 from utils.data.hand_over import read_drafts
 from utils.errors import DataError
-from utils.retrieval.drafts import extract_drafts, imitate_draft, imitate_drafts
+from utils.retrieval.drafts import Imitations, extract_drafts, imitate_draft
 
 
 def make_example(id, query, passages):
@@ -33,13 +33,13 @@ def test_imitated_drafts_know_what_each_example_read_and_depend_on_the_seed_alon
     examples = [make_example(str(number), "q", ["a summary", "of something"]) for number in range(4)]
     for number, example in enumerate(examples):
         example.summaries = [f"a summary {number}", f"of something {number}"]
-    by_seed = [imitate_drafts(examples, [[0, 1]] * 4, seed) for seed in range(40)]
-    assert by_seed[3] == imitate_drafts(examples, [[0, 1]] * 4, seed=3)
+    by_seed = [Imitations(examples, seed)(examples, [[0, 1]] * 4) for seed in range(40)]
+    assert by_seed[3] == Imitations(examples, 3)(examples, [[0, 1]] * 4)
     first = [drafts[2].rpartition(" ") for drafts in by_seed]
     assert {words for words, *_ in first} == {"a summary", "of something"}  # each reference in turn
     assert {number for *_, number in first} > {"0", "1", "3"}  # a number was not read: it is another example's
     examples[2].summaries = []
-    assert imitate_drafts(examples, [[0]] * 4, seed=3)[2] == ""
+    assert Imitations(examples, 3)(examples, [[0]] * 4)[2] == ""
 
 
 def bag_of_words(texts, kind):

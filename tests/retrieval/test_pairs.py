@@ -38,17 +38,17 @@ def make_pairs(encoder, **flags):
 
 
 def draws(pairs, number, epochs=400):
-    return [pairs.draw(pairs.rows[number], epoch) for epoch in range(epochs)]
+    return [pairs.draw(pairs[number], epoch) for epoch in range(epochs)]
 
 
 def test_positives_are_marked_evidence_or_what_the_oracle_chooses(encoder):
-    pairs = make_pairs(encoder).rows
+    pairs = make_pairs(encoder)
     assert [pair.example.id for pair in pairs] == ["a", "b", "d"]
     assert [pair.number for pair in pairs] == [0, 1, 2]
     # numbered through both documents; those of the second begin at 5
     assert [pair.document for pair in pairs] == [0, 5, 0]
     assert [pair.evidence for pair in pairs] == [[0, 3], [6], [2]]
-    chosen = make_pairs(encoder, supervision="rouge").rows
+    chosen = make_pairs(encoder, supervision="rouge")
     assert [pair.evidence for pair in chosen] == [[3], [6], [2]]
     example = pairs[0].example
     assert positives(example, "evidence", 1) == ([0, 3], [1, 3])
@@ -58,14 +58,14 @@ def test_positives_are_marked_evidence_or_what_the_oracle_chooses(encoder):
 def test_each_epoch_draws_positives_by_their_gold_words_and_negatives_that_are_no_evidence(encoder):
     pairs = make_pairs(encoder)
     drawn = draws(pairs, 0)
-    assert all(search == pairs.rows[0].query for search, *_ in drawn)
+    assert all(search == pairs[0].query for search, *_ in drawn)
     positive, negative = zip(*(keys for *_, keys in drawn), strict=True)
     shares = {key: times / len(drawn) for key, times in Counter(positive).items()}
     assert shares == pytest.approx({0: 0.25, 3: 0.75}, abs=0.07)
-    assert set(negative) == set(pairs.rows[0].negatives[0]) and len(set(negative)) == 2
+    assert set(negative) == set(pairs[0].negatives[0]) and len(set(negative)) == 2
     assert not {0, 3} & set(negative)
-    assert str(pairs.draw(pairs.rows[0], 7)) == str(make_pairs(encoder).draw(pairs.rows[0], 7))
-    assert str(drawn[:20]) != str([make_pairs(encoder, seed=2).draw(pairs.rows[0], epoch) for epoch in range(20)])
+    assert str(pairs.draw(pairs[0], 7)) == str(make_pairs(encoder).draw(pairs[0], 7))
+    assert str(drawn[:20]) != str([make_pairs(encoder, seed=2).draw(pairs[0], epoch) for epoch in range(20)])
     both = make_pairs(encoder, num_positives=4, num_hard_negatives=0)
     assert {tuple(sorted(keys)) for *_, keys in draws(both, 0, 9)} == {(0, 3)}
 
@@ -74,19 +74,19 @@ def test_imitated_drafts_are_searched_with_in_their_share(encoder, monkeypatch):
     monkeypatch.setattr("utils.retrieval.pairs.READ", 1)
     pairs = make_pairs(encoder, draft_share=0.3)
     drawn = draws(pairs, 0)
-    with_draft = [(search, weights) for search, weights, _ in drawn if search != pairs.rows[0].query]
+    with_draft = [(search, weights) for search, weights, _ in drawn if search != pairs[0].query]
     assert len(with_draft) / len(drawn) == pytest.approx(0.3, abs=0.07)
-    assert pairs.rows[0].read == [0]  # evidence 0 is read: evidence 3 weighs more
+    assert pairs[0].read == [0]  # evidence 0 is read: evidence 3 weighs more
     others = ["The bridge is closed.", "Coffee is for Ann.", "The mill burned down."]
     imitated = [imitate_draft("The mill burned down.", PASSAGES[:1], other) for other in others]
     searches = tokenize(encoder, [f"the mill {draft}" for draft in imitated], "query")
     assert {tuple(search) for search, _ in with_draft} == {tuple(search) for search in searches}
     assert all(weights == pytest.approx(np.array([0.25 * 0.5, 0.75]) / 0.875) for _, weights in with_draft)
     # hard negatives are those of what is searched with
-    assert pairs.rows[0].searches == ["the mill", "the mill The mill burned down."]
+    assert pairs.searches(pairs[0].example, []) == ["the mill", "the mill The mill burned down."]
     pairs.set_negatives([[[1], [2]]] * 3)
     drawn = draws(pairs, 0)
-    assert {keys[-1] for search, _, keys in drawn if search != pairs.rows[0].query} == {2}
+    assert {keys[-1] for search, _, keys in drawn if search != pairs[0].query} == {2}
     assert sum(keys[-1] == 1 for *_, keys in drawn) / len(drawn) == pytest.approx(0.7, abs=0.07)
 
 
@@ -96,17 +96,18 @@ def test_real_drafts_turn_the_weights_to_what_they_were_not_written_from(encoder
         json.dumps({"id": id, "hops": [{"draft": "It was sold.", "read": [0]}]}) + "\n" for id in "abd"
     ))  # fmt: skip
     pairs = make_pairs(encoder, draft_share=1.0, drafts_file=str(path), found_weight=0.5)
-    search, weights, _ = pairs.draw(pairs.rows[0], 0)
+    search, weights, _ = pairs.draw(pairs[0], 0)
     assert search == tokenize(encoder, ["the mill It was sold."], "query")[0]
     assert weights == pytest.approx(np.array([0.25 * 0.5, 0.75]) / 0.875)
-    assert pairs.draw(pairs.rows[2], 0)[1] == pytest.approx([1.0])  # its evidence is missing whole
+    assert pairs.draw(pairs[2], 0)[1] == pytest.approx([1.0])  # its evidence is missing whole
 
 
 def test_missing_evidence_without_gold_words_leaves_the_weights_as_they_are(encoder, monkeypatch):
     monkeypatch.setattr("utils.retrieval.pairs.READ", 1)
     pairs = make_pairs(encoder, draft_share=1.0, found_weight=0.0)
-    pairs.rows[0].weights = np.array([1.0, 0.0])  # evidence 0 is read; evidence 3, which is missing, has no gold words
-    assert pairs.draw(pairs.rows[0], 0)[1] == pytest.approx([1.0, 0.0])
+    pair = pairs[0]
+    pair.weights = np.array([1.0, 0.0])  # evidence 0 is read; evidence 3, which is missing, has no gold words
+    assert pairs.draw(pair, 0)[1] == pytest.approx([1.0, 0.0])
 
 
 def test_mined_negatives_are_the_models_best_and_can_be_set_back(encoder):

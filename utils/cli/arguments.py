@@ -56,8 +56,9 @@ ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup", "inverse_sqrt")
 # data and batches are not compared, but data and batches are (see `Checkpoints.fingerprint`).
 MAY_CHANGE = frozenset(
     """
-    output_dir num_train_epochs max_train_steps stop_time_hours stop_min_lr patience eval_steps eval_after_steps
-    checkpointing_steps checkpoints_total_limit metric_for_best greater_is_better load_best_model_at_end
+    output_dir cache_dir num_train_epochs max_train_steps stop_time_hours stop_min_lr patience eval_steps
+    eval_after_steps checkpointing_steps checkpoints_total_limit metric_for_best greater_is_better
+    load_best_model_at_end
     resume_from_checkpoint allow_reshard init_from reset_optimizer reset_lr_scheduler reset_dataloader reset_meters
     per_device_train_batch_size per_device_eval_batch_size max_tokens gradient_accumulation_steps curriculum_epochs
     group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
@@ -127,6 +128,9 @@ class RunArguments:
         None,
         "autocast (default: accelerate's setting; else bf16 for pretrained models if the hardware supports it)",
         choices=("no", "bf16", "fp16"),
+    )
+    cache_dir: str | None = flag(
+        None, "folder for what is made of the data (default: multistep-retrieve-summarize in $HF_HOME)"
     )
     deterministic: bool = flag(False, "use only deterministic operations")
     seed: int = flag(42, "random seed of data order, dropout and new weights", at_least=0)
@@ -269,7 +273,7 @@ GROUPS = {
         documents_file validation_documents_file corpus_file train_qrels_file validation_qrels_file split
         dataset_config_name id_column query_column document_column passages_column summary_column evidence_column
         passage_words merge_passages skip_bad_examples max_examples max_train_examples max_eval_examples
-        sample_documents
+        sample_documents cache_dir
     """,
     "positives and negatives": """
         num_positives negatives_pool mine_negatives_every negatives_margin group_by_document supervision oracle_passages

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_
 from filelock import FileLock, Timeout
 
 from utils.errors import Interrupted, UsageError
-from utils.files import is_disk_full, write_json, write_lines
+from utils.files import choose_cache_folder, is_disk_full, write_json, write_lines
 from utils.training.checkpoint_files import WRITER
 from utils.training.memory import keep_memory
 from utils.training.sharding import keep_outputs_exact
@@ -107,6 +107,7 @@ def start(accelerator, args) -> Path:
         raise UsageError(
             "DeepSpeed is not supported: use accelerate_configs/fsdp2.yaml, which shards the model as well"
         )
+    choose_cache_folder(args.cache_dir)
     keep_outputs_exact(accelerator)
     # accelerate has no other name for it yet
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

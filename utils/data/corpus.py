@@ -13,6 +13,16 @@ from utils.errors import BadRecord, DataError
 from utils.files import cache_folder, digest, write_jsonl, write_whole
 
 
+class CorpusWords:
+    """Item i is the number of words of passage i."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
+
+    def __getitem__(self, number: int) -> int:
+        return len(self.corpus.passages[number].split())
+
+
 def load_corpus(
     path: str | os.PathLike,
     *,
@@ -35,8 +45,7 @@ def load_corpus(
         lock = FileLock(folder.with_suffix(".lock")).acquire()  # the first of several processes reads the corpus
     except OSError as error:
         raise DataError(
-            f"{folder.parent}: a corpus cannot be kept there: {error.strerror}; set HF_HOME to a folder that can be "
-            "written to"
+            f"{folder.parent}: a corpus cannot be kept there: {error.strerror}; name another folder with --cache_dir"
         ) from None
     with lock:
         kept = _read_corpus(folder)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from utils.data.examples import Document
+import numpy as np
+
 from utils.data.passages import merge_passages, split_document
 from utils.data.rows import Row, listed_fields, read_identifier, shown
 from utils.errors import BadRecord
@@ -12,20 +14,24 @@ from utils.errors import BadRecord
 
 @dataclass(slots=True)
 class Source:
-    """A document, and how its passages were made from those of its record."""
+    """What is remembered of a document, and how its passages were made from those of its record."""
 
-    document: Document
+    number: int  # among all documents that are kept
+    words: Sequence[int]  # words of each passage
     given: int | None  # number of passages in the record; None if the record has one text, which nothing can number
     placed: list[dict[int, int]] | None  # with merging: for each given passage, {chunk number: words in this chunk}
 
 
 class Documents:
-    """All documents read so far, by content and by doc_id."""
+    """Gives each different document to `keep` once, and remembers documents by content and by doc_id, not their text.
 
-    def __init__(self, columns: dict[str, str], passage_words: int, merge: bool):
-        self.columns, self.passage_words, self.merge = columns, passage_words, merge
-        self.by_content: dict[tuple[str | None, str | tuple[str, ...]], Source] = {}  # with the doc_id, if there is one
-        self.by_id: dict[str, tuple[Source, str]] = {}  # with the place of the first record
+    `keep(id, passages)` returns the document's number.
+    """
+
+    def __init__(self, columns: dict[str, str], passage_words: int, merge: bool, keep: Callable[[str, list[str]], int]):
+        self.columns, self.passage_words, self.merge, self.keep = columns, passage_words, merge, keep
+        self.by_content: dict[bytes, Source] = {}  # by a checksum, with the doc_id if there is one
+        self.by_id: dict[str, tuple[Source, str, bytes]] = {}  # with the place and a checksum of the first record's
 
     def add(self, row: Row) -> Source:
         """Reads a record of the documents file, where each doc_id may occur once."""
@@ -47,8 +53,9 @@ class Documents:
         content = self._content(row.record)
         column = self.columns["doc_id"]
         doc_id = read_identifier(row.record, column) if column in row.record else None
-        if (doc_id, content) in self.by_content:
-            return self.by_content[doc_id, content]
+        content_key = _checksum([doc_id, content])
+        if content_key in self.by_content:
+            return self.by_content[content_key]
         given, placed = None, None
         if isinstance(content, str):
             passages = split_document(content, self.passage_words)
@@ -56,14 +63,16 @@ class Documents:
             given, passages = len(content), list(content)
             if self.merge:
                 passages, placed = merge_passages(passages, self.passage_words)
+        text_key = _checksum(passages)
         key = doc_id or hashlib.blake2b(json.dumps(passages).encode(), digest_size=8).hexdigest()
-        document = Document(key, passages)
-        if key in self.by_id:
-            document, place = self.by_id[key][0].document, self.by_id[key][1]
-            if document.passages != passages:
-                raise BadRecord(f"'{column}' is '{key}', like {place}, but the text differs")
-        source = self.by_content[doc_id, content] = Source(document, given, placed)
-        self.by_id.setdefault(key, (source, row.place))
+        if key not in self.by_id:
+            words = np.fromiter((len(passage.split()) for passage in passages), np.int32, count=len(passages))
+            number = self.keep(key, passages)
+            self.by_id[key] = (Source(number, words, given, placed), row.place, text_key)
+        first, place, first_key = self.by_id[key]
+        if first_key != text_key:
+            raise BadRecord(f"'{column}' is '{key}', like {place}, but the text differs")
+        source = self.by_content[content_key] = Source(first.number, first.words, given, placed)
         return source
 
     def _content(self, record: dict) -> str | tuple[str, ...]:
@@ -91,3 +100,7 @@ class Documents:
         if not text.strip():
             raise BadRecord(f"'{document_column}' is empty; it must hold the text to summarize")
         return text
+
+
+def _checksum(content) -> bytes:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).digest()

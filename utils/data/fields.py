@@ -69,7 +69,7 @@ def read_evidence(
         return sorted(words), [words[chunk] for chunk in sorted(words)]
 
     evidence = sorted(set(numbers))
-    sizes = [len(source.document.passages[number].split()) for number in evidence]
+    sizes = [int(source.words[number]) for number in evidence]
     if given_words is None:
         return evidence, sizes
     if not isinstance(given_words, list) or len(given_words) != len(numbers) or len(evidence) != len(numbers):

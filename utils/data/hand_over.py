@@ -14,6 +14,7 @@ from utils.data.rows import SHOWN_PROBLEMS, Row, build_all, listed_fields, read_
 from utils.data.trec import write_qrels, write_run
 from utils.errors import BadRecord, DataError
 from utils.files import write_jsonl
+from utils.tables import values
 
 logger = logging.getLogger(__name__)
 
@@ -54,54 +55,60 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
     return found
 
 
-def given_rankings(splits: Sequence[Sequence[Example]]) -> list[list[Ranking]] | None:
-    """The rankings that the examples of all splits bring along, or None if no example does.
+def have_rankings(splits: Sequence[Sequence[Example]]) -> bool:
+    """Whether the examples of all splits bring their rankings along.
 
     Raises DataError if only some do: they would be trained on passages from two sources.
     """
-    examples = list(itertools.chain(*splits))
-    without = [example.id for example in examples if example.retrieved is None]
-    if 0 < len(without) < len(examples):
+    given = itertools.chain(*(zip(values(split, "id"), values(split, "retrieved"), strict=True) for split in splits))
+    without = [example_id for example_id, ranking in given if ranking is None]
+    examples = sum(map(len, splits))
+    if 0 < len(without) < examples:
         raise DataError(
-            f"{len(without)} of {len(examples)} training and validation examples have no 'retrieved', such as "
+            f"{len(without)} of {examples} training and validation examples have no 'retrieved', such as "
             f"'{without[0]}': rank all of them, or choose where passages come from with --retriever"
         )
-    return None if without else [[example.retrieved for example in of_split] for of_split in splits]
+    return not without
 
 
 def write_hand_over(
-    folder: Path, split: str, examples: Sequence[Example], hops: Sequence[Sequence[Hop]], *, top_k: int, with_trec: bool
+    folder: Path, split: str, examples: Sequence[Example], hops: Iterable[Sequence[Hop]], *, top_k: int, with_trec: bool
 ) -> None:
     """Writes `retrieved.<split>.jsonl` and, with `with_trec`, a TREC run and qrels, each of the `top_k` best passages.
 
     Their rankings are those of the last hop. If there is more than one hop, the records hold all of them: stage 2 then
     trains on what each hop found.
     """
-    hops = [[Hop(hop.draft, hop.read, hop.retrieved[:top_k]) for hop in of_example] for of_example in hops]
-    rankings = [of_example[-1].retrieved for of_example in hops]
-    if all(len(of_example) == 1 for of_example in hops):
-        write_retrieved(folder / f"retrieved.{split}.jsonl", examples, rankings)
-    else:
-        write_jsonl(folder / f"retrieved.{split}.jsonl", map(hops_record, examples, hops))
+    rankings = []  # for TREC's files
+
+    def cut() -> Iterator[list[Hop]]:
+        for of_example in hops:
+            of_example = [Hop(hop.draft, hop.read, hop.retrieved[:top_k]) for hop in of_example]
+            if with_trec:
+                rankings.append(of_example[-1].retrieved)
+            yield of_example
+
+    write_retrieved(folder / f"retrieved.{split}.jsonl", examples, cut())
     if with_trec:
         write_run(folder / f"run.{split}.trec", examples, rankings, tag="train_retrieve")
         write_qrels(folder / f"qrels.{split}.trec", examples)
 
 
-def write_retrieved(path: str | os.PathLike, examples: Sequence[Example], rankings: Sequence[Ranking]) -> None:
+def write_retrieved(path: str | os.PathLike, examples: Sequence[Example], hops: Iterable[Sequence[Hop]]) -> None:
     """Writes the hand-over file: the examples with their rankings, which `load_examples` reads back.
 
     Examples of a corpus become examples with their own passages: those of the ranking, in its order, then the evidence
     outside the ranking; `passage_ids` holds their ids in the corpus. An example without any passage is left out, with
     a warning.
     """
-    if len(examples) != len(rankings):
-        raise ValueError(f"{len(examples)} examples, but {len(rankings)} rankings")
     left_out = []
 
     def records() -> Iterator[dict]:
-        for example, ranking in zip(examples, rankings, strict=True):
-            record = _retrieved_record(example, ranking)
+        for example, of_example in zip(examples, hops, strict=True):
+            if len(of_example) > 1:
+                record = hops_record(example, of_example)
+            else:
+                record = _retrieved_record(example, of_example[-1].retrieved)
             if record["passages"]:
                 yield record
             else:
@@ -162,7 +169,7 @@ def _retrieved_record(example: Example, ranking: Ranking) -> dict:
             evidence, evidence_words = sorted(words), [words[number] for number in sorted(words)]
         text = {"passages": document.passages[kept], "passage_ids": document.ids[kept]}
     else:
-        text = {"passages": document.passages}
+        text = {"passages": list(document.passages)}
         record["doc_id"] = document.id
     if example.summaries:
         record["summary"] = example.summaries if len(example.summaries) > 1 else example.summaries[0]

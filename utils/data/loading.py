@@ -1,19 +1,25 @@
 """Reads and checks examples: training and validation splits, or the examples of one file."""
 
 import itertools
+import json
 import os
 from pathlib import Path
 
-from utils.data.corpus import load_corpus
+from utils.data.corpus import CorpusWords, load_corpus
 from utils.data.documents import Documents, Source
 from utils.data.examples import Corpus, Example, blocks
 from utils.data.fields import number_evidence, read_evidence, read_hops, read_ranking, read_summaries
-from utils.data.rows import Row, build_all, read_identifier, read_rows, shown
+from utils.data.kept import Examples, Keeper, keeper, kept_examples
+from utils.data.rows import Row, build_all, read_identifier, read_rows, report_problems, shown
 from utils.data.trec import read_qrels
 from utils.errors import BadRecord, DataError
+from utils.files import size_and_digest, write_json
+from utils.tables import cached
+
+PROBLEMS = "problems.json"
 
 
-def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[list[Example], list[Example]]:
+def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[Examples, Examples]:
     """Training and validation examples, as selected by `args` (`DataArguments`); without files, the embedded data set.
 
     If `train_file` is a folder or a Hub name, it may hold the validation split too. With `corpus_file` all examples of
@@ -32,9 +38,9 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[l
             raise DataError("--validation_file needs --train_file")
         from utils.data.sample import sample_examples
 
-        train = sample_examples("train", args.sample_documents)
-        validation = sample_examples("validation", max(1, min(50, args.sample_documents // 10)))
-        return train[: args.max_train_examples], validation[: args.max_eval_examples]
+        train = sample_examples("train", args.sample_documents, args.max_train_examples)
+        validation = sample_examples("validation", max(1, min(50, args.sample_documents // 10)), args.max_eval_examples)
+        return train, validation
     has_splits = Path(args.train_file).is_dir() or not Path(args.train_file).exists()
     if not args.validation_file and not has_splits:
         raise DataError("--train_file needs --validation_file")
@@ -83,7 +89,7 @@ def load_examples(
     skip_bad_examples: bool = False,
     rejected_file: str | os.PathLike | None = None,
     max_examples: int | None = None,
-) -> list[Example]:
+) -> Examples:
     """Reads and checks the examples of a file (JSON Lines, JSON, CSV, Parquet), a folder or a Hub data set.
 
     Each record holds its own `passages` or, without them, a `document`. With `documents_file` records name a document
@@ -112,27 +118,76 @@ def load_examples(
         "evidence": evidence_column,
         "doc_id": doc_id_column,
     }
-    list_columns = (passages_column, evidence_column, "evidence_words", "retrieved", "hops")
     rejection = {"skip": skip_bad_examples, "rejected_file": rejected_file}
-    documents = Documents(columns, passage_words, merge_passages)
+
+    def write(folder: Path) -> None:
+        with keeper(folder) as keep:
+            problems = _read_examples(
+                path, keep, columns, split=split, documents_file=documents_file, corpus=corpus, qrels_file=qrels_file,
+                config_name=dataset_config_name, passage_words=passage_words, merge_passages=merge_passages,
+                require_summary=require_summary, max_examples=max_examples, **rejection,
+            )  # fmt: skip
+        write_json(folder / PROBLEMS, problems)
+
+    # beside the files' content their names, which error messages and rejected records hold
+    files = [[str(file), *source_state(file, split, dataset_config_name)] for file in (path, documents_file) if file]
+    qrels = [[str(qrels_file), *source_state(qrels_file, split, None)]] if qrels_file else []
+    key = [files, qrels, corpus and corpus.id, split, dataset_config_name, columns, passage_words, merge_passages,
+           require_summary, skip_bad_examples, max_examples or 0]  # fmt: skip
+    is_new = []
+    folder = cached("examples", key, lambda folder: is_new.append(write(folder)))
+    if not is_new:  # bad records of an earlier run are reported again
+        for file, of_file in json.loads((folder / PROBLEMS).read_text(encoding="utf-8")):
+            report_problems(of_file, file, any_good=True, **rejection)
+    return kept_examples(folder, corpus)
+
+
+def source_state(path: str | os.PathLike, split: str, config_name: str | None) -> list:
+    """Values that differ after the content of a file, folder or Hub data set has changed."""
+    file = Path(path)
+    files = sorted(file.rglob("*")) if file.is_dir() else [file]
+    try:
+        if state := [[str(each), size_and_digest(each)] for each in files if each.is_file()]:
+            return state
+        if file.exists():
+            return [os.urandom(8).hex()]  # a pipe, which can be read once only
+    except OSError:
+        return [os.urandom(8).hex()]  # reading it, which comes next, reports what is wrong
+    try:
+        import datasets  # takes seconds
+
+        return [datasets.load_dataset_builder(str(path), config_name).cache_dir]  # its name contains the revision
+    except Exception:  # of many classes
+        return [os.urandom(8).hex()]
+
+
+def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, documents_file, corpus, qrels_file,
+                   config_name, passage_words, merge_passages, require_summary, max_examples, **rejection):  # fmt: skip
+    """Reads, checks and keeps documents and examples; returns the bad records of each file. See `load_examples`."""
+    id_column, query_column, passages_column = columns["id"], columns["query"], columns["passages"]
+    list_columns = (passages_column, columns["evidence"], "evidence_words", "retrieved", "hops")
+    documents = Documents(columns, passage_words, merge_passages, keep.add_document)
     own_text = documents_file is None and corpus is None
     require_summary = require_summary and corpus is None
     numbers: dict[str, int] = {}  # corpus id -> passage number
     qrels: dict[str, dict[str, int]] = {}
+    problems = []
 
     if corpus is not None:
         numbers = {key: number for number, key in enumerate(itertools.chain.from_iterable(blocks(corpus.ids)))}
-        whole_corpus = Source(corpus, len(numbers), None)
+        whole_corpus = Source(0, CorpusWords(corpus), len(numbers), None)
         if qrels_file is not None:
             qrels = read_qrels(qrels_file, known_passages=numbers, **rejection)
     elif not own_text:
-        rows = read_rows(documents_file, split, dataset_config_name, list_columns)
+        rows = read_rows(documents_file, split, config_name, list_columns)
         used = {field: columns[field] for field in ("doc_id", "document", "passages")}
-        build_all(rows, str(documents_file), documents.add, used, [("doc_id",), ("document", "passages")], **rejection)
+        required = [("doc_id",), ("document", "passages")]
+        _, bad = build_all(rows, str(documents_file), documents.add, used, required, **rejection)
+        problems.append([str(documents_file), bad])
 
     first_places: dict[str, str] = {}
 
-    def build_example(row: Row) -> Example:
+    def keep_example(row: Row) -> None:
         record = row.record
         # qrels need true ids: a row number could match one of their ids by chance
         example_id = read_identifier(record, id_column) if qrels or id_column in record else str(row.number)
@@ -141,21 +196,22 @@ def load_examples(
         query = record.get(query_column, "")
         if not isinstance(query, str):
             raise BadRecord(f"'{query_column}' must be a string, not {shown(query)}")
-        summaries = read_summaries(record, summary_column, require_summary)
+        summaries = read_summaries(record, columns["summary"], require_summary)
         if corpus is not None:
             if not query.strip():
                 raise BadRecord(f"no '{query_column}' or an empty one; without a query a corpus cannot be searched")
             source = whole_corpus
-            record = number_evidence(record, evidence_column, numbers, qrels.get(example_id, {}))
+            record = number_evidence(record, columns["evidence"], numbers, qrels.get(example_id, {}))
         else:
             source = documents.read(row) if own_text else documents.find(record, str(documents_file))
-        evidence, evidence_words = read_evidence(record, evidence_column, passages_column, source)
+        evidence, evidence_words = read_evidence(record, columns["evidence"], passages_column, source)
         retrieved = read_ranking(record, passages_column, source)
         hops = read_hops(record, passages_column, source)
         first_places[example_id] = row.place
-        return Example(example_id, query, source.document, summaries, evidence, evidence_words, retrieved, hops)
+        example = Example(example_id, query, None, summaries, evidence, evidence_words, retrieved, hops)
+        keep.add_example(example, source.number)
 
-    rows = read_rows(path, split, dataset_config_name, list_columns)
+    rows = read_rows(path, split, config_name, list_columns)
     text_fields = ("document", "passages") if own_text else ()
     used = {field: columns[field] for field in ("id", "query", "summary", "evidence", "doc_id", *text_fields)}
     required = [text_fields if own_text else ("doc_id",)]
@@ -166,10 +222,10 @@ def load_examples(
         required.append(("summary",))
     else:
         del used["summary"]  # a file to be summarized may lack the column that was named for the training file
-    examples, _ = build_all(rows, str(path), build_example, used, required, max_built=max_examples, **rejection)
-    if qrels and not max_examples and not any(example.id in qrels for example in examples):
+    _, bad = build_all(rows, str(path), keep_example, used, required, max_built=max_examples, **rejection)
+    if qrels and not max_examples and not any(key in qrels for key in first_places):
         raise DataError(
             f"{qrels_file}: none of its queries, such as '{next(iter(qrels))}', is among the examples of {path}, such "
-            f"as '{examples[0].id}'; name the field of their ids with --id_column"
+            f"as '{next(iter(first_places))}'; name the field of their ids with --id_column"
         )
-    return examples
+    return [*problems, [str(path), bad]]

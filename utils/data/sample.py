@@ -10,11 +10,13 @@ To see it or to use it as a file: ``python -m utils.data.sample --split validati
 """
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Iterator
 
 from utils.data.examples import Document, Example
+from utils.data.kept import Examples, keep_examples
 
 NAMES = """Abbott Barlow Cassidy Draper Ellison Farrow Granger Holloway Ingram Jarvis Keating Lockwood Mercer Norwood
 Osborne Palmer Quimby Radcliff Sawyer Thornton Underhill Vaughn Whitlock Yardley Ashby Beckett Calloway Dalton Eastman
@@ -164,17 +166,18 @@ def sample_records(split: str, num_documents: int) -> list[dict]:
     return [record for number in range(num_documents) for record in generate_document(number, seed=split)]
 
 
-def sample_examples(split: str, num_documents: int) -> list[Example]:
-    """The same as examples; those about one transcript share its document."""
-    documents: dict[str, Document] = {}
-    examples = []
-    for record in sample_records(split, num_documents):
-        document = documents.setdefault(record["doc_id"], Document(record["doc_id"], record["passages"]))
-        words = [len(document.passages[place].split()) for place in record["evidence"]]
-        examples.append(
-            Example(record["id"], record["query"], document, [record["summary"]], record["evidence"], words, None)
-        )
-    return examples
+def sample_examples(split: str, num_documents: int, max_examples: int | None = None) -> Examples:
+    """The same as examples, at most `max_examples`; those about one transcript share its document."""
+
+    def make() -> Iterator[Example]:
+        documents: dict[str, Document] = {}
+        records = (record for number in range(num_documents) for record in generate_document(number, seed=split))
+        for record in itertools.islice(records, max_examples):
+            document = documents.setdefault(record["doc_id"], Document(record["doc_id"], record["passages"]))
+            words = [len(document.passages[place].split()) for place in record["evidence"]]
+            yield Example(record["id"], record["query"], document, [record["summary"]], record["evidence"], words, None)
+
+    return keep_examples("sample", [split, num_documents, max_examples], make)
 
 
 def _phrase(rng: random.Random) -> str:

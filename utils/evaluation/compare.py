@@ -99,7 +99,7 @@ def is_hand_over(side: str) -> bool:
 
 def read_hand_over(path: str, qrels_file: str | None) -> list[Example]:
     """Reads the examples of a hand-over file that have evidence: in the qrels file if given, else their own."""
-    examples = load_examples(path, require_summary=False)
+    examples = list(load_examples(path, require_summary=False))
     if unranked := [example.id for example in examples if example.retrieved is None]:
         raise DataError(
             f"{path}: example '{unranked[0]}' has no 'retrieved'; give a hand-over file of train_retrieve.py"

@@ -5,13 +5,14 @@ of similar length, and without padding if the encoder supports that.
 """
 
 import hashlib
+import itertools
 import json
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer, SimilarityFunction
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -22,8 +23,9 @@ from utils.errors import UsageError, in_one_line
 from utils.fast.cpu import laid_out_weights, use_fast_layers
 from utils.fast.packing import is_packed, remove_padding
 from utils.models.settings import write_settings
-from utils.models.tokenizer import check_length, check_vocabulary, pad, train_tokenizer
+from utils.models.tokenizer import check_length, check_vocabulary, pad, tokenizer_key, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
+from utils.tables import Texts
 
 PROMPTS = {"query": "query", "passage": "document"}  # names of the prompts in sentence-transformers
 
@@ -31,10 +33,19 @@ PROMPTS = {"query": "query", "passage": "document"}  # names of the prompts in s
 
 
 def build_small_encoder(
-    texts, *, vocab_size: int = 8192, hidden_size: int = 128, layers: int = 2, attention_dropout: float = 0.0
+    texts,
+    *,
+    vocab_size: int = 8192,
+    hidden_size: int = 128,
+    layers: int = 2,
+    attention_dropout: float = 0.0,
+    key: str | None = None,
 ) -> SentenceTransformer:
-    """A small BERT with random weights, mean pooling and unit length; its lowercase tokenizer is trained on `texts`."""
-    own_tokenizer = train_tokenizer(texts, vocab_size=vocab_size, lowercase=True, max_length=512)
+    """A small BERT with random weights, mean pooling and unit length; its lowercase tokenizer is trained on `texts`.
+
+    `key` is as in `train_tokenizer`.
+    """
+    own_tokenizer = train_tokenizer(texts, vocab_size=vocab_size, lowercase=True, max_length=512, key=key)
     config = BertConfig(
         vocab_size=len(own_tokenizer),
         hidden_size=hidden_size,
@@ -104,11 +115,22 @@ def weights_key(model: torch.nn.Module) -> str:
 # ---- texts to batches of tokens
 
 
-def tokenize(model: SentenceTransformer, texts: list[str], kind: str) -> list[list[int]]:
-    """Token ids of each text after the prompt of its `kind` ("query" or "passage"), cut at `model.max_seq_length`."""
+def tokenize(model: SentenceTransformer, texts: Iterable[str], kind: str, *, keep: bool = True) -> Sequence[list[int]]:
+    """Token ids of each text after the prompt of its `kind` ("query" or "passage"), cut at `model.max_seq_length`.
+
+    With `keep`, those of large collections are kept on disk; `texts` must then be iterable twice.
+    """
     prompt = model.prompts.get(PROMPTS[kind], "")
+    options = {"truncation": True, "max_length": model.max_seq_length}
+    if keep:
+        return tokenize_cached(model.tokenizer, Texts(lambda: (prompt + text for text in texts)), **options)
     texts = [prompt + text for text in texts]
-    return tokenize_cached(model.tokenizer, texts, truncation=True, max_length=model.max_seq_length)
+    return model.tokenizer(texts, **options)["input_ids"] if texts else []
+
+
+def tokens_key(model: SentenceTransformer) -> list:
+    """What decides the result of `tokenize`, beside the texts."""
+    return [tokenizer_key(model.tokenizer), model.prompts, model.max_seq_length]
 
 
 def in_chunks(
@@ -173,7 +195,7 @@ def encode(
     `poll()` is called before each batch, equally often on all processes, and may raise. With `alone`, this process
     encodes its own texts and the others take no part. `cost["encoder_tokens"]` grows by the number of tokens.
     """
-    token_ids = tokenize(model, texts, kind)
+    token_ids = tokenize(model, texts, kind, keep=False)
     max_tokens = max_tokens or (4096 if accelerator.device.type == "cpu" else 8192)
     if cost is not None:
         cost["encoder_tokens"] += sum(map(len, token_ids))
@@ -181,7 +203,7 @@ def encode(
     batches = _longest_first(token_ids, max_tokens, is_padded=True)
     was_training = model.training
     model.eval()
-    numbers, parts = [], [np.empty((0, model.get_embedding_dimension()), dtype=np.float32)]
+    parts = [np.empty((0, model.get_embedding_dimension()), dtype=np.float32)]
     try:
         with accelerator.autocast(), laid_out_weights(model):
             for first in range(0, len(batches), processes):
@@ -192,13 +214,19 @@ def encode(
                 features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
                 output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})
                 parts.append(output["sentence_embedding"].float().cpu().numpy())
-                numbers += batch
     finally:
         model.train(was_training)
+    if processes == 1 or not batches:
+        numbers, vectors = list(itertools.chain(*batches)), np.concatenate(parts)
+    else:
+        rows = [list(itertools.chain(*batches[number::processes])) for number in range(processes)]
+        numbers, most = list(itertools.chain(*rows)), max(map(len, rows))
+        own = np.concatenate(parts)[: len(rows[process])]  # without a batch that was repeated
+        filled = torch.from_numpy(np.pad(own, ((0, most - len(own)), (0, 0)))).to(accelerator.device)
+        of_each = accelerator.gather(filled).cpu().numpy().reshape(processes, most, -1)
+        vectors = np.concatenate([part[: len(rows[number])] for number, part in enumerate(of_each)])
     embeddings = np.empty((len(texts), model.get_embedding_dimension()), dtype=np.float32)
-    mine = (numbers, np.concatenate(parts))
-    for rows, vectors in gather_object([mine]) if processes > 1 else [mine]:
-        embeddings[rows] = vectors
+    embeddings[numbers] = vectors
     return embeddings
 
 

@@ -4,12 +4,16 @@ A source is one or more token sequences. With fusion "concat", all passages are 
 (Fusion-in-Decoder), each passage has a sequence of its own. Every sequence starts with the query.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import BatchEncoding
 
-from utils.models.tokenizer import pad, tokenize
+from utils.files import digest
+from utils.models.tokenizer import pad, tokenize, tokenizer_key
+from utils.tables import Texts, lengths, values
 
 # ---- from passages to token sequences
 
@@ -29,42 +33,64 @@ class Sources:
     passage_order: str
 
     def __post_init__(self):
-        self.passage_tokens: dict = {}  # by document: each document is tokenized once
+        self.passage_tokens: dict = {}  # by document: the tokens of all documents of a call, and its first passage
         tokenizer = self.tokenizer
         self.separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         # the special tokens that this tokenizer puts around a text
-        bare, whole = _tokenize_bare(tokenizer, ["a"])[0], tokenizer("a")["input_ids"]
+        bare, whole = self.tokenize(["a"])[0], tokenizer("a")["input_ids"]
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         self.prefix, self.suffix = whole[:start], whole[start + len(bare) :]
         self.room = self.max_source_length - len(self.prefix) - len(self.suffix)
 
+    def tokenize(self, texts: Iterable[str]) -> Sequence[list[int]]:
+        """Tokens of each text, without special ones."""
+        return tokenize(self.tokenizer, texts, add_special_tokens=False, verbose=False)
+
     def read(self, documents) -> None:
         """Tokenizes documents in one call, so that the cache on disk serves all of them."""
         documents = [document for document in dict.fromkeys(documents) if document not in self.passage_tokens]
-        tokens = iter(_tokenize_bare(self.tokenizer, [text for document in documents for text in document.passages]))
+        tokens = self.tokenize(Texts(lambda: (text for document in documents for text in document.passages)))
+        first = 0
+        sizes = lengths(tokens)
         for document in documents:
-            self.passage_tokens[document] = [next(tokens) for _ in document.passages]
+            self.passage_tokens[document] = (tokens, sizes, first)
+            first += len(document.passages)
 
-    def build(self, query: str, document, passage_numbers: list[int]) -> tuple[list[list[int]], list[int]]:
+    def build(self, query: str, document, passage_numbers: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         """The token sequences, and the numbers of the passages in them, in the same order."""
+        return self.build_from_tokens(self.tokenize([query])[0] if query else [], document, passage_numbers)
+
+    def build_from_tokens(self, query: list[int], document, passage_numbers: Sequence[int]):
+        """As `build`, from the tokens of the query."""
         self.read([document])
-        passages = self.passage_tokens[document]
-        query_tokens = _tokenize_bare(self.tokenizer, [query])[0][: self.room // 2] if query else []
-        kept, free = [], self.room - len(query_tokens)
+        tokens, _, first = self.passage_tokens[document]
+        query, kept = query[: self.room // 2], self._choose(len(query), document, passage_numbers)
+        passages = [tokens[first + number][:size] for number, size in kept]
+        if self.fusion == "concat":
+            sequences = [self._join([query, *passages])]
+        else:
+            sequences = [self._join([query, passage]) for passage in passages]
+        return sequences, [number for number, _ in kept]
+
+    def length(self, query_length: int, document, passage_numbers: Sequence[int]) -> int:
+        """Tokens of the longest sequence of the source of a query of so many tokens."""
+        kept, query = self._choose(query_length, document, passage_numbers), min(query_length, self.room // 2)
+        texts = [[query, *(size for _, size in kept)]] if self.fusion == "concat" else [[query, n] for _, n in kept]
+        special = len(self.prefix) + len(self.suffix)
+        return special + max(sum(sizes) + max(0, sum(map(bool, sizes)) - 1) for sizes in texts)
+
+    def _choose(self, query_length: int, document, passage_numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """The passages that fit, in the order in which they are read, and how many tokens of each."""
+        _, sizes, first = self.passage_tokens[document]
+        kept, free = [], self.room - min(query_length, self.room // 2)
         for number in passage_numbers:
             room = free - 1  # after the separator
             if room <= 0 and kept:
                 break
-            kept.append((number, passages[number][: max(room, 0)]))
+            kept.append((number, min(int(sizes[first + number]), max(room, 0))))
             if self.fusion == "concat":
-                free = room - len(kept[-1][1])
-        if self.passage_order == "document":
-            kept.sort()
-        if self.fusion == "concat":
-            sequences = [self._join([query_tokens, *(passage for _, passage in kept)])]
-        else:
-            sequences = [self._join([query_tokens, passage]) for _, passage in kept]
-        return sequences, [number for number, _ in kept]
+                free = room - kept[-1][1]
+        return sorted(kept) if self.passage_order == "document" else kept
 
     def _join(self, texts: list[list[int]]) -> list[int]:
         """One sequence of several texts, with separators and special tokens; empty texts are left out."""
@@ -72,8 +98,54 @@ class Sources:
         return self.prefix + body + self.suffix
 
 
-def _tokenize_bare(tokenizer, texts: list[str]) -> list[list[int]]:
-    return tokenize(tokenizer, texts, add_special_tokens=False, verbose=False)
+class Rows(Sequence):
+    """What the summarizer reads of each example, and its targets, made at each access from what is kept on disk.
+
+    `hops` has, for each example, the numbers of the passages to read at each hop: the last one is that of validation.
+    A row has the `example`, its `source`, the `passages` in the source, and its `targets`. `number_of_target` has the
+    number of the example of each target.
+    """
+
+    def __init__(self, examples: Sequence, hops: list[list[tuple[int, ...]]], sources: Sources, max_target_length: int):
+        self.examples, self.hops, self.sources = examples, hops, sources
+        self.documents, summaries = values(examples, "document"), values(examples, "summaries")
+        sources.read(self.documents)
+        self.queries = sources.tokenize(values(examples, "query"))
+        references = Texts(lambda: (text for of_example in summaries for text in of_example))
+        self.target_tokens = tokenize(sources.tokenizer, references, as_target=True, truncation=True,
+                                      max_length=max_target_length)  # fmt: skip
+        counts = lengths(summaries)
+        self.first_target = np.cumsum([0, *counts])
+        self.number_of_target = np.repeat(np.arange(len(counts)), counts)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> dict:
+        source, passages = self._build(number, self.hops[number][-1])
+        targets = self.target_tokens[self.first_target[number] : self.first_target[number + 1]]
+        return {"example": self.examples[number], "source": source, "passages": passages, "targets": targets}
+
+    def source_of_hop(self, number: int, hop: int) -> list[list[int]]:
+        """The token sequences of an example at a hop."""
+        return self._build(number, self.hops[number][hop])[0]
+
+    def _build(self, number: int, passages: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        return self.sources.build_from_tokens(self.queries[number], self.documents[number], passages)
+
+    def source_lengths(self) -> np.ndarray:
+        """(examples,) Tokens of the longest sequence of each example, of all hops."""
+        sizes = lengths(self.queries)
+        return np.array([
+            max(self.sources.length(size, document, passages) for passages in of_hops)
+            for size, document, of_hops in zip(sizes.tolist(), self.documents, self.hops, strict=True)
+        ])  # fmt: skip
+
+    def digest(self) -> str:
+        """A checksum of what is read and written."""
+        sources = self.sources
+        rules = [tokenizer_key(sources.tokenizer), sources.fusion, sources.max_source_length, sources.passage_order]
+        return digest([self.examples.id, rules, int(lengths(self.target_tokens).sum()), self.hops])
 
 
 # ---- batches

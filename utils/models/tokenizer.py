@@ -1,31 +1,52 @@
 """Training a tokenizer, tokenizing with a cache on disk, and padding."""
 
-import contextlib
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import tokenizers
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from utils.errors import UsageError
-from utils.files import cache_folder, write_whole
+from utils.files import digest
+from utils.tables import Table, cached, table_writer
 
 ORDINARY_TOKENS = 10  # fewer, besides special ones, are no vocabulary
 CACHED_FROM = 2**20  # characters in total; tokenizing fewer is faster than reading the cache
+TOKENIZED_AT_ONCE = 2**13  # texts
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, vocab_size: int = 8192, lowercase: bool = False, max_length: int = 1024
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 8192,
+    lowercase: bool = False,
+    max_length: int = 1024,
+    key: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer with BART's format `<s> text </s>`; deterministic."""
+    """Trains a byte-level BPE tokenizer with BART's format `<s> text </s>`; deterministic.
+
+    With `key`, a checksum of the texts, it is kept in the cache for later runs.
+    """
+    options = {"vocab_size": vocab_size, "lowercase": lowercase, "max_length": max_length}
+    if key is None:
+        return _train_tokenizer(texts, **options)
+
+    def write(folder: Path) -> None:
+        _train_tokenizer(texts, **options).save_pretrained(folder)
+
+    folder = cached("tokenizer", [key, options, tokenizers.__version__], write)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool, max_length: int):
     bpe = ByteLevelBPETokenizer(add_prefix_space=True, lowercase=lowercase)
     special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     bpe.train_from_iterator(
@@ -81,50 +102,41 @@ def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor
     }
 
 
-def tokenize(tokenizer, texts: list[str], **options) -> list[list[int]]:
-    """Token ids of each text; `options` are those of the tokenizer's call.
-
-    The token ids of large collections are cached in `$HF_HOME/multistep-retrieve-summarize`, for later runs and for
-    other processes of this run. The key is a checksum of texts, tokenizer and options. A damaged cache file is written
-    anew. Without write access to the folder, texts are tokenized each time.
-    """
-    if not texts:
-        return []
-    if sum(map(len, texts)) < CACHED_FROM or not hasattr(tokenizer, "backend_tokenizer"):
-        return tokenizer(texts, **options)["input_ids"]
+def tokenizer_key(tokenizer) -> str | None:
+    """A checksum of all that decides a tokenizer's ids; None if it is not known, because Python code computes them."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return None
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     # the tokenizer's own settings, because the backend holds those of its last call
     rules |= {"truncation": tokenizer.truncation_side, "padding": tokenizer.model_max_length}
-    key = hashlib.sha256(json.dumps([rules, options, texts]).encode()).hexdigest()
-    path = cache_folder() / f"tokens_{key[:32]}.safetensors"
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")))  # one process tokenizes, the others wait
-        if (cached := _read_tokens(path, len(texts))) is not None:
-            return cached
-        token_ids = tokenizer(texts, **options)["input_ids"]
-        tensors = {
-            "ids": torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int32),
-            "lengths": torch.tensor([len(ids) for ids in token_ids], dtype=torch.int32),
-        }
-        tensors["sha256"] = _checksum(tensors)
-        with contextlib.suppress(OSError, SafetensorError):
-            write_whole(path, lambda temporary: save_file(tensors, temporary))
-    return token_ids
+    rules |= {name: getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")}
+    return digest([rules, tokenizers.__version__])
 
 
-def _read_tokens(path: Path, count: int) -> list[list[int]] | None:
-    """Cached token ids of `count` texts; None if the file is missing or damaged."""
-    try:
-        tensors = load_file(path)
-        if not torch.equal(tensors["sha256"], _checksum(tensors)) or len(tensors["lengths"]) != count:
-            return None
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
-    return [part.tolist() for part in tensors["ids"].split(tensors["lengths"].tolist())]
+def tokenize(tokenizer, texts: Iterable[str], *, as_target: bool = False, **options) -> Sequence[list[int]]:
+    """Token ids of each text; `options` are those of the tokenizer's call, `as_target` for texts to be generated.
 
+    The ids of large collections are kept in the cache (see `cached`) under a checksum of texts, tokenizer and options,
+    for later runs and other processes. They are mapped into memory, so that memory does not grow with them. `texts`
+    must be iterable twice.
+    """
+    side = "text_target" if as_target else "text"
+    sizes = itertools.accumulate(map(len, texts), initial=0)
+    rules = tokenizer_key(tokenizer) if any(size >= CACHED_FROM for size in sizes) else None
+    if rules is None:
+        texts = list(texts)
+        return tokenizer(**{side: texts}, **options)["input_ids"] if texts else []
+    checksum = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        checksum.update(json.dumps(text).encode())
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    total = hashlib.sha256(tensors["ids"].numpy().tobytes() + tensors["lengths"].numpy().tobytes())
-    return torch.tensor(list(total.digest()), dtype=torch.uint8)
+    def write(folder: Path) -> None:
+        number = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
+        with table_writer(folder / "ids.arrow", pa.schema([("ids", pa.large_list(number))])) as add:
+            remaining = iter(texts)
+            while block := list(itertools.islice(remaining, TOKENIZED_AT_ONCE)):
+                for ids in tokenizer(**{side: block}, **options)["input_ids"]:
+                    add({"ids": ids})
+
+    folder = cached("tokens", [checksum.hexdigest(), rules, side, options], write)
+    return Table(folder / "ids.arrow").column("ids")

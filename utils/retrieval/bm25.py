@@ -4,9 +4,9 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import bm25s
 import numpy as np
@@ -29,16 +29,21 @@ def bm25_rankings(
     examples: Sequence[Example], top_k: int | None = None, queries: Sequence[str] | None = None
 ) -> list[Ranking]:
     """Ranks passages by BM25 for each example's query, or for its search text in `queries`."""
-    query_words = search_words(search_texts(examples, queries))
     rankings: list[Ranking] = [[] for _ in examples]
+    for number, scores in bm25_score(examples, search_texts(examples, queries)):
+        rankings[number] = rank(scores, top_k)
+    return rankings
+
+
+def bm25_score(examples: Sequence[Example], queries: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
+    """The number of each example and its scores (passages,), float32, document by document."""
     documents = examples_by_document(examples)
     for first in range(0, len(documents), 500):  # tokenizing many documents at once is faster, but takes memory
         block = documents[first : first + 500]
+        query_words = iter(search_words([queries[number] for _, numbers in block for number in numbers]))
         for (document, numbers), index in zip(block, _indexes([document for document, _ in block]), strict=True):
-            scores = _scores(index, len(document.passages), [query_words[number] for number in numbers])
-            for number, row in zip(numbers, scores, strict=True):
-                rankings[number] = rank(row, top_k)
-    return rankings
+            words = list(itertools.islice(query_words, len(numbers)))
+            yield from zip(numbers, _scores(index, len(document.passages), words), strict=True)
 
 
 def bm25_scores(passages: Sequence[str], queries: Sequence[str]) -> np.ndarray:
@@ -49,17 +54,22 @@ def bm25_scores(passages: Sequence[str], queries: Sequence[str]) -> np.ndarray:
     return _scores(_index(search_words(passages)), len(passages), search_words(queries))
 
 
-# A document is searched at each hop and each validation, so its index is kept as long as the document exists.
-_index_cache: WeakKeyDictionary[Document, bm25s.BM25 | None] = WeakKeyDictionary()
-MAX_CACHED_INDEXES = 2000  # bounds the memory for a large collection
+# A document is searched at each hop and each validation, so the indexes of those searched last are kept.
+_index_cache: OrderedDict[Document, bm25s.BM25 | None] = OrderedDict()
+MAX_CACHED_INDEXES = 500
 
 
 def _indexes(documents: Sequence[Document]) -> list[bm25s.BM25 | None]:
     new = [document for document in documents if document not in _index_cache]
     words = iter(search_words([passage for document in new for passage in document.passages]))
     built = {document: _index(list(itertools.islice(words, len(document.passages)))) for document in new}
-    _index_cache.update(itertools.islice(built.items(), max(0, MAX_CACHED_INDEXES - len(_index_cache))))
-    return [built[document] if document in built else _index_cache[document] for document in documents]
+    found = [built[document] if document in built else _index_cache[document] for document in documents]
+    for document, index in zip(documents, found, strict=True):
+        _index_cache[document] = index
+        _index_cache.move_to_end(document)
+    while len(_index_cache) > MAX_CACHED_INDEXES:
+        _index_cache.popitem(last=False)
+    return found
 
 
 def _index(passage_words: Sequence[list[str]]) -> bm25s.BM25 | None:

@@ -1,14 +1,16 @@
 """Ranking the passages of documents by a retriever's vectors, also combined with BM25."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from utils.data.examples import Example, Ranking
-from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.bm25 import bm25_score
 from utils.retrieval.ranking import combine, examples_by_document, rank, search_texts
 
 Encode = Callable[[list[str], str], np.ndarray]  # encode(texts, kind) -> (texts, dimension); kind: "query", "passage"
+ENCODED_AT_ONCE = 2**14  # passages
 
 
 def dense_rankings(
@@ -16,40 +18,53 @@ def dense_rankings(
 ) -> list[Ranking]:
     """Ranks passages by dot product with the vector of each example's query, or of its search text in `queries`.
 
-    `encode` is called once with all passages of all documents and once with all different queries, so that it can form
-    batches of similar length.
+    `encode` is called with all passages of many documents, and with all different queries about them, so that it can
+    form batches of similar length.
     """
-    queries = search_texts(examples, queries)
-    if not examples:
-        return []
-    documents = examples_by_document(examples)
-    passage_vectors = encode([passage for document, _ in documents for passage in document.passages], "passage")
-    query_rows = {text: row for row, text in enumerate(dict.fromkeys(queries))}
-    query_vectors = encode(list(query_rows), "query")
-
     rankings: list[Ranking] = [[] for _ in examples]
-    start = 0
-    for document, numbers in documents:
-        end = start + len(document.passages)
-        rows = [query_rows[queries[number]] for number in numbers]
-        scores = query_vectors[rows] @ passage_vectors[start:end].T
-        for number, row in zip(numbers, scores, strict=True):
-            rankings[number] = rank(row, top_k)
-        start = end
+    for number, scores in _score(examples, encode, search_texts(examples, queries)):
+        rankings[number] = rank(scores, top_k)
     return rankings
 
 
-def retriever_rankings(examples: Sequence[Example], encode: Encode, settings: dict, queries=None) -> list[Ranking]:
+def _score(examples: Sequence[Example], encode: Encode, queries: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
+    """The number of each example and its scores (passages,), document by document; few vectors are kept at a time."""
+    documents = examples_by_document(examples)
+    while documents:
+        sizes = itertools.accumulate(len(document.passages) for document, _ in documents)
+        count = 1 + sum(size <= ENCODED_AT_ONCE for size in itertools.islice(sizes, 1, None))
+        block, documents = documents[:count], documents[count:]
+        passage_vectors = encode([passage for document, _ in block for passage in document.passages], "passage")
+        texts = dict.fromkeys(queries[number] for _, numbers in block for number in numbers)
+        query_vectors = dict(zip(texts, encode(list(texts), "query"), strict=True))
+        start = 0
+        for document, numbers in block:
+            vectors = passage_vectors[start : start + len(document.passages)]
+            start += len(document.passages)
+            scores = np.stack([query_vectors[queries[number]] for number in numbers]) @ vectors.T
+            yield from zip(numbers, scores, strict=True)
+
+
+def retriever_rankings(
+    examples: Sequence[Example],
+    encode: Encode,
+    settings: dict,
+    queries: Sequence[str] | None = None,
+    top_k: int | None = None,
+) -> list[Ranking]:
     """Ranks passages as the retriever's `settings` (flags of train_retrieve.py) say: by vectors, or with BM25 too.
 
-    Gives all passages. BM25 is added by score, and neighbours share their scores (see `combine`). A setting that is
-    absent has no effect.
+    BM25 is added by score, and neighbours share their scores (see `combine`). A setting that is absent has no effect.
+    Gives the `top_k` best passages, or all.
     """
-    dense = dense_rankings(examples, encode, queries=queries)
-    is_hybrid = settings.get("ranking") == "hybrid"
-    lexical = bm25_rankings(examples, queries=queries) if is_hybrid else [None] * len(examples)
+    queries = search_texts(examples, queries)
     options = {name: settings.get(name, 0) for name in ("bm25_weight", "smooth_window", "smooth_decay")}
-    return [combine(*both, **options) for both in zip(dense, lexical, strict=True)]
+    # both go through the documents in the same order
+    lexical = bm25_score(examples, queries) if settings.get("ranking") == "hybrid" else itertools.repeat((None, None))
+    rankings: list[Ranking] = [[] for _ in examples]
+    for (number, dense), (_, words) in zip(_score(examples, encode, queries), lexical, strict=False):
+        rankings[number] = combine(rank(dense), None if words is None else rank(words), **options)[:top_k]
+    return rankings
 
 
 def remember_passages(encode: Encode) -> Encode:

@@ -14,6 +14,7 @@ import numpy as np
 from utils.data.examples import Example
 from utils.data.passages import split_sentences
 from utils.data.words import UNSPACED, rouge_words
+from utils.tables import values
 
 READ = 5  # passages that an imitated draft is written from
 WORD = re.compile(f"(\\s*)([{UNSPACED}]|[^\\s{UNSPACED}]+)")  # and the space before it
@@ -35,21 +36,28 @@ def imitate_draft(reference: str, read: Iterable[str], invented: str) -> str:
     return draft
 
 
-def imitate_drafts(examples: Sequence[Example], read: Sequence[Sequence[int]], seed: int) -> list[str]:
-    """Imitates a draft for each example, as written from its passages in `read`; "" without a reference."""
-    rng = np.random.default_rng(seed)
-    others = [examples[number].summaries for number in rng.permutation(len(examples))]
-    drafts = []
-    for example, passages, other in zip(examples, read, others, strict=True):
-        texts = [example.document.passages[passage] for passage in passages]
-        reference = example.summaries[rng.integers(len(example.summaries))] if example.summaries else ""
-        drafts.append(imitate_draft(reference, texts, (other or [""])[0]))
-    return drafts
+class Imitations:
+    """Imitates a draft for each of some examples, as written from the passages that it read; "" without a reference."""
+
+    def __init__(self, examples: Sequence[Example], seed: int):
+        rng, self.summaries = np.random.default_rng(seed), values(examples, "summaries")
+        self.others = rng.permutation(len(examples))
+        self.own = [rng.integers(len(of_example)) if of_example else 0 for of_example in self.summaries]
+
+    def __call__(self, examples: Sequence[Example], read: Sequence[Sequence[int]], first: int = 0) -> list[str]:
+        """`examples` are those from number `first` on."""
+        drafts = []
+        for number, (example, passages) in enumerate(zip(examples, read, strict=True), first):
+            texts = [example.document.passages[passage] for passage in passages]
+            reference = example.summaries[self.own[number]] if example.summaries else ""
+            other = self.summaries[self.others[number]] or [""]
+            drafts.append(imitate_draft(reference, texts, other[0]))
+        return drafts
 
 
-def first_drafts(drafts: Sequence[list], examples: Sequence[Example], read: Sequence) -> list[str]:
+def first_drafts(drafts: Sequence[list], examples: Sequence[Example], read: Sequence, first: int = 0) -> list[str]:
     """The first draft of each example in `drafts` (see `read_drafts`), or "", whatever was read."""
-    return [of_example[0][0] if of_example else "" for of_example in drafts]
+    return [of_example[0][0] if of_example else "" for of_example in drafts[first : first + len(examples)]]
 
 
 def extract_drafts(

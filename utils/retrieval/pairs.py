@@ -5,19 +5,24 @@ summarizer (the teacher). Hard negatives are other passages that rank high for t
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from utils.data.examples import Corpus, Document, Example, Ranking
 from utils.data.hand_over import read_drafts
+from utils.data.kept import content_key
 from utils.errors import UsageError
 from utils.files import digest
-from utils.models.encoder import tokenize
+from utils.models.encoder import tokenize, tokens_key
 from utils.retrieval.drafts import READ, imitate_draft
 from utils.retrieval.oracle import greedy_rouge_oracle
 from utils.retrieval.ranking import hard_negatives, search_text
+from utils.tables import Table, Texts, cached, lengths, values, write_table
+
+RANKED_AT_ONCE = 2**11  # examples
 
 
 def is_marked(example: Example, supervision: str) -> bool:
@@ -70,18 +75,25 @@ class Pair:
     example: Example
     document: int  # key of the document's first passage
     query: list[int]  # tokens
-    searches: list[str]  # search texts: the query, and the query with a draft if drafts are trained on
     drafts: list[tuple[str, list[int]]]  # from the drafts file, each with the keys of the passages that it used
     evidence: list[int]  # keys of the positives
     weights: np.ndarray  # (evidence,) the probability that a positive is drawn, or the teacher's of each passage
     is_distribution: bool  # whether the weights are the teacher's; then all positives are used
     read: list[int]  # keys of the passages that a first hop would read
     longest: int  # most tokens of a search text
-    negatives: list[list[int]]  # keys of the hard negatives, best first; a list for each of `searches`
+    negatives: list[list[int]]  # keys of the hard negatives, best first; a list for each of `Pairs.searches`
 
 
-class Pairs:
-    """A pair for each example that has positives, and the tokens of their passages.
+_KEYS = pa.large_list(pa.int64())
+PAIRS = pa.schema([
+    ("example", pa.int64()), ("document", pa.int64()), ("evidence", _KEYS), ("weights", pa.large_list(pa.float64())),
+    ("is_distribution", pa.bool_()), ("is_marked", pa.bool_()), ("read", _KEYS), ("longest", pa.int64()),
+    ("negatives", pa.large_list(_KEYS)),
+])  # fmt: skip
+
+
+class Pairs(Sequence):
+    """A pair for each example that has positives, and the tokens of their passages; both are kept on disk.
 
     Args:
         args: the flags of train_retrieve.py about positives, negatives, drafts and the teacher.
@@ -92,116 +104,166 @@ class Pairs:
     def __init__(
         self, args, examples: Sequence[Example], documents: list[Document], retriever, *, lexical, accelerator
     ):
-        self.args, self.documents, self.retriever = args, documents, retriever
-        self.is_corpus = isinstance(documents[0], Corpus)
+        self.args, self.examples, self.documents, self.retriever = args, examples, documents, retriever
+        self.is_corpus, self.lexical = isinstance(documents[0], Corpus), lexical
         first_keys = np.cumsum([0, *(len(document.passages) for document in documents)]).tolist()
-        first_key = dict(zip(documents, first_keys, strict=False))
+        self.first_key = dict(zip(documents, first_keys, strict=False))
+        self.drafts = read_drafts(args.drafts_file, examples) if args.drafts_file else None
+        self.query_tokens = tokenize(retriever, values(examples, "query"), "query")
+        taught = self._ask_teacher(accelerator) if args.teacher else {}
 
-        drafts = read_drafts(args.drafts_file, examples) if args.drafts_file else [[] for _ in examples]
-        searches = [[example.query] for example in examples]
-        if args.draft_share:
-            for example, of_file, texts in zip(examples, drafts, searches, strict=True):
-                draft = ["", *example.summaries[:1], *(text for text, _ in of_file)][-1]
-                texts.append(search_text(example.query, draft))
-        hops = 2 if args.draft_share else 1
-        top_k = args.negatives_pool + 100 if self.is_corpus else None
-        # one call for all hops, so that each document is indexed once
-        ranked = lexical([e for e in examples for _ in range(hops)], top_k, list(itertools.chain(*searches)))
-        ranked = [ranked[hop::hops] for hop in range(hops)]
-        taught = self._ask_teacher(examples, ranked[0], accelerator) if args.teacher else {}
-
-        query_tokens = tokenize(retriever, [example.query for example in examples], "query")
-        longest = list(map(len, query_tokens))
-        if args.draft_share:
-            texts = [[*e.summaries, *(text for text, _ in own)] for e, own in zip(examples, drafts, strict=True)]
-            of_texts = [(number, text) for number, of_example in enumerate(texts) for text in of_example]
-            tokens = tokenize(
-                retriever, [search_text(examples[number].query, text) for number, text in of_texts], "query"
-            )
-            for (number, _), search in zip(of_texts, tokens, strict=True):
-                longest[number] = max(longest[number], len(search))
-        self.rows: list[Pair] = []
-        for number, example in enumerate(examples):
-            evidence, weights = taught.get(number) or positives(example, args.supervision, args.oracle_passages)
-            if not sum(weights):
-                continue
-            first = first_key[example.document]
-            negatives = [hard_negatives(of_hop[number], evidence, args.negatives_pool) for of_hop in ranked]
-            self.rows.append(Pair(
-                number=len(self.rows),
-                example=example,
-                document=first,
-                query=query_tokens[number],
-                searches=searches[number],
-                drafts=[(text, [first + passage for passage in read]) for text, read in drafts[number]],
-                evidence=[first + passage for passage in evidence],
-                weights=np.array(weights) / sum(weights),
-                is_distribution=number in taught,
-                read=[first + passage for passage in first_hop(ranked[0][number], evidence)],
-                longest=longest[number],
-                negatives=[[first + passage for passage in of_hop] for of_hop in negatives],
-            ))  # fmt: skip
-        if not self.rows:
+        names = ("negatives_pool", "supervision", "oracle_passages", "teacher")
+        of_teacher = [[number, keys, weights.round(4).tolist()] for number, (keys, weights) in taught.items()]
+        key = [
+            {name: getattr(args, name) for name in names}, bool(args.draft_share), READ, content_key(examples),
+            documents[0].id, tokens_key(retriever), digest([self.drafts]), digest(of_teacher),
+        ]  # fmt: skip
+        path = cached("pairs", key, lambda folder: write_table(folder / "pairs.arrow", PAIRS, self._make(taught)))
+        self.table = Table(path / "pairs.arrow")
+        if not len(self.table):
             remedy = "" if self.is_corpus else " or shares a word with its summary"
             raise UsageError(f"no training example has evidence{remedy}: nothing to train on")
-        self.passage_tokens: dict[int, list[int]] = {}
+        self.mined: list[list[list[int]]] | None = None  # hard negatives that replace those of the table
+        self.passage_tokens: Sequence[list[int]] | dict[int, list[int]] = {}
         self._tokenize_passages()
 
-    def _ask_teacher(self, examples: Sequence[Example], rankings: list[Ranking], accelerator) -> dict[int, tuple]:
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> Pair:
+        row = self.table.row(range(len(self))[number])
+        of_file = self.drafts[row["example"]] if self.drafts else []
+        return Pair(
+            number=number,
+            example=self.examples[row["example"]],
+            document=row["document"],
+            query=self.query_tokens[row["example"]],
+            drafts=[(text, [row["document"] + passage for passage in read]) for text, read in of_file],
+            evidence=row["evidence"],
+            weights=np.array(row["weights"]),
+            is_distribution=row["is_distribution"],
+            read=row["read"],
+            longest=row["longest"],
+            negatives=self.mined[number] if self.mined else row["negatives"],
+        )
+
+    def searches(self, example: Example, drafts: Sequence[tuple[str, list[int]]]) -> list[str]:
+        """The texts that hard negatives are searched with: the query, and the query with a draft if there are any."""
+        if not self.args.draft_share:
+            return [example.query]
+        draft = ["", *example.summaries[:1], *(text for text, _ in drafts)][-1]
+        return [example.query, search_text(example.query, draft)]
+
+    def _make(self, taught: dict[int, tuple]) -> Iterator[dict]:
+        """The rows of the table, block by block, so that few rankings are held in memory."""
+        args, top_k = self.args, self.args.negatives_pool + 100 if self.is_corpus else None
+        for start in range(0, len(self.examples), RANKED_AT_ONCE):
+            examples = self.examples[start : start + RANKED_AT_ONCE]
+            drafts = self.drafts[start : start + RANKED_AT_ONCE] if self.drafts else [[] for _ in examples]
+            searches = list(map(self.searches, examples, drafts))
+            hops = len(searches[0])
+            # one call for all hops, so that each document is indexed once
+            ranked = self.lexical([e for e in examples for _ in range(hops)], top_k, list(itertools.chain(*searches)))
+            ranked = [ranked[hop::hops] for hop in range(hops)]
+            longest = self._longest_searches(examples, drafts)
+            for place, example in enumerate(examples):
+                number, first = start + place, self.first_key[example.document]
+                evidence, weights = taught.get(number) or positives(example, args.supervision, args.oracle_passages)
+                if not sum(weights):
+                    continue
+                negatives = [hard_negatives(of_hop[place], evidence, args.negatives_pool) for of_hop in ranked]
+                yield {
+                    "example": number,
+                    "document": first,
+                    "evidence": [first + passage for passage in evidence],
+                    "weights": np.array(weights) / sum(weights),
+                    "is_distribution": number in taught,
+                    "is_marked": is_marked(example, args.supervision),
+                    "read": [first + passage for passage in first_hop(ranked[0][place], evidence)],
+                    "longest": longest[place],
+                    "negatives": [[first + passage for passage in of_hop] for of_hop in negatives],
+                }
+
+    def _longest_searches(self, examples: Sequence[Example], drafts: Sequence[list]) -> list[int]:
+        """The most tokens of a search text of each example: of its query alone, or with a reference or draft."""
+        texts = [[example.query] for example in examples]
+        if self.args.draft_share:
+            for example, of_file, own in zip(examples, drafts, texts, strict=True):
+                own += [
+                    search_text(example.query, text) for text in (*example.summaries, *(text for text, _ in of_file))
+                ]
+        sizes = iter(map(len, tokenize(self.retriever, list(itertools.chain(*texts)), "query", keep=False)))
+        return [max(itertools.islice(sizes, len(own))) for own in texts]
+
+    def _ask_teacher(self, accelerator) -> dict[int, tuple]:
         """Returns passage numbers and the probability of each, by the number of an example without gold evidence."""
         from utils.retrieval.teacher import passage_likelihoods  # slow to import, and only needed here
 
-        args = self.args
+        args, examples = self.args, self.examples
         unmarked = [number for number, example in enumerate(examples) if not is_marked(example, args.supervision)]
-        candidates = [
-            sorted(passage for passage, _ in rankings[number][: args.teacher_candidates]) for number in unmarked
-        ]
-        likelihoods = passage_likelihoods(args.teacher, [examples[n] for n in unmarked], candidates, accelerator)
-        return {  # `Pairs` divides the weights by their sum
+        asking = [examples[number] for number in unmarked]
+        rankings = self.lexical(asking, args.teacher_candidates, values(asking, "query"))
+        candidates = [sorted(passage for passage, _ in ranking) for ranking in rankings]
+        likelihoods = passage_likelihoods(args.teacher, asking, candidates, accelerator)
+        return {  # the weights are divided by their sum
             number: (passages, np.exp((of_each - of_each.max()) / args.teacher_temperature))
             for number, passages, of_each in zip(unmarked, candidates, likelihoods, strict=True)
         }
 
     def _tokenize_passages(self) -> None:
         """Tokenizes each passage once: all of the documents, or of a corpus only positives and hard negatives."""
-        texts, keys = [], []
         if self.is_corpus:
-            wanted = {key for pair in self.rows for key in sum(pair.negatives, pair.evidence)}
+            wanted = {key for row in self._rows() for key in sum(row["negatives"], row["evidence"])}
             if keys := sorted(wanted - self.passage_tokens.keys()):
-                texts = self.documents[0].passages[keys]
+                texts = tokenize(self.retriever, self.documents[0].passages[keys], "passage")
+                self.passage_tokens.update(zip(keys, texts, strict=True))
         elif not self.passage_tokens:
-            texts = [text for document in self.documents for text in document.passages]
-            keys = range(len(texts))
-        self.passage_tokens.update(zip(keys, tokenize(self.retriever, texts, "passage"), strict=True))
+            texts = Texts(lambda: (text for document in self.documents for text in document.passages))
+            self.passage_tokens = tokenize(self.retriever, texts, "passage")
+
+    def _rows(self) -> Iterator[dict]:
+        """The rows of the table, with the hard negatives that were mined, if any."""
+        for number, row in enumerate(self.table.read()):
+            yield row | {"negatives": self.mined[number]} if self.mined else row
 
     def describe(self) -> str:
         """How many pairs there are, and where their positives come from."""
-        marked = sum(is_marked(pair.example, self.args.supervision) for pair in self.rows)
+        marked = int(self.table.array("is_marked").sum())
         others = "the teacher" if self.args.teacher else "the ROUGE oracle"
-        sources = {"gold evidence": marked, others: len(self.rows) - marked}
+        sources = {"gold evidence": marked, others: len(self) - marked}
         return "positives from " + ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
 
     def digest(self) -> str:
         """A checksum of the training data."""
         return digest([
-            sorted(self.passage_tokens.items()),
+            content_key(self.examples), tokens_key(self.retriever), digest([self.drafts]),
             # rounded, because a teacher's likelihoods differ slightly between GPU models
-            [[pair.query, pair.evidence, pair.weights.round(4).tolist(), pair.negatives, pair.drafts]
-             for pair in self.rows],
+            *(row | {"weights": [round(weight, 4) for weight in row["weights"]]} for row in self.table.read()),
         ])  # fmt: skip
 
-    def lengths(self) -> list[list[int]]:
+    def first_keys(self) -> np.ndarray:
+        """(pairs,) The key of the first passage of each pair's document."""
+        return self.table.array("document")
+
+    def lengths(self) -> np.ndarray:
         """(pairs, 2) The most tokens that an epoch may draw: of the search text, and of positives and negatives.
 
         Negatives that are mined later may be longer. The lengths still stay, so that a run can resume from any step.
         """
-        lengths = []
-        for pair in self.rows:
-            passage = max(len(self.passage_tokens[key]) for key in sum(pair.negatives, pair.evidence))
-            positive = len(pair.evidence) if pair.is_distribution else min(self.args.num_positives, len(pair.evidence))
-            negative = min(self.args.num_hard_negatives, max(map(len, pair.negatives)))
-            lengths.append([pair.longest, passage * (positive + negative)])
-        return lengths
+        args, found = self.args, []
+        sizes = (
+            {key: len(tokens) for key, tokens in self.passage_tokens.items()}
+            if self.is_corpus
+            else lengths(self.passage_tokens)
+        )
+        for row in self.table.read():
+            passage = max(int(sizes[key]) for key in sum(row["negatives"], row["evidence"]))
+            positive = len(row["evidence"])
+            if not row["is_distribution"]:
+                positive = min(args.num_positives, positive)
+            negative = min(args.num_hard_negatives, max(map(len, row["negatives"])))
+            found.append([row["longest"], passage * (positive + negative)])
+        return np.array(found)
 
     def draw(self, pair: Pair, epoch: int) -> tuple[list[int], np.ndarray, list[int]]:
         """Draws the hop, positives and hard negatives of a pair for one epoch.
@@ -222,10 +284,10 @@ class Pairs:
             if weights[missing].any():  # a later hop should find what the draft did not use
                 weights = weights * np.where(missing, 1.0, args.found_weight)
                 weights = weights / weights.sum()
-            search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query")[0]
+            search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query", keep=False)[0]
             while len(search) > pair.longest:  # invented words may have more tokens than those of the reference
                 draft = draft.rpartition(" ")[0]
-                search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query")[0]
+                search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query", keep=False)[0]
         if pair.is_distribution:
             drawn = list(pair.evidence)
         else:
@@ -237,7 +299,8 @@ class Pairs:
 
     def _imitate(self, pair: Pair, rng: np.random.Generator) -> str:
         """A draft such as a summarizer would write that has read BM25's best passages for the query."""
-        summaries, other = pair.example.summaries, self.rows[rng.integers(len(self.rows))].example.summaries
+        other = self.table.row(rng.integers(len(self)))["example"]
+        summaries, other = pair.example.summaries, self.examples[other].summaries
         texts = [pair.example.document.passages[key - pair.document] for key in pair.read]
         return imitate_draft(summaries[rng.integers(len(summaries))], texts, (other or [""])[0])
 
@@ -254,13 +317,14 @@ class Pairs:
         Call it on all processes. `ranked(examples, top_k=..., queries=...)` ranks passages with the model.
         """
         args, mined = self.args, self.negatives()
-        # rankings from a corpus are cut and made block by block, to save memory
-        at_once, top_k = (2**13, 5 * args.negatives_pool + 100) if self.is_corpus else (len(self.rows), None)
-        for first in range(0, len(self.rows), at_once):
-            block = self.rows[first : first + at_once]
+        # rankings are made and cut block by block, and those of a corpus are short, to save memory
+        at_once, top_k = (2**13, 5 * args.negatives_pool + 100) if self.is_corpus else (RANKED_AT_ONCE, None)
+        for first in range(0, len(self), at_once):
+            block = [self[number] for number in range(first, min(first + at_once, len(self)))]
             # first all searches of the first hop, then those of the second, in one call: each document is encoded once
-            queries = list(itertools.chain(*zip(*(pair.searches for pair in block), strict=True)))
-            examples = [pair.example for pair in block] * (len(queries) // len(block))
+            searches = [self.searches(pair.example, pair.drafts) for pair in block]
+            queries = list(itertools.chain(*zip(*searches, strict=True)))
+            examples = [pair.example for pair in block] * len(searches[0])
             for number, ranking in enumerate(ranked(examples, top_k=top_k, queries=queries)):
                 hop, place = divmod(number, len(block))
                 pair = block[place]
@@ -272,9 +336,8 @@ class Pairs:
 
     def negatives(self) -> list[list[list[int]]]:
         """The hard negatives of each pair, for a checkpoint. `set_negatives` restores them."""
-        return [list(pair.negatives) for pair in self.rows]
+        return [list(row["negatives"]) for row in self._rows()]
 
     def set_negatives(self, negatives: list[list[list[int]]]) -> None:
-        for pair, of_pair in zip(self.rows, negatives, strict=True):
-            pair.negatives = of_pair
+        self.mined = negatives
         self._tokenize_passages()

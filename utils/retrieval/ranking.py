@@ -7,10 +7,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from utils.data.examples import Document, Example, Ranking
+from utils.tables import values
 
 # chosen on QMSum's training meetings:
 SHARPNESS = 0.7  # factor of the standardized scores before `combine` takes their exponentials
 FADES_BACK = 2  # a score fades twice as fast backward: what belongs to a topic mostly comes after its first mention
+
+
+KEPT = 1025  # passages of a ranking that are kept: those that can be among the first 1,024 words, and the next
 
 
 # ---- queries and scores
@@ -24,7 +28,7 @@ def search_text(query: str, draft: str) -> str:
 def search_texts(examples: Sequence[Example], queries: Sequence[str] | None) -> Sequence[str]:
     """`queries` if given, else the examples' own. ValueError unless there is one for each example."""
     if queries is None:
-        return [example.query for example in examples]
+        return values(examples, "query")
     if len(queries) != len(examples):
         raise ValueError(f"{len(queries)} queries for {len(examples)} examples; there must be one for each")
     return queries
@@ -33,8 +37,8 @@ def search_texts(examples: Sequence[Example], queries: Sequence[str] | None) -> 
 def examples_by_document(examples: Sequence[Example]) -> list[tuple[Document, list[int]]]:
     """Groups the numbers of the examples that share a document (the same object), in order of first appearance."""
     groups: dict[Document, list[int]] = {}
-    for number, example in enumerate(examples):
-        groups.setdefault(example.document, []).append(number)
+    for number, document in enumerate(values(examples, "document")):
+        groups.setdefault(document, []).append(number)
     return list(groups.items())
 
 
