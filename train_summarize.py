@@ -69,7 +69,7 @@ from utils.models.settings import saved_settings, write_settings
 from utils.models.sources import Sources, collate, count_targets, count_tokens, halves
 from utils.models.tokenizer import train_tokenizer
 from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
-from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.bm25 import bm25_rankings, check_language
 from utils.retrieval.dense import retriever_rankings
 from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns
 from utils.training.checkpoint_files import publish
@@ -103,7 +103,7 @@ def make_model(train: list, args, accelerator) -> tuple:
 # ---- what is read: the query and the passages retrieved for it
 
 
-def rank(train: list, validation: list, args, accelerator) -> list[list]:
+def rank(train: list, validation: list, args, accelerator, say) -> list[list]:
     """Ranks the passages of each example of both splits, by `--retriever`."""
     name, splits = args.retriever, (train, validation)
     if name in BASELINES:
@@ -111,7 +111,7 @@ def rank(train: list, validation: list, args, accelerator) -> list[list]:
         return [[BASELINES[name](example, **seed) for example in examples] for examples in splits]
     if name in (None, "bm25"):
         given = given_rankings(splits) if name is None else None
-        return given or [bm25_rankings(examples) for examples in splits]
+        return given or [bm25_rankings(examples, language=args.language, say=say) for examples in splits]
     if Path(name).is_file():
         ranked = run_rankings(name, train + validation)  # in one call, which refuses ids that both splits have
         return [ranked[: len(train)], ranked[len(train) :]]
@@ -244,8 +244,9 @@ def main():
     log.say_model(summarizer)
 
     sources = Sources(tokenizer, args.fusion, args.max_source_length, args.passage_order)
-    train_rankings, validation_rankings = rank(train, validation, args, accelerator)
     source = args.retriever or ("bm25" if train[0].retrieved is None else "the rankings in the files")
+    check_language(args.language, source, saved_settings(source))
+    train_rankings, validation_rankings = rank(train, validation, args, accelerator, log.say)
     log.say(f"{len(train)} training and {len(validation)} validation examples; passages from {source}")
     train_rows = read(train, train_rankings, sources, args)
     validation_rows = read(validation, validation_rankings, sources, args)
@@ -254,10 +255,7 @@ def main():
     # ---- batches, optimizer, schedule
 
     sequences = args.top_k if args.fusion == "fid" else 1
-    lengths = [
-        [sequences * max(len(sequence) for source in of_hops for sequence in source), len(target)]
-        for of_hops, target in pairs
-    ]
+    lengths = [[sequences * max(map(len, itertools.chain(*of_hops))), len(target)] for of_hops, target in pairs]
     shape_of = partial(batch_shape, args, accelerator.num_processes)
     plan = partial(plan_steps, lengths, args, shape_of)
     optimizer = torch.optim.AdamW(parameter_groups(summarizer, args.weight_decay), lr=args.learning_rate, fused=True,

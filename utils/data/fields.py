@@ -7,6 +7,7 @@ from typing import Any
 from utils.data.documents import Source
 from utils.data.examples import Hop, Ranking
 from utils.data.rows import is_whole_number, listed_fields, shown
+from utils.data.words import count_words
 from utils.errors import BadRecord
 
 
@@ -69,7 +70,7 @@ def read_evidence(
         return sorted(words), [words[chunk] for chunk in sorted(words)]
 
     evidence = sorted(set(numbers))
-    sizes = [len(source.document.passages[number].split()) for number in evidence]
+    sizes = [count_words(source.document.passages[number]) for number in evidence]
     if given_words is None:
         return evidence, sizes
     if not isinstance(given_words, list) or len(given_words) != len(numbers) or len(evidence) != len(numbers):

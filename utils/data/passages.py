@@ -14,9 +14,7 @@ _CLOSERS = "\"'”’»)]}"
 _OPENERS = "\"'“‘«([{"
 # The end of a Chinese or Japanese sentence that `_ends_sentence` misses: no white space follows its stop and closing
 # marks, or one of these marks is full-width. Burmese and Khmer stops likewise.
-_FULL_WIDTH_END = re.compile(
-    f"[{FULL_STOPS}။។][{_STOPS}]*+[{re.escape(_CLOSERS)}」』）｣]*+(?:(?=\\S)|(?<=[」』）｣]))"
-)
+_FULL_WIDTH_END = re.compile(f"[{FULL_STOPS}။។][{_STOPS}]*+[{re.escape(_CLOSERS)}」』）｣]*+(?:(?=\\S)|(?<=[」』）｣]))")
 _PAUSES = ",;:，、；：､"  # where a sentence that is too long is cut, if its script has no spaces
 # Abbreviations before a name never end a sentence.
 _TITLES = frozenset(

@@ -104,7 +104,7 @@ def language_name(language: str | None) -> str:
 
     Raises UsageError for another language.
     """
-    name = (language or "english").lower()
+    name = "english" if language is None else language.lower()
     name = LANGUAGES.get(name, name)
     if name != "none" and name not in LANGUAGES.values():
         known = ", ".join(f"{code} ({known})" for code, known in LANGUAGES.items())
@@ -152,7 +152,7 @@ def _search_split(text: str) -> list[str]:
     for piece in _PIECE.finditer(text):
         if piece[1]:
             letters = _LETTER.findall(piece[1])
-            words += map("".join, zip(letters, letters[1:], strict=False)) if len(letters) > 1 else letters
+            words += map("".join, itertools.pairwise(letters)) if len(letters) > 1 else letters
             paired_until = piece.end()
         elif len(piece[0]) > 1 or paired_until == piece.start() or _LETTER.match(text, piece.end()):
             words.append(piece[0])

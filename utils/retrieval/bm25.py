@@ -4,18 +4,18 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import bm25s
 import numpy as np
 import scipy.sparse
-import Stemmer
 from filelock import FileLock
 
 from utils.data.examples import Corpus, Document, Example, Ranking, blocks
-from utils.data.words import STOPWORDS, search_words
+from utils.data.words import language_name, search_tokenizer, search_words
+from utils.errors import UsageError
 from utils.files import cache_folder, write_whole
 from utils.retrieval.ranking import examples_by_document, rank, search_texts
 
@@ -26,40 +26,80 @@ BM25_SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75}
 
 
 def bm25_rankings(
-    examples: Sequence[Example], top_k: int | None = None, queries: Sequence[str] | None = None
+    examples: Sequence[Example],
+    top_k: int | None = None,
+    queries: Sequence[str] | None = None,
+    language: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Ranking]:
-    """Ranks passages by BM25 for each example's query, or for its search text in `queries`."""
-    query_words = search_words(search_texts(examples, queries))
+    """Ranks passages by BM25 for each example's query, or for its search text in `queries`.
+
+    `language` decides what the words are (see `search_tokenizer`; default: English). With `say`, one line tells how
+    many questions have no word in a passage.
+    """
+    query_words = search_words(search_texts(examples, queries), language)
     rankings: list[Ranking] = [[] for _ in examples]
     documents = examples_by_document(examples)
     for first in range(0, len(documents), 500):  # tokenizing many documents at once is faster, but takes memory
         block = documents[first : first + 500]
-        for (document, numbers), index in zip(block, _indexes([document for document, _ in block]), strict=True):
+        indexes = _indexes([document for document, _ in block], language_name(language))
+        for (document, numbers), index in zip(block, indexes, strict=True):
             scores = _scores(index, len(document.passages), [query_words[number] for number in numbers])
             for number, row in zip(numbers, scores, strict=True):
                 rankings[number] = rank(row, top_k)
+    report_unmatched(examples, rankings, language, say)
     return rankings
 
 
-def bm25_scores(passages: Sequence[str], queries: Sequence[str]) -> np.ndarray:
+def bm25_scores(passages: Sequence[str], queries: Sequence[str], language: str | None = None) -> np.ndarray:
     """Scores all passages of one document for each query with BM25 (Lucene's variant, k1 = 1.5, b = 0.75).
 
     Returns (queries, passages), float32. A passage that shares no word with the query scores 0.
     """
-    return _scores(_index(search_words(passages)), len(passages), search_words(queries))
+    return _scores(_index(search_words(passages, language)), len(passages), search_words(queries, language))
+
+
+def report_unmatched(
+    examples: Sequence[Example], rankings: Sequence[Ranking], language: str | None, say: Callable[[str], None] | None
+) -> None:
+    """Says how many questions BM25 found no word of in any passage, if there are such questions."""
+    unmatched = [
+        example.id
+        for example, ranking in zip(examples, rankings, strict=True)
+        if example.query.strip() and not any(score for _, score in ranking)
+    ]
+    if say and unmatched:
+        say(
+            f"warning: BM25 finds no passage for {len(unmatched)} of {len(examples)} questions, such as that of "
+            f"'{unmatched[0]}': they share no word with a passage; set --language (now {language_name(language)})"
+        )
+
+
+def check_language(language: str | None, retriever: str, settings: dict) -> None:
+    """Raises UsageError if `--language` could have no effect, or is not that of a saved retriever's `settings`."""
+    if language is None or retriever == "bm25":
+        return
+    own = settings.get("language")
+    if own is None and settings.get("ranking") != "hybrid":
+        raise UsageError(f"--language {language} has no effect: {retriever} ranks without BM25; leave it out")
+    if language_name(own) != language_name(language):
+        raise UsageError(
+            f"--language {language}: the retriever {retriever} was trained with --language {language_name(own)}, "
+            "which it goes on with; leave it out, or train another one"
+        )
 
 
 # A document is searched at each hop and each validation, so its index is kept as long as the document exists.
-_index_cache: WeakKeyDictionary[Document, bm25s.BM25 | None] = WeakKeyDictionary()
+_index_cache: WeakKeyDictionary[Document, tuple[str, bm25s.BM25 | None]] = WeakKeyDictionary()  # with its language
 MAX_CACHED_INDEXES = 2000  # bounds the memory for a large collection
 
 
-def _indexes(documents: Sequence[Document]) -> list[bm25s.BM25 | None]:
-    new = [document for document in documents if document not in _index_cache]
-    words = iter(search_words([passage for document in new for passage in document.passages]))
-    built = {document: _index(list(itertools.islice(words, len(document.passages)))) for document in new}
+def _indexes(documents: Sequence[Document], language: str) -> list[bm25s.BM25 | None]:
+    new = [document for document in documents if _index_cache.get(document, ("",))[0] != language]
+    words = iter(search_words([passage for document in new for passage in document.passages], language))
+    built = {document: (language, _index(list(itertools.islice(words, len(document.passages))))) for document in new}
     _index_cache.update(itertools.islice(built.items(), max(0, MAX_CACHED_INDEXES - len(_index_cache))))
-    return [built[document] if document in built else _index_cache[document] for document in documents]
+    return [(built[document] if document in built else _index_cache[document])[1] for document in documents]
 
 
 def _index(passage_words: Sequence[list[str]]) -> bm25s.BM25 | None:
@@ -85,29 +125,32 @@ def _scores(index: bm25s.BM25 | None, passages: int, query_words: Sequence[list[
 BM25_BLOCK = 2**13  # passages tokenized at once
 
 
-def bm25_index(corpus: Corpus, folder: str | os.PathLike | None = None) -> bm25s.BM25:
+def bm25_index(corpus: Corpus, folder: str | os.PathLike | None = None, language: str | None = None) -> bm25s.BM25:
     """Returns the BM25 index of a corpus, mapped into memory. It gives the same scores as `bm25_scores`.
 
-    The index is built once and kept in `folder` (default: `cache_folder()`), under a checksum of passages and settings.
-    The first of several processes builds it, and the others wait. A damaged index is built again. Building takes about
-    20 bytes of memory per word of the corpus, without stopwords.
+    The index is built once and kept in `folder` (default: `cache_folder()`), under a checksum of passages, language and
+    settings. The first of several processes builds it, and the others wait. A damaged index is built again. Building
+    takes about 20 bytes of memory per word of the corpus, without stopwords.
     """
-    settings = [corpus.id, STOPWORDS, BM25_SETTINGS, bm25s.__version__]
+    settings = [corpus.id, language_name(language), BM25_SETTINGS, bm25s.__version__]
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
     path = Path(folder or cache_folder()) / f"bm25_{key}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         index = _load_index(path, len(corpus.passages))
         if index is None:
-            write_whole(path, _build_index(corpus.passages).save)
+            write_whole(path, _build_index(corpus.passages, language).save)
             index = _load_index(path, len(corpus.passages))
     return index
 
 
-def bm25_search(index: bm25s.BM25, queries: Sequence[str], top_k: int) -> list[Ranking]:
-    """Ranks the `top_k` best passages for each query. Passages that share no word with the query are left out."""
+def bm25_search(index: bm25s.BM25, queries: Sequence[str], top_k: int, language: str | None = None) -> list[Ranking]:
+    """Ranks the `top_k` best passages for each query. Passages that share no word with the query are left out.
+
+    `language` is that of the index.
+    """
     rankings = []
-    for words in search_words(queries):
+    for words in search_words(queries, language):
         known = index.get_tokens_ids(words)
         scores = index.get_scores_from_ids(known) if known else np.zeros(0, dtype=np.float32)
         passages = np.flatnonzero(scores)
@@ -121,10 +164,9 @@ def bm25_search(index: bm25s.BM25, queries: Sequence[str], top_k: int) -> list[R
     return rankings
 
 
-def _build_index(passages: Sequence[str]) -> bm25s.BM25:
+def _build_index(passages: Sequence[str], language: str | None = None) -> bm25s.BM25:
     """Builds the same index as `bm25s.BM25.index`, with sparse matrices instead of Python lists of all words."""
-    # the words of `search_words`; this tokenizer stems each different word only once
-    tokenizer = bm25s.tokenization.Tokenizer(stopwords=STOPWORDS, stemmer=Stemmer.Stemmer("english"))
+    tokenizer = search_tokenizer(language)
     words, lengths = [], []
     for block in blocks(passages, BM25_BLOCK):
         ids = list(tokenizer.streaming_tokenize(block, allow_empty=False))

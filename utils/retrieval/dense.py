@@ -46,8 +46,9 @@ def retriever_rankings(examples: Sequence[Example], encode: Encode, settings: di
     absent has no effect.
     """
     dense = dense_rankings(examples, encode, queries=queries)
-    is_hybrid = settings.get("ranking") == "hybrid"
-    lexical = bm25_rankings(examples, queries=queries) if is_hybrid else [None] * len(examples)
+    lexical = [None] * len(examples)
+    if settings.get("ranking") == "hybrid":
+        lexical = bm25_rankings(examples, queries=queries, language=settings.get("language"))
     options = {name: settings.get(name, 0) for name in ("bm25_weight", "smooth_window", "smooth_decay")}
     return [combine(*both, **options) for both in zip(dense, lexical, strict=True)]
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from utils.data.examples import Example
 from utils.data.passages import split_sentences
-from utils.data.words import UNSPACED, rouge_words
+from utils.data.words import MARKS, UNSPACED, count_words, join_sentences, rouge_words, split_words
 
 READ = 5  # passages that an imitated draft is written from
-WORD = re.compile(f"(\\s*)([{UNSPACED}]|[^\\s{UNSPACED}]+)")  # and the space before it
+WORD = re.compile(f"(\\s*)([{UNSPACED}][{MARKS}]*|[^\\s{UNSPACED}]+)")  # and the space before it
 MIN_SENTENCE_WORDS = 4  # a short turn of a meeting, such as "Yeah . OK .", is of no use in a draft
 
 
@@ -33,6 +33,13 @@ def imitate_draft(reference: str, read: Iterable[str], invented: str) -> str:
         if word := word if known.issuperset(rouge_words(word)) else other:
             draft += space + word
     return draft
+
+
+def without_last_word(draft: str) -> str:
+    """Cuts the last word off a draft, with the space before it."""
+    head, _, last = draft.rpartition(" ")
+    words = split_words(last)
+    return draft.removesuffix(words[-1]) if len(words) > 1 else head
 
 
 def imitate_drafts(examples: Sequence[Example], read: Sequence[Sequence[int]], seed: int) -> list[str]:
@@ -66,7 +73,7 @@ def extract_drafts(
     sentences = [
         list(dict.fromkeys(
             sentence for passage in sorted(passages) for sentence in split_sentences(example.document.passages[passage])
-            if len(sentence.split()) >= MIN_SENTENCE_WORDS
+            if count_words(sentence) >= MIN_SENTENCE_WORDS
         ))
         for example, passages in zip(examples, read, strict=True)
     ]  # fmt: skip
@@ -79,7 +86,7 @@ def extract_drafts(
             drafts.append("")
             continue
         nearest = np.argsort(-(np.stack([vectors[text] for text in group]) @ query), kind="stable")
-        fits = np.cumsum([len(group[number].split()) for number in nearest]) <= max_words
+        fits = np.cumsum([count_words(group[number]) for number in nearest]) <= max_words
         fits[0] = True
-        drafts.append(" ".join(group[number] for number in sorted(nearest[fits])))
+        drafts.append(join_sentences(group[number] for number in sorted(nearest[fits])))
     return drafts

@@ -15,7 +15,8 @@ from utils.data.hand_over import read_drafts
 from utils.errors import UsageError
 from utils.files import digest
 from utils.models.encoder import tokenize
-from utils.retrieval.drafts import READ, imitate_draft
+from utils.retrieval.bm25 import report_unmatched
+from utils.retrieval.drafts import READ, imitate_draft, without_last_word
 from utils.retrieval.oracle import greedy_rouge_oracle
 from utils.retrieval.ranking import hard_negatives, search_text
 
@@ -108,6 +109,8 @@ class Pairs:
         # one call for all hops, so that each document is indexed once
         ranked = lexical([e for e in examples for _ in range(hops)], top_k, list(itertools.chain(*searches)))
         ranked = [ranked[hop::hops] for hop in range(hops)]
+        self.warnings: list[str] = []
+        report_unmatched(examples, ranked[0], args.language, self.warnings.append)
         taught = self._ask_teacher(examples, ranked[0], accelerator) if args.teacher else {}
 
         query_tokens = tokenize(retriever, [example.query for example in examples], "query")
@@ -175,11 +178,12 @@ class Pairs:
         self.passage_tokens.update(zip(keys, tokenize(self.retriever, texts, "passage"), strict=True))
 
     def describe(self) -> str:
-        """How many pairs there are, and where their positives come from."""
+        """How many pairs there are, where their positives come from, and what is wrong with their negatives."""
         marked = sum(is_marked(pair.example, self.args.supervision) for pair in self.rows)
         others = "the teacher" if self.args.teacher else "the ROUGE oracle"
         sources = {"gold evidence": marked, others: len(self.rows) - marked}
-        return "positives from " + ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
+        positives_from = ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
+        return "\n".join([f"positives from {positives_from}", *self.warnings])
 
     def digest(self) -> str:
         """A checksum of the training data."""
@@ -224,7 +228,7 @@ class Pairs:
                 weights = weights / weights.sum()
             search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query")[0]
             while len(search) > pair.longest:  # invented words may have more tokens than those of the reference
-                draft = draft.rpartition(" ")[0]
+                draft = without_last_word(draft)
                 search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query")[0]
         if pair.is_distribution:
             drawn = list(pair.evidence)
