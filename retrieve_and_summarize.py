@@ -90,7 +90,7 @@ from utils.models.encoder import encode, load_retriever, weights_key
 from utils.models.encoder_decoder import Summarizer, check_lengths, load_model_and_tokenizer
 from utils.models.settings import saved_settings
 from utils.models.sources import Sources, collate
-from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched, unmatched
 from utils.retrieval.dense import remember_passages, retriever_rankings
 from utils.retrieval.drafts import extract_drafts
 from utils.retrieval.ranking import examples_by_document, fuse_hops, search_text
@@ -152,6 +152,7 @@ def load_models(args, accelerator) -> Models:
                                     ("summarizer", args.summarizer, "train_summarize.py")):  # fmt: skip
         if name.startswith("outputs/") and not Path(name).is_dir():  # no name to ask the Hub for
             raise UsageError(f"--{flag_name} {name}: no such folder; {script} makes it, or name another")
+    check_language(args.language, args.retriever, saved_settings(args.retriever))
     retriever = None if args.retriever == "bm25" else load_retriever(args.retriever).to(accelerator.device)
     saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5}
@@ -218,7 +219,7 @@ def run_hops(
         asking = [examples[i] for i in searching]
         searches = [search_text(examples[i].query, hops[i][-1].draft if hops[i] else "") for i in searching]
         if models.retriever is None:
-            ranked = bm25_rankings(asking, queries=searches)
+            ranked = bm25_rankings(asking, queries=searches, language=args.language)
         else:
             ranked = retriever_rankings(asking, encode_once, models.ranking, searches)
         spent["examples"] += len(searching)
@@ -293,6 +294,9 @@ def main():
     if accelerator.is_main_process:
         records, costs = read_parts(parts, blocks, args.num_hops)
         write_jsonl(run_folder / f"predictions.{split}.jsonl", records)
+        if args.retriever == "bm25":
+            first = [[(0, entry["score"]) for entry in record["hops"][0]["retrieved"]] for record in records]
+            say_unmatched(unmatched(examples, first), len(examples), args.language, say)
         if args.document:
             show(records[0], say)
         else:

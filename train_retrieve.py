@@ -218,12 +218,13 @@ def main():
     retriever = make_retriever(documents, train, args)
     log.say_model(retriever)
 
-    index = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings", log=log,
-                        accelerator=accelerator)  # fmt: skip
+    index = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
+                        language=args.language, log=log, accelerator=accelerator)  # fmt: skip
     pairs = Pairs(args, train, documents, retriever, lexical=index.bm25_rankings, accelerator=accelerator)
     log.say(f"{len(train)} training examples, {len(validation)} validation examples; {pairs.describe()}")
     gold = gold_passages(validation, args)
-    bm25_scores = score(validation, index.bm25_rankings(validation, args.top_k if args.corpus_file else KEPT), gold)
+    bm25_rankings = index.bm25_rankings(validation, args.top_k if args.corpus_file else KEPT, say=log.say)
+    bm25_scores = score(validation, bm25_rankings, gold)
     # what writes the drafts of a second hop in training and validation; without a summarizer, an imitation
     imitate = partial(Imitations, seed=args.seed) if args.draft_share and not args.corpus_file else None
     given = args.validation_drafts_file and partial(first_drafts, read_drafts(args.validation_drafts_file, validation))

@@ -70,7 +70,7 @@ from utils.models.settings import saved_settings, write_settings
 from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, halves
 from utils.models.tokenizer import train_tokenizer
 from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
-from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.bm25 import bm25_rankings, check_language
 from utils.retrieval.dense import retriever_rankings
 from utils.tables import lengths, values
 from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns
@@ -107,7 +107,7 @@ def make_model(train: list, args, accelerator) -> tuple:
 # ---- what is read: the query and the passages retrieved for it
 
 
-def rank(train: Sequence, validation: Sequence, args, accelerator) -> list[list[list[tuple[int, ...]]]]:
+def rank(train: Sequence, validation: Sequence, args, accelerator, say) -> list[list[list[tuple[int, ...]]]]:
     """For each example of both splits: the best passages at each hop, by `--retriever`."""
     name, splits = args.retriever, (train, validation)
     if name is None and have_rankings(splits):
@@ -119,7 +119,7 @@ def rank(train: Sequence, validation: Sequence, args, accelerator) -> list[list[
         seed = {"seed": args.seed} if name == "random" else {}
         of_splits = [map(partial(BASELINES[name], **seed), examples) for examples in splits]
     elif name in (None, "bm25"):
-        of_splits = [bm25_rankings(examples, args.top_k) for examples in splits]
+        of_splits = [bm25_rankings(examples, args.top_k, language=args.language, say=say) for examples in splits]
     elif Path(name).is_file():
         ranked = run_rankings(name, [*train, *validation])  # in one call, which refuses ids that both splits have
         of_splits = [ranked[: len(train)], ranked[len(train) :]]
@@ -246,8 +246,9 @@ def main():
     log.say_model(summarizer)
 
     sources = Sources(tokenizer, args.fusion, args.max_source_length, args.passage_order)
-    train_hops, validation_hops = rank(train, validation, args, accelerator)
     source = args.retriever or ("bm25" if train[0].retrieved is None else "the rankings in the files")
+    check_language(args.language, source, saved_settings(source))
+    train_hops, validation_hops = rank(train, validation, args, accelerator, log.say)
     log.say(f"{len(train)} training and {len(validation)} validation examples; passages from {source}")
     train_rows = Rows(train, train_hops, sources, args.max_target_length)
     validation_rows = Rows(validation, validation_hops, sources, args.max_target_length)

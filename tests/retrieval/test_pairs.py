@@ -32,7 +32,7 @@ def make_pairs(encoder, **flags):
     ]
     defaults = {"seed": 1, "draft_share": 0.0, "drafts_file": None, "found_weight": 0.5, "negatives_pool": 2,
                 "num_positives": 1, "num_hard_negatives": 1, "negatives_margin": 0.05, "supervision": "evidence",
-                "oracle_passages": 5, "teacher": None}  # fmt: skip
+                "oracle_passages": 5, "teacher": None, "language": None}  # fmt: skip
     args = SimpleNamespace(**defaults | flags)
     return Pairs(args, examples, documents, encoder, lexical=bm25_rankings, accelerator=None)
 

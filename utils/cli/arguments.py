@@ -134,9 +134,18 @@ class RunArguments:
     )
     deterministic: bool = flag(False, "use only deterministic operations")
     seed: int = flag(42, "random seed of data order, dropout and new weights", at_least=0)
+    language: str | None = flag(
+        None,
+        "language of the texts, for BM25: a code or name such as de or german; none: no stemmer and no stop words "
+        "(default: the retriever's, else en)",
+    )
 
     def __post_init__(self):
         check_values(self)
+        if self.language is not None:
+            from utils.data.words import language_name  # takes a moment
+
+            language_name(self.language)  # raises UsageError for an unknown one
 
 
 @dataclass
@@ -280,7 +289,7 @@ GROUPS = {
         teacher teacher_candidates teacher_temperature
     """,
     "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words",
-    "ranking": "bm25_weight smooth_window smooth_decay index trec_run",
+    "ranking": "language bm25_weight smooth_window smooth_decay index trec_run",
     "model, loss and generation": """
         max_seq_length attention_dropout temperature gradient_cache_tokens passage_order max_target_length dropout
         label_smoothing_factor length_penalty min_new_tokens no_repeat_ngram_size

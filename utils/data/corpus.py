@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from utils.data.examples import Corpus
 from utils.data.rows import Row, build_all, listed_fields, read_identifier, read_rows, report_problems, shown
+from utils.data.words import count_words
 from utils.errors import BadRecord, DataError
 from utils.files import cache_folder, digest, write_jsonl, write_whole
 
@@ -20,7 +21,7 @@ class CorpusWords:
         self.corpus = corpus
 
     def __getitem__(self, number: int) -> int:
-        return len(self.corpus.passages[number].split())
+        return count_words(self.corpus.passages[number])
 
 
 def load_corpus(

@@ -9,6 +9,7 @@ import numpy as np
 
 from utils.data.passages import merge_passages, split_document
 from utils.data.rows import Row, listed_fields, read_identifier, shown
+from utils.data.words import count_words
 from utils.errors import BadRecord
 
 
@@ -66,7 +67,7 @@ class Documents:
         text_key = _checksum(passages)
         key = doc_id or hashlib.blake2b(json.dumps(passages).encode(), digest_size=8).hexdigest()
         if key not in self.by_id:
-            words = np.fromiter((len(passage.split()) for passage in passages), np.int32, count=len(passages))
+            words = np.fromiter((count_words(passage) for passage in passages), np.int32, count=len(passages))
             number = self.keep(key, passages)
             self.by_id[key] = (Source(number, words, given, placed), row.place, text_key)
         first, place, first_key = self.by_id[key]

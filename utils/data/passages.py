@@ -1,17 +1,21 @@
 """Splits documents into passages and texts into sentences, and merges short passages.
 
-In this module a word is a run of characters between white space.
+A word is a run of characters between white space or, in a script without spaces, a letter (see `split_words`).
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-_STOPS = ".!?…。！？।؟۔"
+from utils.data.words import FULL_STOPS, count_words, has_unspaced, split_words
+
+_STOPS = f".!?…{FULL_STOPS}।॥؟۔།။។"
 _CLOSERS = "\"'”’»)]}"
 _OPENERS = "\"'“‘«([{"
 # The end of a Chinese or Japanese sentence that `_ends_sentence` misses: no white space follows its stop and closing
-# marks, or one of these marks is full-width.
-_FULL_WIDTH_END = re.compile(f"[。！？][{_STOPS}]*+[{re.escape(_CLOSERS)}」』）]*+(?:(?=\\S)|(?<=[」』）]))")
+# marks, or one of these marks is full-width. Burmese and Khmer stops likewise.
+_FULL_WIDTH_END = re.compile(f"[{FULL_STOPS}။។][{_STOPS}]*+[{re.escape(_CLOSERS)}」』）｣]*+(?:(?=\\S)|(?<=[」』）｣]))")
+_PAUSES = ",;:，、；：､"  # where a sentence that is too long is cut, if its script has no spaces
 # Abbreviations before a name never end a sentence.
 _TITLES = frozenset(
     "mr mrs ms messrs mme dr prof st mt sen rep gov gen col maj sgt capt lt cmdr rev hon pres vs cf viz".split()
@@ -30,22 +34,22 @@ def split_document(text: str, passage_words: int) -> list[str]:
     a passage.
     """
     passages: list[str] = []
-    pieces: list[str] = []  # the current passage; every piece but the first begins with its separator
+    pieces: list[str] = []  # the current passage; each but the first begins with the white space before it, if any
     filled = 0  # words in the current passage
     any_case = text.islower()  # in a text without capitals a sentence may begin with a small letter
     for line in text.splitlines():
-        words = line.split()
-        separator = "\n"
-        keep_whole = len(words) <= passage_words < filled + len(words) and 2 * filled >= passage_words
-        for sentence in _sentences(words, any_case):
-            for start in range(0, len(sentence), passage_words):
-                part = sentence[start : start + passage_words]
-                if filled + len(part) > passage_words or keep_whole:
-                    passages.append("".join(pieces))
-                    pieces, filled, keep_whole = [], 0, False
-                pieces.append((separator if pieces else "") + " ".join(part))
-                filled += len(part)
-                separator = " "
+        sentences = list(_sentences(line, any_case))
+        words = sum(map(len, sentences))
+        starts_line = True
+        keep_whole = words <= passage_words < filled + words and 2 * filled >= passage_words
+        for part in itertools.chain.from_iterable(_parts(sentence, passage_words) for sentence in sentences):
+            if filled + len(part) > passage_words or keep_whole:
+                passages.append("".join(pieces))
+                pieces, filled, keep_whole = [], 0, False
+            piece = ("\n" if starts_line else "") + "".join(part)
+            pieces.append(piece if pieces else piece.lstrip())
+            filled += len(part)
+            starts_line = False
     if pieces:
         passages.append("".join(pieces))
     return passages
@@ -54,23 +58,44 @@ def split_document(text: str, passage_words: int) -> list[str]:
 def split_sentences(text: str) -> list[str]:
     """The sentences of a text; a line end always ends a sentence, and two sentences stay together in doubt.
 
-    Unlike `split_document`, which keeps words whole, it also splits at a full-width stop inside a word, because Chinese
-    and Japanese have no white space between sentences.
+    A full-width stop ends a sentence without white space after it, because Chinese and Japanese have none there.
     """
     any_case = text.islower()
-    lines = _FULL_WIDTH_END.sub(r"\g<0>\n", text).splitlines()
-    return [" ".join(sentence) for line in lines for sentence in _sentences(line.split(), any_case)]
+    return ["".join(sentence).strip() for line in text.splitlines() for sentence in _sentences(line, any_case)]
 
 
-def _sentences(words: list[str], any_case: bool) -> Iterator[list[str]]:
-    """The sentences of one line, as lists of words."""
+def _sentences(line: str, any_case: bool) -> Iterator[list[str]]:
+    """The sentences of one line, as lists of words; a word after white space begins with a space."""
+    segments = [line] if line.isascii() else _FULL_WIDTH_END.sub(r"\g<0>\n", line).split("\n")
+    for number, segment in enumerate(segments):
+        words, start = segment.split(), 0
+        space = " " if number and segment[:1].isspace() else ""
+        for end in range(1, len(words) + 1):
+            if end == len(words) or _ends_sentence(words, start, end - 1, any_case):
+                yield _with_spaces(words[start:end], space)
+                start, space = end, " "
+
+
+def _with_spaces(runs: list[str], space: str) -> list[str]:
+    """The words of runs between white space, each run after a space; the first comes after `space` instead."""
+    if has_unspaced("".join(runs)):
+        words = [("" if number else " ") + word for run in runs for number, word in enumerate(split_words(run))]
+    else:
+        words = [" " + run for run in runs]
+    words[0] = space + words[0][1:]
+    return words
+
+
+def _parts(sentence: list[str], most: int) -> Iterator[list[str]]:
+    """Parts of at most `most` words, cut at white space or a pause, if there is one in the second half of the part."""
     start = 0
-    for end in range(1, len(words)):
-        if _ends_sentence(words, start, end - 1, any_case):
-            yield words[start:end]
-            start = end
-    if words:
-        yield words[start:]
+    while len(sentence) - start > most:
+        places = range(start + most, start + most // 2, -1)
+        good = (place for place in places if sentence[place][0] == " " or sentence[place - 1][-1] in _PAUSES)
+        end = next(good, start + most)
+        yield sentence[start:end]
+        start = end
+    yield sentence[start:]
 
 
 def _ends_sentence(words: list[str], start: int, last: int, any_case: bool) -> bool:
@@ -110,9 +135,9 @@ def merge_passages(passages: Sequence[str], passage_words: int) -> tuple[list[st
     filled = passage_words  # so that the first passage opens the first chunk
     for passage in passages:
         placed.append({})
-        fits = len(passage.split()) <= passage_words
+        fits = count_words(passage) <= passage_words
         for part in [passage] if fits else split_document(passage, passage_words):
-            words = len(part.split())
+            words = count_words(part)
             if filled + words > passage_words:
                 chunks.append([])
                 filled = 0

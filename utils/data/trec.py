@@ -1,7 +1,7 @@
 """TREC runs (rankings) and qrels (relevance judgements), as search engines write them and trec_eval reads them.
 
 A line of a run is `qid Q0 docid rank score tag`, a line of qrels is `qid 0 docid grade`. The qid is an example's id and
-the docid a passage's id (`Document.passage_id`). White space separates the columns; white space and percent signs
+the docid a passage's id (`Document.passage_id`). ASCII white space separates the columns; white space and percent signs
 within an id are percent-encoded.
 """
 
@@ -101,8 +101,13 @@ def read_run(path: str | os.PathLike) -> dict[str, list[tuple[str, float]]]:
     }
 
 
+def _cells(line: str) -> list[str]:
+    """The columns of a line of a run or of qrels: only ASCII white space separates them, as in trec_eval."""
+    return re.findall(r"[^ \t\n\r\v\f]+", line)
+
+
 def _parse_run_line(line: str) -> dict:
-    cells = re.findall(r"[^ \t\n\r\v\f]+", line)  # only ASCII white space separates columns, as in trec_eval
+    cells = _cells(line)
     if len(cells) != len(RUN_COLUMNS):
         raise BadRecord(f"has {len(cells)} columns; it must have '{' '.join(RUN_COLUMNS)}'")
     return dict(zip(RUN_COLUMNS, cells, strict=True))
@@ -214,7 +219,7 @@ def _qrels_parser() -> Callable[[str], dict | None]:
 
     def parse(line: str) -> dict | None:
         nonlocal is_beir
-        cells = line.split()
+        cells = _cells(line)
         if not cells:
             return None
         if is_beir is None:

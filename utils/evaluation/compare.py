@@ -26,7 +26,8 @@ from utils.cli.arguments import Parser
 from utils.data.examples import Example, Ranking
 from utils.data.loading import load_examples
 from utils.data.trec import by_passage_number, read_qrels, read_run
-from utils.errors import DataError
+from utils.data.words import count_words
+from utils.errors import DataError, UsageError
 from utils.evaluation.intervals import bootstrap_means
 from utils.retrieval.bm25 import bm25_rankings
 
@@ -41,6 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--metric", default="gold_words@1024", help="recall@k, mrr@k, ndcg@k or gold_words@N [%(default)s]"
     )
     parser.add_argument("--qrels", help="evidence by query: TREC qrels or BEIR's tsv [that of the hand-over files]")
+    parser.add_argument("--language", help="that of bm25's words: a code or name such as de or german, or none [en]")
     parser.add_argument("--draws", type=int, default=10_000, help="draws of the bootstrap [%(default)s]")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draws [%(default)s]")
     args = parser.parse_args(arguments)
@@ -48,6 +50,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     has_hand_over = any(side and is_hand_over(side) for side in (args.A, args.B))
     if not metric:
         parser.error(f"--metric {args.metric}: give recall@k, mrr@k, ndcg@k or gold_words@N, such as recall@5")
+    if args.language is not None and "bm25" not in (args.A, args.B):
+        parser.error(f"--language {args.language} has no effect without bm25 on one side")
     if args.draws < 1 or args.seed < 0:
         parser.error("give --draws of 1 or more and a --seed of 0 or more")
     if "bm25" in (args.A, args.B) and not has_hand_over:
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     sides = [args.A, args.B] if args.B else [args.A]
     hand_overs = {side: read_hand_over(side, args.qrels) for side in sides if is_hand_over(side)}
-    by_side = [score_side(side, hand_overs, args.metric, args.qrels) for side in sides]
+    by_side = [score_side(side, hand_overs, args.metric, args.qrels, args.language) for side in sides]
     queries = [query for query in by_side[0] if query in by_side[-1]]
     left_out = len(set().union(*by_side)) - len(queries)
     if not queries:
@@ -116,13 +120,15 @@ def read_hand_over(path: str, qrels_file: str | None) -> list[Example]:
     return with_evidence
 
 
-def score_side(side: str, hand_overs: dict[str, list], metric: str, qrels_file: str | None) -> dict[str, float]:
+def score_side(
+    side: str, hand_overs: dict[str, list], metric: str, qrels_file: str | None, language: str | None = None
+) -> dict[str, float]:
     """Scores one side by query. A run or bm25 ranks for the examples of the first hand-over file, if there is one."""
     if side in hand_overs:
         return score_examples(metric, hand_overs[side], [example.retrieved for example in hand_overs[side]])
     examples = next(iter(hand_overs.values()), None)
     if side == "bm25":
-        return score_examples(metric, examples, bm25_rankings(examples))
+        return score_examples(metric, examples, bm25_rankings(examples, language=language, say=print))
     run = read_run(side)
     if examples:
         scores = score_examples(metric, examples, by_passage_number(side, run, examples))
@@ -139,7 +145,7 @@ def score_side(side: str, hand_overs: dict[str, list], metric: str, qrels_file: 
 def score_examples(metric: str, examples: Sequence[Example], rankings: Sequence[Ranking]) -> dict[str, float]:
     """Scores the ranking of each example, 0 to 100, by example id."""
     documents = {example.document for example in examples}
-    words_of = {document: [len(text.split()) for text in document.passages] for document in documents}
+    words_of = {document: list(map(count_words, document.passages)) for document in documents}
     scores = {}
     for example, ranking in zip(examples, rankings, strict=True):
         passages = [passage for passage, _ in ranking]
@@ -175,6 +181,6 @@ def _score(metric: str, *case) -> float:
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except (DataError, UsageError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from accelerate.utils import gather_object
 
 from utils.data.examples import Example
+from utils.data.words import count_words
 from utils.retrieval.baselines import oracle_ranking
 
 
@@ -17,7 +18,7 @@ def score_extracts(train: Sequence[Example], validation: Sequence[Example], acce
     """
     from utils.evaluation.rouge import mean_of_each, rouge_of_each  # imports `evaluate`, which takes seconds
 
-    lengths = [len(text.split()) for example in train for text in example.summaries]
+    lengths = [count_words(text) for example in train for text in example.summaries]
     words = sum(lengths) / len(lengths)
     mine = validation[accelerator.process_index :: accelerator.num_processes]
     extracts = {"lead": [], "oracle": []}
@@ -34,5 +35,5 @@ def score_extracts(train: Sequence[Example], validation: Sequence[Example], acce
 
 def _lead_text(passages: Sequence[str], words: float) -> str:
     """Whole passages from the beginning, until they have `words` words."""
-    words_before = itertools.accumulate((len(passage.split()) for passage in passages), initial=0)
+    words_before = itertools.accumulate(map(count_words, passages), initial=0)
     return " ".join(passage for passage, before in zip(passages, words_before, strict=False) if before < words)

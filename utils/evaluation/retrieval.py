@@ -8,6 +8,7 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 
 from utils.data.examples import Corpus, Example, Ranking
+from utils.data.words import count_words
 from utils.evaluation.rouge import LocalMetric, _check_equally_many
 
 RECALL_CUTOFFS = (1, 5, 10, 20, 100)
@@ -109,5 +110,5 @@ def score_rankings(examples: Sequence[Example], rankings: Sequence[Ranking], evi
             texts = [texts[number] for number in numbers]
         columns["predictions"].append(list(range(len(ranking))))
         columns["references"].append([places[passage] for passage in relevant or []])
-        columns["passage_words"].append([len(text.split()) for text in texts])
+        columns["passage_words"].append(list(map(count_words, texts)))
     return Retrieval().compute(**columns, evidence_words=[example.evidence_words for example in examples])

@@ -233,4 +233,5 @@ def encode(
 def save_pretrained(retriever: SentenceTransformer, folder: str | Path, args) -> None:
     """A folder that `SentenceTransformer(folder)` loads unchanged, with the settings that ranking needs beside it."""
     retriever.save_pretrained(str(folder), create_model_card=False)
-    write_settings(folder, args, ("model_name_or_path", "ranking", "bm25_weight", "smooth_window", "smooth_decay"))
+    ranking = ("ranking", "bm25_weight", "smooth_window", "smooth_decay", "language")
+    write_settings(folder, args, ("model_name_or_path", *ranking))

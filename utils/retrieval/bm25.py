@@ -5,19 +5,20 @@ import itertools
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import bm25s
 import numpy as np
 import scipy.sparse
-import Stemmer
 from filelock import FileLock
 
 from utils.data.examples import Corpus, Document, Example, Ranking, blocks
-from utils.data.words import STOPWORDS, search_words
+from utils.data.words import language_name, search_tokenizer, search_words
+from utils.errors import UsageError
 from utils.files import cache_folder, write_whole
 from utils.retrieval.ranking import examples_by_document, rank, search_texts
+from utils.tables import values
 
 BM25_SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75}
 
@@ -26,50 +27,99 @@ BM25_SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75}
 
 
 def bm25_rankings(
-    examples: Sequence[Example], top_k: int | None = None, queries: Sequence[str] | None = None
+    examples: Sequence[Example],
+    top_k: int | None = None,
+    queries: Sequence[str] | None = None,
+    language: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Ranking]:
-    """Ranks passages by BM25 for each example's query, or for its search text in `queries`."""
+    """Ranks passages by BM25 for each example's query, or for its search text in `queries`.
+
+    `language` decides what the words are (see `search_tokenizer`; default: English). With `say`, one line tells how
+    many questions have no word in a passage.
+    """
     rankings: list[Ranking] = [[] for _ in examples]
-    for number, scores in bm25_score(examples, search_texts(examples, queries)):
+    for number, scores in bm25_score(examples, search_texts(examples, queries), language):
         rankings[number] = rank(scores, top_k)
+    if say:
+        say_unmatched(unmatched(examples, rankings), len(examples), language, say)
     return rankings
 
 
-def bm25_score(examples: Sequence[Example], queries: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
+def bm25_score(
+    examples: Sequence[Example], queries: Sequence[str], language: str | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """The number of each example and its scores (passages,), float32, document by document."""
     documents = examples_by_document(examples)
     for first in range(0, len(documents), 500):  # tokenizing many documents at once is faster, but takes memory
         block = documents[first : first + 500]
-        query_words = iter(search_words([queries[number] for _, numbers in block for number in numbers]))
-        for (document, numbers), index in zip(block, _indexes([document for document, _ in block]), strict=True):
+        documents_of_block = [document for document, _ in block]
+        words_of_queries = [queries[number] for _, numbers in block for number in numbers]
+        query_words = iter(search_words(words_of_queries, language))
+        for (document, numbers), index in zip(
+            block, _indexes(documents_of_block, language_name(language)), strict=True
+        ):
             words = list(itertools.islice(query_words, len(numbers)))
             yield from zip(numbers, _scores(index, len(document.passages), words), strict=True)
 
 
-def bm25_scores(passages: Sequence[str], queries: Sequence[str]) -> np.ndarray:
+def bm25_scores(passages: Sequence[str], queries: Sequence[str], language: str | None = None) -> np.ndarray:
     """Scores all passages of one document for each query with BM25 (Lucene's variant, k1 = 1.5, b = 0.75).
 
     Returns (queries, passages), float32. A passage that shares no word with the query scores 0.
     """
-    return _scores(_index(search_words(passages)), len(passages), search_words(queries))
+    return _scores(_index(search_words(passages, language)), len(passages), search_words(queries, language))
+
+
+def unmatched(examples: Sequence[Example], rankings: Sequence[Ranking]) -> list[str]:
+    """The ids of the examples whose question shares no word with any passage."""
+    ids, queries = values(examples, "id"), values(examples, "query")
+    return [
+        example_id
+        for example_id, query, ranking in zip(ids, queries, rankings, strict=True)
+        if query.strip() and not any(score for _, score in ranking)
+    ]
+
+
+def say_unmatched(ids: Sequence[str], examples: int, language: str | None, say: Callable[[str], None] | None) -> None:
+    """Says how many of so many questions BM25 found no word of in any passage, if there are such questions."""
+    if say and ids:
+        say(
+            f"warning: BM25 finds no passage for {len(ids)} of {examples} questions, such as that of '{ids[0]}': they "
+            f"share no word with a passage; set --language (now {language_name(language)})"
+        )
+
+
+def check_language(language: str | None, retriever: str, settings: dict) -> None:
+    """Raises UsageError if `--language` could have no effect, or is not that of a saved retriever's `settings`."""
+    if language is None or retriever == "bm25":
+        return
+    own = settings.get("language")
+    if own is None and settings.get("ranking") != "hybrid":
+        raise UsageError(f"--language {language} has no effect: {retriever} ranks without BM25; leave it out")
+    if language_name(own) != language_name(language):
+        raise UsageError(
+            f"--language {language}: the retriever {retriever} was trained with --language {language_name(own)}, "
+            "which it goes on with; leave it out, or train another one"
+        )
 
 
 # A document is searched at each hop and each validation, so the indexes of those searched last are kept.
-_index_cache: OrderedDict[Document, bm25s.BM25 | None] = OrderedDict()
+_index_cache: OrderedDict[Document, tuple[str, bm25s.BM25 | None]] = OrderedDict()  # with its language
 MAX_CACHED_INDEXES = 500
 
 
-def _indexes(documents: Sequence[Document]) -> list[bm25s.BM25 | None]:
-    new = [document for document in documents if document not in _index_cache]
-    words = iter(search_words([passage for document in new for passage in document.passages]))
-    built = {document: _index(list(itertools.islice(words, len(document.passages)))) for document in new}
+def _indexes(documents: Sequence[Document], language: str) -> list[bm25s.BM25 | None]:
+    new = [document for document in documents if _index_cache.get(document, ("",))[0] != language]
+    words = iter(search_words([passage for document in new for passage in document.passages], language))
+    built = {document: (language, _index(list(itertools.islice(words, len(document.passages))))) for document in new}
     found = [built[document] if document in built else _index_cache[document] for document in documents]
     for document, index in zip(documents, found, strict=True):
         _index_cache[document] = index
         _index_cache.move_to_end(document)
     while len(_index_cache) > MAX_CACHED_INDEXES:
         _index_cache.popitem(last=False)
-    return found
+    return [index for _, index in found]
 
 
 def _index(passage_words: Sequence[list[str]]) -> bm25s.BM25 | None:
@@ -95,29 +145,32 @@ def _scores(index: bm25s.BM25 | None, passages: int, query_words: Sequence[list[
 BM25_BLOCK = 2**13  # passages tokenized at once
 
 
-def bm25_index(corpus: Corpus, folder: str | os.PathLike | None = None) -> bm25s.BM25:
+def bm25_index(corpus: Corpus, folder: str | os.PathLike | None = None, language: str | None = None) -> bm25s.BM25:
     """Returns the BM25 index of a corpus, mapped into memory. It gives the same scores as `bm25_scores`.
 
-    The index is built once and kept in `folder` (default: `cache_folder()`), under a checksum of passages and settings.
-    The first of several processes builds it, and the others wait. A damaged index is built again. Building takes about
-    20 bytes of memory per word of the corpus, without stopwords.
+    The index is built once and kept in `folder` (default: `cache_folder()`), under a checksum of passages, language and
+    settings. The first of several processes builds it, and the others wait. A damaged index is built again. Building
+    takes about 20 bytes of memory per word of the corpus, without stopwords.
     """
-    settings = [corpus.id, STOPWORDS, BM25_SETTINGS, bm25s.__version__]
+    settings = [corpus.id, language_name(language), BM25_SETTINGS, bm25s.__version__]
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
     path = Path(folder or cache_folder()) / f"bm25_{key}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         index = _load_index(path, len(corpus.passages))
         if index is None:
-            write_whole(path, _build_index(corpus.passages).save)
+            write_whole(path, _build_index(corpus.passages, language).save)
             index = _load_index(path, len(corpus.passages))
     return index
 
 
-def bm25_search(index: bm25s.BM25, queries: Sequence[str], top_k: int) -> list[Ranking]:
-    """Ranks the `top_k` best passages for each query. Passages that share no word with the query are left out."""
+def bm25_search(index: bm25s.BM25, queries: Sequence[str], top_k: int, language: str | None = None) -> list[Ranking]:
+    """Ranks the `top_k` best passages for each query. Passages that share no word with the query are left out.
+
+    `language` is that of the index.
+    """
     rankings = []
-    for words in search_words(queries):
+    for words in search_words(queries, language):
         known = index.get_tokens_ids(words)
         scores = index.get_scores_from_ids(known) if known else np.zeros(0, dtype=np.float32)
         passages = np.flatnonzero(scores)
@@ -131,10 +184,9 @@ def bm25_search(index: bm25s.BM25, queries: Sequence[str], top_k: int) -> list[R
     return rankings
 
 
-def _build_index(passages: Sequence[str]) -> bm25s.BM25:
+def _build_index(passages: Sequence[str], language: str | None = None) -> bm25s.BM25:
     """Builds the same index as `bm25s.BM25.index`, with sparse matrices instead of Python lists of all words."""
-    # the words of `search_words`; this tokenizer stems each different word only once
-    tokenizer = bm25s.tokenization.Tokenizer(stopwords=STOPWORDS, stemmer=Stemmer.Stemmer("english"))
+    tokenizer = search_tokenizer(language)
     words, lengths = [], []
     for block in blocks(passages, BM25_BLOCK):
         ids = list(tokenizer.streaming_tokenize(block, allow_empty=False))

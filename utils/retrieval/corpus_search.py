@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 
 from utils.data.examples import Corpus, Document, Example, Ranking
 from utils.models.encoder import weights_key
-from utils.retrieval.bm25 import bm25_index, bm25_search
+from utils.retrieval.bm25 import bm25_index, bm25_search, say_unmatched, unmatched
 from utils.retrieval.document_search import DocumentSearch
 from utils.retrieval.exact_search import dense_search, recall_lost
 from utils.retrieval.ranking import reciprocal_rank_fusion, search_texts
@@ -22,19 +22,26 @@ class CorpusSearch:
         folder: where the passages' vectors are kept. They are encoded again when `weights_key()`, a checksum of the
             encoder, changes.
         index: "flat", "ivf" or "hnsw". The last two are approximate; the log says how many passages they miss.
+        language: that of BM25's words (see `search_tokenizer`).
     """
 
-    def __init__(self, corpus: Corpus, *, folder: Path, weights_key: Callable[[], str], index: str, accelerator, log):
+    def __init__(
+        self, corpus: Corpus, *, folder: Path, weights_key: Callable[[], str], index: str, language: str | None,
+        accelerator, log,
+    ):  # fmt: skip
         self.corpus, self.folder, self.weights_key, self.index = corpus, folder, weights_key, index
-        self.accelerator, self.log = accelerator, log
-        self.lexical = bm25_index(corpus)
+        self.accelerator, self.log, self.language = accelerator, log, language
+        self.lexical = bm25_index(corpus, language=language)
         self.checked = ""  # the key of the vectors that the index was last compared with exact search on
 
     def bm25_rankings(
-        self, examples: Sequence[Example], top_k: int, queries: Sequence[str] | None = None
+        self, examples: Sequence[Example], top_k: int, queries: Sequence[str] | None = None, say=None
     ) -> list[Ranking]:
-        """Ranks passages by BM25 for each example's query, or for its search text in `queries`."""
-        return bm25_search(self.lexical, search_texts(examples, queries), top_k)
+        """Ranks passages by BM25 for each example's query, or for its search text in `queries`; `say` as there."""
+        rankings = bm25_search(self.lexical, search_texts(examples, queries), top_k, self.language)
+        if say:
+            say_unmatched(unmatched(examples, rankings), len(examples), self.language, say)
+        return rankings
 
     def dense_rankings(
         self, examples: Sequence[Example], encode, top_k: int, queries: Sequence[str] | None = None
@@ -69,9 +76,10 @@ class CorpusSearch:
         return [reciprocal_rank_fusion(pair)[:top_k] for pair in both]
 
 
-def make_search(documents: Sequence[Document], retriever, *, index: str, folder: Path, log, accelerator):
+def make_search(documents: Sequence[Document], retriever, *, index: str, folder: Path, language, log, accelerator):
     """Search in each example's own document, or in the corpus if that is the only document."""
     if not isinstance(documents[0], Corpus):
-        return DocumentSearch()
+        return DocumentSearch(language)
     weights = functools.partial(weights_key, retriever)
-    return CorpusSearch(documents[0], folder=folder, weights_key=weights, index=index, accelerator=accelerator, log=log)
+    return CorpusSearch(documents[0], folder=folder, weights_key=weights, index=index, language=language,
+                        accelerator=accelerator, log=log)  # fmt: skip

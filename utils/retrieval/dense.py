@@ -58,9 +58,10 @@ def retriever_rankings(
     Gives the `top_k` best passages, or all.
     """
     queries = search_texts(examples, queries)
+    lexical = itertools.repeat((None, None))
+    if settings.get("ranking") == "hybrid":  # both go through the documents in the same order
+        lexical = bm25_score(examples, queries, settings.get("language"))
     options = {name: settings.get(name, 0) for name in ("bm25_weight", "smooth_window", "smooth_decay")}
-    # both go through the documents in the same order
-    lexical = bm25_score(examples, queries) if settings.get("ranking") == "hybrid" else itertools.repeat((None, None))
     rankings: list[Ranking] = [[] for _ in examples]
     for (number, dense), (_, words) in zip(_score(examples, encode, queries), lexical, strict=False):
         rankings[number] = combine(rank(dense), None if words is None else rank(words), **options)[:top_k]

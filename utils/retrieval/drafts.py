@@ -13,11 +13,11 @@ import numpy as np
 
 from utils.data.examples import Example
 from utils.data.passages import split_sentences
-from utils.data.words import UNSPACED, rouge_words
+from utils.data.words import MARKS, UNSPACED, count_words, join_sentences, rouge_words, split_words
 from utils.tables import values
 
 READ = 5  # passages that an imitated draft is written from
-WORD = re.compile(f"(\\s*)([{UNSPACED}]|[^\\s{UNSPACED}]+)")  # and the space before it
+WORD = re.compile(f"(\\s*)([{UNSPACED}][{MARKS}]*|[^\\s{UNSPACED}]+)")  # and the space before it
 MIN_SENTENCE_WORDS = 4  # a short turn of a meeting, such as "Yeah . OK .", is of no use in a draft
 
 
@@ -55,6 +55,13 @@ class Imitations:
         return drafts
 
 
+def without_last_word(draft: str) -> str:
+    """Cuts the last word off a draft, with the space before it."""
+    head, _, last = draft.rpartition(" ")
+    words = split_words(last)
+    return draft.removesuffix(words[-1]) if len(words) > 1 else head
+
+
 def first_drafts(drafts: Sequence[list], examples: Sequence[Example], read: Sequence, first: int = 0) -> list[str]:
     """The first draft of each example in `drafts` (see `read_drafts`), or "", whatever was read."""
     return [of_example[0][0] if of_example else "" for of_example in drafts[first : first + len(examples)]]
@@ -74,7 +81,7 @@ def extract_drafts(
     sentences = [
         list(dict.fromkeys(
             sentence for passage in sorted(passages) for sentence in split_sentences(example.document.passages[passage])
-            if len(sentence.split()) >= MIN_SENTENCE_WORDS
+            if count_words(sentence) >= MIN_SENTENCE_WORDS
         ))
         for example, passages in zip(examples, read, strict=True)
     ]  # fmt: skip
@@ -87,7 +94,7 @@ def extract_drafts(
             drafts.append("")
             continue
         nearest = np.argsort(-(np.stack([vectors[text] for text in group]) @ query), kind="stable")
-        fits = np.cumsum([len(group[number].split()) for number in nearest]) <= max_words
+        fits = np.cumsum([count_words(group[number]) for number in nearest]) <= max_words
         fits[0] = True
-        drafts.append(" ".join(group[number] for number in sorted(nearest[fits])))
+        drafts.append(join_sentences(group[number] for number in sorted(nearest[fits])))
     return drafts

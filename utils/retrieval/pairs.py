@@ -5,8 +5,10 @@ summarizer (the teacher). Hard negatives are other passages that rank high for t
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +17,10 @@ from utils.data.examples import Corpus, Document, Example, Ranking
 from utils.data.hand_over import read_drafts
 from utils.data.kept import content_key
 from utils.errors import UsageError
-from utils.files import digest
+from utils.files import digest, write_json
 from utils.models.encoder import tokenize, tokens_key
-from utils.retrieval.drafts import READ, imitate_draft
+from utils.retrieval.bm25 import say_unmatched, unmatched
+from utils.retrieval.drafts import READ, imitate_draft, without_last_word
 from utils.retrieval.oracle import greedy_rouge_oracle
 from utils.retrieval.ranking import hard_negatives, search_text
 from utils.tables import Table, Texts, cached, lengths, values, write_table
@@ -116,10 +119,18 @@ class Pairs(Sequence):
         of_teacher = [[number, keys, weights.round(4).tolist()] for number, (keys, weights) in taught.items()]
         key = [
             {name: getattr(args, name) for name in names}, bool(args.draft_share), READ, content_key(examples),
-            documents[0].id, tokens_key(retriever), digest([self.drafts]), digest(of_teacher),
+            documents[0].id, tokens_key(retriever), digest([self.drafts]), digest(of_teacher), args.language,
         ]  # fmt: skip
-        path = cached("pairs", key, lambda folder: write_table(folder / "pairs.arrow", PAIRS, self._make(taught)))
-        self.table = Table(path / "pairs.arrow")
+
+        def write(folder: Path) -> None:
+            without_words: list[str] = []
+            write_table(folder / "pairs.arrow", PAIRS, self._make(taught, without_words))
+            write_json(folder / "unmatched.json", without_words)
+
+        folder, self.warnings = cached("pairs", key, write), []
+        without_words = json.loads((folder / "unmatched.json").read_text(encoding="utf-8"))
+        say_unmatched(without_words, len(examples), args.language, self.warnings.append)
+        self.table = Table(folder / "pairs.arrow")
         if not len(self.table):
             remedy = "" if self.is_corpus else " or shares a word with its summary"
             raise UsageError(f"no training example has evidence{remedy}: nothing to train on")
@@ -154,8 +165,11 @@ class Pairs(Sequence):
         draft = ["", *example.summaries[:1], *(text for text, _ in drafts)][-1]
         return [example.query, search_text(example.query, draft)]
 
-    def _make(self, taught: dict[int, tuple]) -> Iterator[dict]:
-        """The rows of the table, block by block, so that few rankings are held in memory."""
+    def _make(self, taught: dict[int, tuple], without_words: list[str]) -> Iterator[dict]:
+        """The rows of the table, block by block, so that few rankings are held in memory.
+
+        Adds to `without_words` the ids of examples whose question shares no word with any passage.
+        """
         args, top_k = self.args, self.args.negatives_pool + 100 if self.is_corpus else None
         for start in range(0, len(self.examples), RANKED_AT_ONCE):
             examples = self.examples[start : start + RANKED_AT_ONCE]
@@ -165,6 +179,7 @@ class Pairs(Sequence):
             # one call for all hops, so that each document is indexed once
             ranked = self.lexical([e for e in examples for _ in range(hops)], top_k, list(itertools.chain(*searches)))
             ranked = [ranked[hop::hops] for hop in range(hops)]
+            without_words += unmatched(examples, ranked[0])
             longest = self._longest_searches(examples, drafts)
             for place, example in enumerate(examples):
                 number, first = start + place, self.first_key[example.document]
@@ -227,11 +242,12 @@ class Pairs(Sequence):
             yield row | {"negatives": self.mined[number]} if self.mined else row
 
     def describe(self) -> str:
-        """How many pairs there are, and where their positives come from."""
+        """How many pairs there are, where their positives come from, and what is wrong with their negatives."""
         marked = int(self.table.array("is_marked").sum())
         others = "the teacher" if self.args.teacher else "the ROUGE oracle"
         sources = {"gold evidence": marked, others: len(self) - marked}
-        return "positives from " + ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
+        positives_from = ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
+        return "\n".join([f"positives from {positives_from}", *self.warnings])
 
     def digest(self) -> str:
         """A checksum of the training data."""
@@ -286,7 +302,7 @@ class Pairs(Sequence):
                 weights = weights / weights.sum()
             search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query", keep=False)[0]
             while len(search) > pair.longest:  # invented words may have more tokens than those of the reference
-                draft = draft.rpartition(" ")[0]
+                draft = without_last_word(draft)
                 search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query", keep=False)[0]
         if pair.is_distribution:
             drawn = list(pair.evidence)
