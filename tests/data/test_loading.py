@@ -162,6 +162,122 @@ def test_evidence_is_renumbered_and_its_words_counted_by_merging(tmp_path):
     assert (example.evidence, example.evidence_words) == ([0, 1, 2], [1, 3, 4])
 
 
+# ---- tables as spreadsheets and scripts write them
+
+TABLE = 'id,query,document,summary\na,"who, why?","One ""two"".\nThree.",s\nb,q,Four.,t\n'
+
+
+def table_of(path):
+    return [(e.id, e.query, "\n".join(e.document.passages), e.summaries) for e in load_examples(path)]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".csv.gz"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "sep=;", "sep=|"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_delimiter_encoding_and_line_ends_of_a_table_are_recognized(tmp_path, ending, encoding, delimiter, line_end):
+    import csv
+
+    path = tmp_path / f"d{ending}"
+    with (gzip.open if ending.endswith("gz") else open)(path, "wt", encoding=encoding, newline="") as file:
+        file.write(delimiter + line_end if "sep=" in delimiter else "")
+        rows = csv.writer(file, delimiter=delimiter[-1], lineterminator=line_end)
+        rows.writerows(csv.reader(TABLE.splitlines(keepends=True)))
+    assert table_of(path) == [("a", "who, why?", 'One "two".\nThree.', ["s"]), ("b", "q", "Four.", ["t"])]
+
+
+def test_a_table_may_have_one_column_unnamed_columns_and_cells_of_any_length(tmp_path):
+    path = write(tmp_path / "d.csv", "document", '"a, b; c"', "d;e")
+    assert [e.document.passages for e in load_examples(path, require_summary=False)] == [["a, b; c"], ["d;e"]]
+    path = write(tmp_path / "d.csv", "", ",document,summary,,", "0,x,s,,", "", f"1,{'long ' * 100_000},s,,")
+    assert [len(e.document.passages) for e in load_examples(path)] == [1, 1000]
+
+
+def test_json_lines_in_utf_16_are_read(tmp_path):
+    for name, text in (("d.jsonl", json.dumps(GOOD)), ("d.json", json.dumps([GOOD])), ("e.json", json.dumps(GOOD))):
+        (tmp_path / name).write_text(f"{text}\r\n", encoding="utf-16")
+        assert fields_of(load_examples(tmp_path / name)) == fields_of(load_examples(write(tmp_path / "g.jsonl", GOOD)))
+    (tmp_path / "d.jsonl").write_bytes((json.dumps(GOOD) + "\n").encode("utf-16")[:-1])
+    assert "d.jsonl: damaged after record 0: 'utf-16" in error_of(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_list_of_references_in_a_cell_is_a_list_and_text_in_brackets_stays_text(tmp_path, ending):
+    cells = ['["one", "two"]', "[1] is cited", "[7]", "[laughter]", '[{"a": 1}]', "[applause] Yes."]
+    records = [{"document": "x", "summary": cell} for cell in cells]
+    path = tmp_path / f"d{ending}"
+    if ending == ".parquet":
+        import datasets
+
+        datasets.Dataset.from_list(records).to_parquet(path)
+    else:
+        write(path, "document,summary", *('x,"' + cell.replace('"', '""') + '"' for cell in cells))
+    assert [e.summaries for e in load_examples(path)] == [["one", "two"], *([cell] for cell in cells[1:])]
+
+
+@pytest.mark.parametrize("cell", ["['one', 'two']", "['one'\n 'two']", "[\"it's\" 'two']"])
+def test_a_list_that_python_or_numpy_wrote_is_refused(tmp_path, cell):
+    quoted = '"' + cell.replace('"', '""') + '"'
+    message = error_of(write(tmp_path / "d.csv", "document,summary", "x,s", f"x,{quoted}"))
+    assert "d.csv: row 2: 'summary' is a list as text" in message and "JSON list" in message
+    message = error_of(write(tmp_path / "d.csv", "document,summary", "x,s", f"{quoted},s"))
+    assert "d.csv: row 2: 'document' is a list, " in message and "write it to 'passages', as JSON" in message
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    "rows, begin, how",
+    [
+        (["a,q,x,s", 'b,q,"x,s', "c,q,x,s"], 3, "never ends"),
+        (["a,q,x,s", 'b,q,"x,s', 'c,q,"x",s', "d,q,x,s"], 3, "ends in line 4, but its cell does not"),
+        (['a,q,"x', 'y","s', "b,q,x,s", 'c,q,"x",s'], 3, "ends in line 5, but its cell does not"),
+    ],
+)
+def test_an_open_quotation_swallows_no_rows(tmp_path, rows, begin, how, skip):
+    path = write(tmp_path / "d.csv", "id,query,document,summary", *rows)
+    message = error_of(path, skip_bad_examples=skip)
+    assert message.startswith(f"{path}:{begin}: the quotation that begins in line {begin} {how}; nothing was loaded: ")
+
+
+def test_a_wrong_quotation_within_a_line_is_a_bad_row(tmp_path):
+    path = write(
+        tmp_path / "d.tsv", "id\tdocument\tsummary", "a\tx\ts", 'b\t"Yes" he said.\ts', "c\ty\tt", 'd\tz\t"cut'
+    )
+    message = error_of(path)
+    assert f"{path}: row 2: the quotation that begins in line 3 ends in line 3, but its cell does not" in message
+    assert f"{path}: row 4: the quotation that begins in line 5 never ends; close it" in message
+    rejected = tmp_path / "r.jsonl"
+    assert [e.id for e in load_examples(path, skip_bad_examples=True, rejected_file=rejected)] == ["a", "c"]
+    assert [json.loads(line)["text"] for line in rejected.read_text().splitlines()] == [
+        'b\t"Yes" he said.\ts\n',
+        'd\tz\t"cut\n',
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"document,summary\nx,s\ncaf\xe9,s\n", "row 2: invalid UTF-8: byte 0xe9; it is '\u00e9' in Windows-1252"),
+        (
+            b"document,caf\xe9\nx,s\n",
+            ":1: invalid UTF-8: byte 0xe9; it is '\u00e9' in Windows-1252, which Excel writes",
+        ),
+        (
+            "document,summary\nx,s\n".encode("utf-16-le"),
+            ":1: holds NUL characters, as UTF-16 without a byte order mark",
+        ),
+        (b"document,summary,summary\nx,s,t\n", ":1: several columns are named 'summary'; rename or remove all but one"),
+        (b'sep=;\n"document;summary\nx;s\n', ":2: the quotation that begins in line 2 never ends"),
+        (b"document,summary,evidence\nx,s,\nfirst line\nsecond line,s,\n", "row 2: has 2 fewer cells than the header"),
+        (b"document;summary\nx;y;s\nx;s\n", "row 1: has 1 more cells than the header has columns; quote text that hol"),
+        (b"document,summary\n", "d.csv: is empty"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named_with_the_remedy(tmp_path, content, problem):
+    (tmp_path / "d.csv").write_bytes(content)
+    assert problem in error_of(tmp_path / "d.csv")
+
+
 # ---- the hand-over file
 
 

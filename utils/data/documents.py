@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from utils.data.examples import Document
 from utils.data.passages import merge_passages, split_document
-from utils.data.rows import Row, listed_fields, read_identifier, shown
+from utils.data.rows import Row, is_listed, listed_fields, read_identifier, shown
 from utils.errors import BadRecord
 
 
@@ -88,6 +88,8 @@ class Documents:
         if not isinstance(text, str):
             hint = f" (a list of passages goes under '{passages_column}')" if isinstance(text, list) else ""
             raise BadRecord(f"'{document_column}' must be a string, not {shown(text)}{hint}")
+        if is_listed(text):
+            raise BadRecord(f"'{document_column}' is a list, {shown(text)}; write it to '{passages_column}', as JSON")
         if not text.strip():
             raise BadRecord(f"'{document_column}' is empty; it must hold the text to summarize")
         return text

@@ -113,6 +113,7 @@ def load_examples(
         "doc_id": doc_id_column,
     }
     list_columns = (passages_column, evidence_column, "evidence_words", "retrieved", "hops")
+    text_columns = (summary_column, document_column)
     rejection = {"skip": skip_bad_examples, "rejected_file": rejected_file}
     documents = Documents(columns, passage_words, merge_passages)
     own_text = documents_file is None and corpus is None
@@ -126,7 +127,7 @@ def load_examples(
         if qrels_file is not None:
             qrels = read_qrels(qrels_file, known_passages=numbers, **rejection)
     elif not own_text:
-        rows = read_rows(documents_file, split, dataset_config_name, list_columns)
+        rows = read_rows(documents_file, split, dataset_config_name, list_columns, text_columns)
         used = {field: columns[field] for field in ("doc_id", "document", "passages")}
         build_all(rows, str(documents_file), documents.add, used, [("doc_id",), ("document", "passages")], **rejection)
 
@@ -155,7 +156,7 @@ def load_examples(
         first_places[example_id] = row.place
         return Example(example_id, query, source.document, summaries, evidence, evidence_words, retrieved, hops)
 
-    rows = read_rows(path, split, dataset_config_name, list_columns)
+    rows = read_rows(path, split, dataset_config_name, list_columns, text_columns)
     text_fields = ("document", "passages") if own_text else ()
     used = {field: columns[field] for field in ("id", "query", "summary", "evidence", "doc_id", *text_fields)}
     required = [text_fields if own_text else ("doc_id",)]
