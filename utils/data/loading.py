@@ -2,13 +2,15 @@
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from utils.data.corpus import load_corpus
 from utils.data.documents import Documents, Source
 from utils.data.examples import Corpus, Example, blocks
 from utils.data.fields import number_evidence, read_evidence, read_hops, read_ranking, read_summaries
-from utils.data.rows import Row, build_all, read_identifier, read_rows, shown
+from utils.data.layouts import own_layout
+from utils.data.rows import POSITIVES, WITHOUT_SUMMARY, Row, build_all, read_identifier, read_rows, shown
 from utils.data.trec import read_qrels
 from utils.errors import BadRecord, DataError
 
@@ -39,6 +41,8 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[l
     if not args.validation_file and not has_splits:
         raise DataError("--train_file needs --validation_file")
     options = args.reading_options() | {"rejected_file": rejected_file}
+    # only train_retrieve.py without drafts and without the ROUGE oracle, which both need summaries
+    options["positives_suffice"] = getattr(args, "supervision", "") == "evidence" and not args.draft_share
     if args.corpus_file:
         options["corpus"] = load_corpus(
             args.corpus_file, skip_bad_examples=args.skip_bad_examples, rejected_file=rejected_file
@@ -80,6 +84,7 @@ def load_examples(
     passage_words: int = 100,
     merge_passages: bool = False,
     require_summary: bool = True,
+    positives_suffice: bool = False,
     skip_bad_examples: bool = False,
     rejected_file: str | os.PathLike | None = None,
     max_examples: int | None = None,
@@ -90,6 +95,8 @@ def load_examples(
     of that file by doc_id instead. Examples about the same document share one `Document` object, so that work on a
     document is done once. With a `corpus` records hold no text: they need a query but no summary, and their evidence
     is a list of corpus ids; a record without evidence takes that of `qrels_file` (see `read_qrels`), by its id.
+
+    A record may also have one of the layouts of `own_layout`. With `positives_suffice` it then needs no summary.
 
     Raises DataError for unusable data. With `skip_bad_examples` bad records are left out and written with the reasons
     to `rejected_file`, which keeps the entries of other files. `split` and `dataset_config_name` matter only for
@@ -113,7 +120,8 @@ def load_examples(
         "doc_id": doc_id_column,
     }
     list_columns = (passages_column, evidence_column, "evidence_words", "retrieved", "hops")
-    text_columns = (summary_column, document_column)
+    list_columns += ("positive_passages", "negative_passages")
+    text_columns = (summary_column, document_column, "positive", "negative", "pos", "neg")
     rejection = {"skip": skip_bad_examples, "rejected_file": rejected_file}
     documents = Documents(columns, passage_words, merge_passages)
     own_text = documents_file is None and corpus is None
@@ -134,7 +142,12 @@ def load_examples(
     first_places: dict[str, str] = {}
 
     def build_example(row: Row) -> Example:
-        record = row.record
+        record, has_marks = own_layout(row.record, columns) if own_text else (row.record, False)
+        if not own_text and "positive_passages" in record:
+            flag = "--corpus_file" if documents_file is None else "--documents_file"
+            raise DataError(f"{row.place}: 'positive_passages' are passages of the record's own; leave out {flag}")
+        if has_marks and merge_passages:
+            raise DataError(f"{row.place}: positives and negatives cannot be merged; leave out --merge_passages")
         # qrels need true ids: a row number could match one of their ids by chance
         example_id = read_identifier(record, id_column) if qrels or id_column in record else str(row.number)
         if example_id in first_places:
@@ -142,30 +155,36 @@ def load_examples(
         query = record.get(query_column, "")
         if not isinstance(query, str):
             raise BadRecord(f"'{query_column}' must be a string, not {shown(query)}")
-        summaries = read_summaries(record, summary_column, require_summary)
+        if has_marks and require_summary and not positives_suffice and summary_column not in record:
+            raise BadRecord(f"no '{summary_column}'; {WITHOUT_SUMMARY}")
+        summaries = read_summaries(record, summary_column, require_summary and not (has_marks and positives_suffice))
         if corpus is not None:
             if not query.strip():
                 raise BadRecord(f"no '{query_column}' or an empty one; without a query a corpus cannot be searched")
             source = whole_corpus
             record = number_evidence(record, evidence_column, numbers, qrels.get(example_id, {}))
         else:
-            source = documents.read(row) if own_text else documents.find(record, str(documents_file))
+            own_row = replace(row, record=record)
+            source = documents.read(own_row) if own_text else documents.find(record, str(documents_file))
         evidence, evidence_words = read_evidence(record, evidence_column, passages_column, source)
+        if has_marks and require_summary and not summaries and not evidence:
+            raise BadRecord("no passage is marked as relevant, and there is no summary: nothing to learn from")
         retrieved = read_ranking(record, passages_column, source)
         hops = read_hops(record, passages_column, source)
         first_places[example_id] = row.place
         return Example(example_id, query, source.document, summaries, evidence, evidence_words, retrieved, hops)
 
     rows = read_rows(path, split, dataset_config_name, list_columns, text_columns)
-    text_fields = ("document", "passages") if own_text else ()
-    used = {field: columns[field] for field in ("id", "query", "summary", "evidence", "doc_id", *text_fields)}
+    text_fields = ("document", "passages", *POSITIVES) if own_text else ()
+    fields = ("id", "query", "summary", "evidence", "doc_id", *text_fields)
+    used = {field: columns.get(field, field) for field in fields}
     required = [text_fields if own_text else ("doc_id",)]
     if corpus is not None:
         del used["doc_id"]
         required = [("query",), ("id",)] if qrels else [("query",)]
-    if require_summary:
+    if require_summary and not positives_suffice:
         required.append(("summary",))
-    else:
+    elif not require_summary:
         del used["summary"]  # a file to be summarized may lack the column that was named for the training file
     examples, _ = build_all(rows, str(path), build_example, used, required, max_built=max_examples, **rejection)
     if qrels and not max_examples and not any(example.id in qrels for example in examples):

@@ -22,6 +22,10 @@ from utils.files import write_jsonl
 
 logger = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 20  # an error shows this many problems; the rest are counted
+POSITIVES = ("positive_passages", "positive", "pos")  # fields of training data for retrievers (see layouts.py)
+WITHOUT_SUMMARY = (
+    "marked positives without summaries are only for train_retrieve.py, with --draft_share 0 and --supervision evidence"
+)
 REMEDY = "fix the lines, or pass --skip_bad_examples to skip them"
 
 
@@ -138,9 +142,12 @@ def _check_columns(
     if "_id" in columns:  # a corpus, which has no flags for its columns
         remedy = 'a corpus has records such as {"_id": "d7", "title": "A title", "text": "The passage."}'
     else:
-        remedy = f"name the right one with {' or '.join(f'--{field}_column' for field in missing[0])}"
+        flags = [f"--{field}_column" for field in missing[0] if field not in POSITIVES]
+        remedy = f"name the right one with {' or '.join(flags)}"
         if "doc_id" in found and "document" in missing[0]:
             remedy += "; for documents in a file of their own give --documents_file"
+        if "summary" in missing[0] and not found.isdisjoint({*POSITIVES, "query_id"}):
+            remedy += f"; {WITHOUT_SUMMARY}"
     raise DataError(f"{file}: no record has {names}; the columns found are {', '.join(sorted(found))}: {remedy}")
 
 
