@@ -771,9 +771,10 @@ def test_positives_without_a_summary_are_refused_where_summaries_are_needed(tmp_
     assert load_splits(args)[0][0].summaries == ["s"]
 
 
-def test_positives_without_passages_of_their_own_or_with_flags_that_contradict_them_are_refused(tmp_path, corpus):
+def test_positives_with_flags_that_contradict_them_are_refused(tmp_path, corpus):
     path = write(tmp_path / "d.jsonl", TEVATRON, {**TEVATRON, "query_id": 2})
     assert error_of(path, merge_passages=True, skip_bad_examples=True).endswith("leave out --merge_passages")
+    assert error_of(path, smooth_window=1).endswith("leave out --smooth_window")
     assert error_of(path, corpus=corpus).endswith("passages of the record's own; leave out --corpus_file")
     documents = write(tmp_path / "docs.jsonl", {"doc_id": 1, "document": "x"})
     assert error_of(path, documents_file=documents).endswith("leave out --documents_file")
@@ -789,8 +790,8 @@ BAD_PAIRS = {
     "evidence twice": ({**TEVATRON, "evidence": [0]}, "holds both 'positive_passages' and 'evidence'; leave one"),
     "evidence of MS MARCO": ({**MARCO, "evidence": [0]}, "holds both 'is_selected' and 'evidence'; leave one"),
     "nothing selected": (
-        {**MARCO, "passages": [{"passage_text": "x", "is_selected": 0}]},
-        "no passage is marked as relevant, and there is no summary: nothing to learn from",
+        {**MARCO, "passages": [{"passage_text": "x", "is_selected": 0}], "summary": "No Answer Present."},
+        "no passage is marked as relevant: a retriever cannot learn from it",
     ),
     "selected partly": (
         {**MARCO, "passages": [{"passage_text": "x", "is_selected": 0}, {"passage_text": "y"}]},

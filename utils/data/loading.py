@@ -41,8 +41,8 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[l
     if not args.validation_file and not has_splits:
         raise DataError("--train_file needs --validation_file")
     options = args.reading_options() | {"rejected_file": rejected_file}
-    # only train_retrieve.py without drafts and without the ROUGE oracle, which both need summaries
-    options["positives_suffice"] = getattr(args, "supervision", "") == "evidence" and not args.draft_share
+    of_retriever = ("supervision", "draft_share", "smooth_window")
+    options |= {name: getattr(args, name) for name in of_retriever if hasattr(args, name)}
     if args.corpus_file:
         options["corpus"] = load_corpus(
             args.corpus_file, skip_bad_examples=args.skip_bad_examples, rejected_file=rejected_file
@@ -84,7 +84,9 @@ def load_examples(
     passage_words: int = 100,
     merge_passages: bool = False,
     require_summary: bool = True,
-    positives_suffice: bool = False,
+    supervision: str | None = None,
+    draft_share: float = 0.0,
+    smooth_window: int = 0,
     skip_bad_examples: bool = False,
     rejected_file: str | os.PathLike | None = None,
     max_examples: int | None = None,
@@ -96,7 +98,9 @@ def load_examples(
     document is done once. With a `corpus` records hold no text: they need a query but no summary, and their evidence
     is a list of corpus ids; a record without evidence takes that of `qrels_file` (see `read_qrels`), by its id.
 
-    A record may also have one of the layouts of `own_layout`. With `positives_suffice` it then needs no summary.
+    A record may also have one of the layouts of `own_layout`, with marked positives. It then needs no summary to train
+    the retriever, except for the ROUGE oracle and for drafts. `supervision`, `draft_share` and `smooth_window` are
+    flags of train_retrieve.py.
 
     Raises DataError for unusable data. With `skip_bad_examples` bad records are left out and written with the reasons
     to `rejected_file`, which keeps the entries of other files. `split` and `dataset_config_name` matter only for
@@ -126,6 +130,7 @@ def load_examples(
     documents = Documents(columns, passage_words, merge_passages)
     own_text = documents_file is None and corpus is None
     require_summary = require_summary and corpus is None
+    positives_suffice = supervision == "evidence" and not draft_share
     numbers: dict[str, int] = {}  # corpus id -> passage number
     qrels: dict[str, dict[str, int]] = {}
 
@@ -146,8 +151,9 @@ def load_examples(
         if not own_text and "positive_passages" in record:
             flag = "--corpus_file" if documents_file is None else "--documents_file"
             raise DataError(f"{row.place}: 'positive_passages' are passages of the record's own; leave out {flag}")
-        if has_marks and merge_passages:
-            raise DataError(f"{row.place}: positives and negatives cannot be merged; leave out --merge_passages")
+        if has_marks and (merge_passages or smooth_window):
+            flag = "--merge_passages" if merge_passages else "--smooth_window"
+            raise DataError(f"{row.place}: positives and negatives of a query are not neighbours; leave out {flag}")
         # qrels need true ids: a row number could match one of their ids by chance
         example_id = read_identifier(record, id_column) if qrels or id_column in record else str(row.number)
         if example_id in first_places:
@@ -167,8 +173,8 @@ def load_examples(
             own_row = replace(row, record=record)
             source = documents.read(own_row) if own_text else documents.find(record, str(documents_file))
         evidence, evidence_words = read_evidence(record, evidence_column, passages_column, source)
-        if has_marks and require_summary and not summaries and not evidence:
-            raise BadRecord("no passage is marked as relevant, and there is no summary: nothing to learn from")
+        if has_marks and supervision == "evidence" and not evidence:
+            raise BadRecord("no passage is marked as relevant: a retriever cannot learn from it")
         retrieved = read_ranking(record, passages_column, source)
         hops = read_hops(record, passages_column, source)
         first_places[example_id] = row.place
