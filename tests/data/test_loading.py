@@ -163,6 +163,122 @@ def test_evidence_is_renumbered_and_its_words_counted_by_merging(tmp_path):
     assert (example.evidence, example.evidence_words) == ([0, 1, 2], [1, 3, 4])
 
 
+# ---- tables as spreadsheets and scripts write them
+
+TABLE = 'id,query,document,summary\na,"who, why?","One ""two"".\nThree.",s\nb,q,Four.,t\n'
+
+
+def table_of(path):
+    return [(e.id, e.query, "\n".join(e.document.passages), e.summaries) for e in load_examples(path)]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".csv.gz"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "sep=;", "sep=|"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_delimiter_encoding_and_line_ends_of_a_table_are_recognized(tmp_path, ending, encoding, delimiter, line_end):
+    import csv
+
+    path = tmp_path / f"d{ending}"
+    with (gzip.open if ending.endswith("gz") else open)(path, "wt", encoding=encoding, newline="") as file:
+        file.write(delimiter + line_end if "sep=" in delimiter else "")
+        rows = csv.writer(file, delimiter=delimiter[-1], lineterminator=line_end)
+        rows.writerows(csv.reader(TABLE.splitlines(keepends=True)))
+    assert table_of(path) == [("a", "who, why?", 'One "two".\nThree.', ["s"]), ("b", "q", "Four.", ["t"])]
+
+
+def test_a_table_may_have_one_column_unnamed_columns_and_cells_of_any_length(tmp_path):
+    path = write(tmp_path / "d.csv", "document", '"a, b; c"', "d;e")
+    assert [e.document.passages for e in load_examples(path, require_summary=False)] == [["a, b; c"], ["d;e"]]
+    path = write(tmp_path / "d.csv", "", ",document,summary,,", "0,x,s,,", "", f"1,{'long ' * 100_000},s,,")
+    assert [len(e.document.passages) for e in load_examples(path)] == [1, 1000]
+
+
+def test_json_lines_in_utf_16_are_read(tmp_path):
+    for name, text in (("d.jsonl", json.dumps(GOOD)), ("d.json", json.dumps([GOOD])), ("e.json", json.dumps(GOOD))):
+        (tmp_path / name).write_text(f"{text}\r\n", encoding="utf-16")
+        assert fields_of(load_examples(tmp_path / name)) == fields_of(load_examples(write(tmp_path / "g.jsonl", GOOD)))
+    (tmp_path / "d.jsonl").write_bytes((json.dumps(GOOD) + "\n").encode("utf-16")[:-1])
+    assert "d.jsonl: damaged after record 0: 'utf-16" in error_of(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_list_of_references_in_a_cell_is_a_list_and_text_in_brackets_stays_text(tmp_path, ending):
+    cells = ['["one", "two"]', "[1] is cited", "[7]", "[laughter]", '[{"a": 1}]', "[applause] Yes."]
+    records = [{"document": "x", "summary": cell} for cell in cells]
+    path = tmp_path / f"d{ending}"
+    if ending == ".parquet":
+        import datasets
+
+        datasets.Dataset.from_list(records).to_parquet(path)
+    else:
+        write(path, "document,summary", *('x,"' + cell.replace('"', '""') + '"' for cell in cells))
+    assert [e.summaries for e in load_examples(path)] == [["one", "two"], *([cell] for cell in cells[1:])]
+
+
+@pytest.mark.parametrize("cell", ["['one', 'two']", "['one'\n 'two']", "[\"it's\" 'two']"])
+def test_a_list_that_python_or_numpy_wrote_is_refused(tmp_path, cell):
+    quoted = '"' + cell.replace('"', '""') + '"'
+    message = error_of(write(tmp_path / "d.csv", "document,summary", "x,s", f"x,{quoted}"))
+    assert "d.csv: row 2: 'summary' is a list as text" in message and "JSON list" in message
+    message = error_of(write(tmp_path / "d.csv", "document,summary", "x,s", f"{quoted},s"))
+    assert "d.csv: row 2: 'document' is a list, " in message and "write it to 'passages', as JSON" in message
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    "rows, begin, how",
+    [
+        (["a,q,x,s", 'b,q,"x,s', "c,q,x,s"], 3, "never ends"),
+        (["a,q,x,s", 'b,q,"x,s', 'c,q,"x",s', "d,q,x,s"], 3, "ends in line 4, but its cell does not"),
+        (['a,q,"x', 'y","s', "b,q,x,s", 'c,q,"x",s'], 3, "ends in line 5, but its cell does not"),
+    ],
+)
+def test_an_open_quotation_swallows_no_rows(tmp_path, rows, begin, how, skip):
+    path = write(tmp_path / "d.csv", "id,query,document,summary", *rows)
+    message = error_of(path, skip_bad_examples=skip)
+    assert message.startswith(f"{path}:{begin}: the quotation that begins in line {begin} {how}; nothing was loaded: ")
+
+
+def test_a_wrong_quotation_within_a_line_is_a_bad_row(tmp_path):
+    path = write(
+        tmp_path / "d.tsv", "id\tdocument\tsummary", "a\tx\ts", 'b\t"Yes" he said.\ts', "c\ty\tt", 'd\tz\t"cut'
+    )
+    message = error_of(path)
+    assert f"{path}: row 2: the quotation that begins in line 3 ends in line 3, but its cell does not" in message
+    assert f"{path}: row 4: the quotation that begins in line 5 never ends; close it" in message
+    rejected = tmp_path / "r.jsonl"
+    assert [e.id for e in load_examples(path, skip_bad_examples=True, rejected_file=rejected)] == ["a", "c"]
+    assert [json.loads(line)["text"] for line in rejected.read_text().splitlines()] == [
+        'b\t"Yes" he said.\ts\n',
+        'd\tz\t"cut\n',
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"document,summary\nx,s\ncaf\xe9,s\n", "row 2: invalid UTF-8: byte 0xe9; it is '\u00e9' in Windows-1252"),
+        (
+            b"document,caf\xe9\nx,s\n",
+            ":1: invalid UTF-8: byte 0xe9; it is '\u00e9' in Windows-1252, which Excel writes",
+        ),
+        (
+            "document,summary\nx,s\n".encode("utf-16-le"),
+            ":1: holds NUL characters, as UTF-16 without a byte order mark",
+        ),
+        (b"document,summary,summary\nx,s,t\n", ":1: several columns are named 'summary'; rename or remove all but one"),
+        (b'sep=;\n"document;summary\nx;s\n', ":2: the quotation that begins in line 2 never ends"),
+        (b"document,summary,evidence\nx,s,\nfirst line\nsecond line,s,\n", "row 2: has 2 fewer cells than the header"),
+        (b"document;summary\nx;y;s\nx;s\n", "row 1: has 1 more cells than the header has columns; quote text that hol"),
+        (b"document,summary\n", "d.csv: is empty"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named_with_the_remedy(tmp_path, content, problem):
+    (tmp_path / "d.csv").write_bytes(content)
+    assert problem in error_of(tmp_path / "d.csv")
+
+
 # ---- the hand-over file
 
 
@@ -517,6 +633,189 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path, monkeypatch, fla
         load_splits(args)
 
 
+# ---- passages as turns, messages and titled texts
+
+
+@pytest.mark.parametrize(
+    "passages",
+    [
+        [{"speaker": "Anna", "text": "Yes."}, {"speaker": 2, "content": "No."}],  # QMSum
+        [{"role": "Anna", "content": "Yes."}, {"role": "user", "name": "2", "content": "No."}],  # messages
+        [{"speaker": "Anna", "utterance": "Yes.", "start": 0.5}, "2: No."],
+        [{"from": "Anna", "value": "Yes."}, {"speaker": "2", "text": "No.", "title": None}],  # ShareGPT, transcripts
+        [{"role": "Anna", "content": [{"type": "text", "text": "Yes."}]}, {"speaker": "", "text": "2: No."}],
+        {"speaker": ["Anna", "2"], "text": ["Yes.", "No."]},  # what some versions of datasets make of a list of dicts
+    ],
+)
+def test_turns_and_messages_are_passages_with_their_speaker(tmp_path, passages):
+    path = write(tmp_path / "d.jsonl", {**GOOD, "turns": passages})
+    (example,) = load_examples(path, passages_column="turns")
+    assert example.document.passages == ["Anna: Yes.", "2: No."] and example.evidence == [1]
+    documents = write(tmp_path / "docs.jsonl", {"doc_id": 1, "passages": passages})
+    path = write(tmp_path / "q.jsonl", {"doc_id": 1, "summary": "s", "evidence": [1]})
+    (again,) = load_examples(path, documents_file=documents)
+    assert (again.document.passages, again.evidence) == (example.document.passages, [1])
+    (tmp_path / "d.csv").write_text('summary,passages\ns,"' + json.dumps(passages).replace('"', '""') + '"\n')
+    assert load_examples(tmp_path / "d.csv")[0].document.passages == example.document.passages
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_turns_in_a_parquet_file_are_read(tmp_path, flat):
+    import datasets
+
+    turns = [{"speaker": "Anna", "text": "Yes."}, {"speaker": None, "text": "No."}]
+    table = {"speaker": ["Anna", None], "text": ["Yes.", "No."]} if flat else turns
+    datasets.Dataset.from_list([{**GOOD, "passages": table}]).to_parquet(tmp_path / "d.parquet")
+    assert load_examples(tmp_path / "d.parquet")[0].document.passages == ["Anna: Yes.", "No."]
+
+
+def test_a_title_is_joined_with_the_text_as_in_a_corpus(tmp_path, corpus):
+    rows = [{("docid" if key == "_id" else key): value for key, value in row.items()} for row in ROWS]
+    (example,) = load_examples(write(tmp_path / "d.jsonl", {"passages": rows, "summary": "s"}))
+    assert example.document.passages == list(corpus.passages)
+
+
+# ---- training data of other retrievers
+
+TEVATRON = {
+    "query_id": "q7",
+    "query": "who?",
+    "positive_passages": [{"docid": "3", "title": "Mills", "text": "Mills grind."}],
+    "negative_passages": [{"docid": "5", "title": "", "text": "Rivers."}, {"docid": "9", "text": "Bakers."}],
+}
+PAIRS = {
+    "Tevatron": TEVATRON,
+    "Tevatron with strings": {**TEVATRON, "positive_passages": ["Mills Mills grind."]},
+    "Tevatron as a dict of lists": {
+        **TEVATRON,
+        "negative_passages": {"docid": ["5", "9"], "title": ["", ""], "text": ["Rivers.", "Bakers."]},
+    },
+    "sentence-transformers": {
+        "id": "q7", "anchor": "who?", "positive": "Mills Mills grind.", "negative_1": "Rivers.", "negative_2": "Bakers."
+    },
+    "FlagEmbedding": {"id": "q7", "query": "who?", "pos": ["Mills Mills grind."], "neg": ["Rivers.", "Bakers."]},
+    "MS MARCO": {
+        "query_id": "q7",
+        "query": "who?",
+        "answers": ["Mills."],
+        "passages": {
+            "is_selected": [0, 1, 0],
+            "passage_text": ["Rivers.", "Mills Mills grind.", "Bakers."],
+            "url": ["a", "b", "c"],
+        },
+    },
+}  # fmt: skip
+
+
+def without_drafts(path, **flags):
+    args = {"train_file": str(path), "validation_file": str(path), **flags}
+    args = DataArguments(**args)
+    args.supervision, args.draft_share = "evidence", 0.0  # flags of train_retrieve.py
+    return args
+
+
+@pytest.mark.parametrize("layout", PAIRS)
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv"])
+def test_positives_and_negatives_become_passages_with_evidence(tmp_path, layout, ending):
+    record, path = PAIRS[layout], tmp_path / f"d{ending}"
+    if ending == ".jsonl":
+        write(path, record)
+    elif ending == ".parquet":
+        import datasets
+
+        datasets.Dataset.from_list([record]).to_parquet(path)
+    else:
+        import csv
+
+        with path.open("w", newline="") as file:
+            cells = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()}
+            csv.writer(file).writerows([cells, cells.values()])
+    (example,), _ = load_splits(without_drafts(path))
+    assert (example.id, example.query, example.summaries) == ("q7", "who?", [])
+    assert sorted(example.document.passages) == ["Bakers.", "Mills Mills grind.", "Rivers."]
+    assert [example.document.passages[number] for number in example.evidence] == ["Mills Mills grind."]
+    assert example.evidence_words == [3]
+
+
+def test_the_order_of_passages_does_not_tell_the_positives(tmp_path):
+    """A ranking with equal scores begins with the first passages."""
+    rows = [
+        {"query": "q", "positive_passages": [f"p{n}"], "negative_passages": [f"n{n}", f"m{n}", f"p{n}"]}
+        for n in range(300)
+    ]
+    examples = load_examples(write(tmp_path / "d.jsonl", *rows), require_summary=False)
+    assert {len(e.document.passages) for e in examples} == {3}  # the positive once
+    assert all(60 < sum(e.evidence == [place] for e in examples) < 140 for place in range(3))
+    assert fields_of(load_examples(tmp_path / "d.jsonl", require_summary=False)) == fields_of(examples)
+
+
+def test_records_of_several_layouts_may_be_mixed(tmp_path):
+    path = write(tmp_path / "d.jsonl", TEVATRON, GOOD, {**PAIRS["MS MARCO"], "query_id": 8, "summary": "m"})
+    train, _ = load_splits(without_drafts(path))
+    assert [(e.id, e.summaries) for e in train] == [("q7", []), ("a", ["short"]), ("8", ["m"])]
+    # an unrelated field of an example with passages of its own
+    (example,) = load_examples(write(path, {**GOOD, "positive": "yes", "pos": "NN"}))
+    assert example.document.passages == GOOD["passages"] and example.evidence == [1]
+
+
+@pytest.mark.parametrize("flags", [{"supervision": "rouge"}, {"draft_share": 0.5}, {}])
+@pytest.mark.parametrize("layout", ["Tevatron", "MS MARCO"])
+def test_positives_without_a_summary_are_refused_where_summaries_are_needed(tmp_path, layout, flags):
+    """`{}`: train_summarize.py."""
+    args = without_drafts(write(tmp_path / "d.jsonl", PAIRS[layout], {**PAIRS[layout], "query_id": 2}))
+    if not flags:
+        del args.supervision, args.draft_share
+    vars(args).update(flags)
+    with pytest.raises(DataError, match=r"no record has 'summary'.*only for train_retrieve.py, with --draft_share 0"):
+        load_splits(args)
+    write(tmp_path / "d.jsonl", {**GOOD, "id": "b"}, PAIRS[layout])
+    with pytest.raises(DataError, match=r"d.jsonl:2: no 'summary'; marked positives without summaries are only for"):
+        load_splits(args)
+    write(tmp_path / "d.jsonl", {**PAIRS[layout], "summary": "s"})
+    assert load_splits(args)[0][0].summaries == ["s"]
+
+
+def test_positives_with_flags_that_contradict_them_are_refused(tmp_path, corpus):
+    path = write(tmp_path / "d.jsonl", TEVATRON, {**TEVATRON, "query_id": 2})
+    assert error_of(path, merge_passages=True, skip_bad_examples=True).endswith("leave out --merge_passages")
+    assert error_of(path, smooth_window=1).endswith("leave out --smooth_window")
+    assert error_of(path, corpus=corpus).endswith("passages of the record's own; leave out --corpus_file")
+    documents = write(tmp_path / "docs.jsonl", {"doc_id": 1, "document": "x"})
+    assert error_of(path, documents_file=documents).endswith("leave out --documents_file")
+
+
+MARCO = PAIRS["MS MARCO"]
+BAD_PAIRS = {
+    "no positive": ({**TEVATRON, "positive_passages": []}, "'positive_passages' is empty; there must be at least one"),
+    "empty negative": ({**TEVATRON, "negative_passages": ["x", " "]}, "'negative_passages' number 1 is empty; leave"),
+    "type": ({**TEVATRON, "positive_passages": [3]}, "'positive_passages' number 0 is 3; a passage is a string, or a"),
+    "no query": ({**TEVATRON, "query": " "}, "no 'query' or an empty one; 'positive_passages' answers a query"),
+    "text twice": ({**TEVATRON, "passages": ["x"]}, "holds both 'positive_passages' and 'passages'; leave one"),
+    "evidence twice": ({**TEVATRON, "evidence": [0]}, "holds both 'positive_passages' and 'evidence'; leave one"),
+    "evidence of MS MARCO": ({**MARCO, "evidence": [0]}, "holds both 'is_selected' and 'evidence'; leave one"),
+    "nothing selected": (
+        {**MARCO, "passages": [{"passage_text": "x", "is_selected": 0}], "summary": "No Answer Present."},
+        "no passage is marked as relevant: a retriever cannot learn from it",
+    ),
+    "selected partly": (
+        {**MARCO, "passages": [{"passage_text": "x", "is_selected": 0}, {"passage_text": "y"}]},
+        "'passages' number 1: 'is_selected' must be 0 or 1 in all passages, not null",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_bad_positives_are_named_with_line_and_field_and_can_be_set_aside(tmp_path, case):
+    record, reason = BAD_PAIRS[case]
+    path = write(tmp_path / "d.jsonl", {**TEVATRON, "query_id": 1}, record)
+    with pytest.raises(DataError) as caught:
+        load_splits(without_drafts(path))
+    assert str(caught.value).startswith(f"{path}:2: {reason}")
+    train, _ = load_splits(without_drafts(path, skip_bad_examples=True), tmp_path / "r.jsonl")
+    assert [e.id for e in train] == ["1"]
+    assert json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8"))["record"] == record
+
+
 # ---- bad input
 
 
@@ -547,8 +846,22 @@ BAD_LINES = {
     ),
     "passages empty": (but(passages=[]), "'passages' is an empty list"),
     "passage empty": (but(passages=["x", " "]), "'passages' number 1 is empty; leave it out and renumber"),
-    "passage type": (but(passages=["x", 1]), "'passages' must hold strings, but number 1 is 1"),
-    "passages type": (but(passages="x"), "'passages' must be a list of strings, not \"x\""),
+    "passage type": (
+        but(passages=["x", 1]),
+        "'passages' number 1 is 1; a passage is a string, or a dict with one of text, content",
+    ),
+    "turn without text": (but(passages=["x", {"speaker": "A"}]), "; a passage is a string, or a dict with one of text"),
+    "two texts": (but(passages=["x", {"text": "a", "content": "b"}]), "a dict with one of text, content, utterance"),
+    "turn empty": (
+        but(passages=["x", {"speaker": "A", "text": " "}]),
+        "'passages' number 1 is empty; leave it out and",
+    ),
+    "speaker type": (but(passages=[{"speaker": ["A"], "text": "b"}]), "its text, title and speaker must be strings"),
+    "image": (but(passages=[{"role": "user", "content": [{"type": "image_url"}]}]), "must be strings, without images"),
+    "prediction": (but(passages=[{"passage": 4, "text": "x"}]), "predictions hold only passages that were read"),
+    "one turn": (but(passages={"speaker": "A", "text": "b"}), "'passages' must be a list of strings or dicts, not "),
+    "turns of several lengths": (but(passages={"speaker": ["A"], "text": ["b", "c"]}), "must be a list of strings or"),
+    "passages type": (but(passages="x"), "'passages' must be a list of strings or dicts, not \"x\""),
     "evidence too high": (but(evidence=[2]), "'evidence' holds 2, but there are 2 passages (numbers 0 to 1)"),
     "evidence negative": (but(evidence=[-1]), "'evidence' holds -1, but there are 2 passages"),
     "evidence fraction": (but(evidence=[0.5]), "'evidence' must hold passage numbers (whole numbers from 0)"),

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from utils.data.examples import Document, Example
+from utils.data.loading import load_examples
+from utils.errors import UsageError
 from utils.models.encoder import build_small_encoder, tokenize
 from utils.retrieval.bm25 import bm25_rankings
 from utils.retrieval.drafts import imitate_draft
-from utils.retrieval.pairs import Pairs, positives
+from utils.retrieval.pairs import Pairs, gold_passages, positives
 
 PASSAGES = ["the mill was sold", "a bridge over the river", "coffee for Ann", "the mill burned down", "nothing at all"]
 SECOND = ["tea for Bob", "the bridge is closed", "a long talk about the price of the bridge and of the mill"]
@@ -22,9 +24,9 @@ def encoder():
     return build_small_encoder([*PASSAGES, *SECOND, "what about it?"], vocab_size=300, hidden_size=32, layers=1)
 
 
-def make_pairs(encoder, **flags):
-    documents = [Document("d1", PASSAGES), Document("d2", SECOND)]
-    examples = [
+def make_pairs(encoder, examples=None, **flags):
+    documents = [example.document for example in examples or ()] or [Document("d1", PASSAGES), Document("d2", SECOND)]
+    examples = examples or [
         Example("a", "the mill", documents[0], ["The mill burned down."], [0, 3], [1, 3], None),
         Example("b", "the bridge", documents[1], ["The bridge is closed."], None, None, None),
         Example("c", "who left?", documents[0], ["Zoe!"], None, None, None),  # nothing to be learned from
@@ -68,6 +70,30 @@ def test_each_epoch_draws_positives_by_their_gold_words_and_negatives_that_are_n
     assert str(drawn[:20]) != str([make_pairs(encoder, seed=2).draw(pairs[0], epoch) for epoch in range(20)])
     both = make_pairs(encoder, num_positives=4, num_hard_negatives=0)
     assert {tuple(sorted(keys)) for *_, keys in draws(both, 0, 9)} == {(0, 3)}
+
+
+def test_given_negatives_are_the_hard_negatives(encoder, tmp_path):
+    records = [
+        {"query": "the mill", "positive_passages": [PASSAGES[0]], "negative_passages": [*PASSAGES[1:4], PASSAGES[0]]},
+        {"query": "the bridge", "positive_passages": SECOND[:2], "negative_passages": SECOND[2:]},
+    ]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, records)))
+    examples = load_examples(tmp_path / "d.jsonl", require_summary=False)
+    pairs = make_pairs(encoder, examples=examples, negatives_pool=3)
+    texts = [text for example in examples for text in example.document.passages]
+    negatives = [[texts[key] for key in pair.negatives[0]] for pair in pairs.rows]
+    assert negatives[0][0] == PASSAGES[3]  # best by BM25
+    assert list(map(sorted, negatives)) == [sorted(PASSAGES[1:4]), SECOND[2:]]
+    assert [sorted(texts[key] for key in pair.evidence) for pair in pairs.rows] == [[PASSAGES[0]], sorted(SECOND[:2])]
+
+
+def test_validation_in_which_every_ranking_is_perfect_is_refused():
+    everything = Example("a", "q", Document("d1", PASSAGES), [], [0, 1, 2, 3, 4], [1] * 5, None)
+    args = SimpleNamespace(corpus_file=None, supervision="evidence", oracle_passages=5)
+    with pytest.raises(UsageError, match="every passage of the validation examples is evidence"):
+        gold_passages([everything], args)
+    part = Example("b", "q", everything.document, [], [1], [1], None)
+    assert gold_passages([everything, part], args) == [[0, 1, 2, 3, 4], [1]]
 
 
 def test_imitated_drafts_are_searched_with_in_their_share(encoder, monkeypatch):

@@ -77,7 +77,7 @@ class ReadingArguments:
     id_column: str = flag("id", "field with the example's id (default if absent: the row number)")
     query_column: str = flag("query", "field with the question (may be absent)")
     document_column: str = flag("document", "field with the document as one text")
-    passages_column: str = flag("passages", "field with the document as a list of passages")
+    passages_column: str = flag("passages", "field with the passages: strings, turns of speaker and text, or messages")
     summary_column: str = flag("summary", "field with the reference summary, or a list of references")
     evidence_column: str = flag(
         "evidence", "field with the numbers of the gold passages, from 0; with a corpus, their ids"
@@ -98,8 +98,8 @@ class DataArguments(ReadingArguments):
 
     train_file: str | None = flag(
         None,
-        "training examples: JSON Lines (also .xz, .gz), JSON, CSV, Parquet, a folder or a Hub name "
-        "(default: the embedded data set)",
+        "training examples: JSON Lines (also .xz, .gz), JSON, CSV, Parquet, a folder or a Hub name, "
+        "in a layout that README.md lists (default: the embedded data set)",
     )
     validation_file: str | None = flag(None, "validation examples, in any of the same forms")
     validation_documents_file: str | None = flag(

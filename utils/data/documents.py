@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from utils.data.layouts import passage_text, struct_list
 from utils.data.passages import merge_passages, split_document
-from utils.data.rows import Row, listed_fields, read_identifier, shown
+from utils.data.rows import Row, is_listed, listed_fields, read_identifier, shown
 from utils.data.words import count_words
 from utils.errors import BadRecord
 
@@ -80,14 +81,13 @@ class Documents:
         """The checked passages of a record or, if it has none, its text."""
         passages_column, document_column = self.columns["passages"], self.columns["document"]
         if passages_column in record:
-            passages = record[passages_column]
+            passages = struct_list(record[passages_column])
             if not isinstance(passages, list):
-                raise BadRecord(f"'{passages_column}' must be a list of strings, not {shown(passages)}")
+                raise BadRecord(f"'{passages_column}' must be a list of strings or dicts, not {shown(passages)}")
             if not passages:
                 raise BadRecord(f"'{passages_column}' is an empty list; there must be at least one passage")
+            passages = [passage_text(each, f"'{passages_column}' number {n}") for n, each in enumerate(passages)]
             for number, passage in enumerate(passages):
-                if not isinstance(passage, str):
-                    raise BadRecord(f"'{passages_column}' must hold strings, but number {number} is {shown(passage)}")
                 if not passage.strip():
                     remedy = f"leave it out and renumber '{self.columns['evidence']}'"
                     raise BadRecord(f"'{passages_column}' number {number} is empty; {remedy}")
@@ -98,6 +98,8 @@ class Documents:
         if not isinstance(text, str):
             hint = f" (a list of passages goes under '{passages_column}')" if isinstance(text, list) else ""
             raise BadRecord(f"'{document_column}' must be a string, not {shown(text)}{hint}")
+        if is_listed(text):
+            raise BadRecord(f"'{document_column}' is a list, {shown(text)}; write it to '{passages_column}', as JSON")
         if not text.strip():
             raise BadRecord(f"'{document_column}' is empty; it must hold the text to summarize")
         return text

@@ -6,7 +6,7 @@ from typing import Any
 
 from utils.data.documents import Source
 from utils.data.examples import Hop, Ranking
-from utils.data.rows import is_whole_number, listed_fields, shown
+from utils.data.rows import is_listed, is_whole_number, listed_fields, shown
 from utils.errors import BadRecord
 
 
@@ -38,6 +38,8 @@ def read_summaries(record: dict, column: str, required: bool) -> list[str]:
     summaries = [value] if isinstance(value, str) else value
     if not isinstance(summaries, list) or not all(isinstance(summary, str) for summary in summaries):
         raise BadRecord(f"'{column}' must be a string or a list of strings, not {shown(value)}")
+    if isinstance(value, str) and is_listed(value):
+        raise BadRecord(f'\'{column}\' is a list as text, {shown(value)}; write it as a JSON list: ["...", "..."]')
     if required and not (summaries and all(summary.strip() for summary in summaries)):
         where = " or holds an empty string" if len(summaries) > 1 else ""
         raise BadRecord(f"'{column}' is empty{where}; an example needs a summary")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from utils.data.corpus import CorpusWords, load_corpus
@@ -10,7 +11,17 @@ from utils.data.documents import Documents, Source
 from utils.data.examples import Corpus, Example, blocks
 from utils.data.fields import number_evidence, read_evidence, read_hops, read_ranking, read_summaries
 from utils.data.kept import Examples, Keeper, keeper, kept_examples
-from utils.data.rows import Row, build_all, read_identifier, read_rows, report_problems, shown
+from utils.data.layouts import own_layout
+from utils.data.rows import (
+    POSITIVES,
+    WITHOUT_SUMMARY,
+    Row,
+    build_all,
+    read_identifier,
+    read_rows,
+    report_problems,
+    shown,
+)
 from utils.data.trec import read_qrels
 from utils.errors import BadRecord, DataError
 from utils.files import size_and_digest, write_json
@@ -45,6 +56,8 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[E
     if not args.validation_file and not has_splits:
         raise DataError("--train_file needs --validation_file")
     options = args.reading_options() | {"rejected_file": rejected_file}
+    of_retriever = ("supervision", "draft_share", "smooth_window")
+    options |= {name: getattr(args, name) for name in of_retriever if hasattr(args, name)}
     if args.corpus_file:
         options["corpus"] = load_corpus(
             args.corpus_file, skip_bad_examples=args.skip_bad_examples, rejected_file=rejected_file
@@ -86,6 +99,9 @@ def load_examples(
     passage_words: int = 100,
     merge_passages: bool = False,
     require_summary: bool = True,
+    supervision: str | None = None,
+    draft_share: float = 0.0,
+    smooth_window: int = 0,
     skip_bad_examples: bool = False,
     rejected_file: str | os.PathLike | None = None,
     max_examples: int | None = None,
@@ -96,6 +112,10 @@ def load_examples(
     of that file by doc_id instead. Examples about the same document share one `Document` object, so that work on a
     document is done once. With a `corpus` records hold no text: they need a query but no summary, and their evidence
     is a list of corpus ids; a record without evidence takes that of `qrels_file` (see `read_qrels`), by its id.
+
+    A record may also have one of the layouts of `own_layout`, with marked positives. It then needs no summary to train
+    the retriever, except for the ROUGE oracle and for drafts. `supervision`, `draft_share` and `smooth_window` are
+    flags of train_retrieve.py.
 
     Raises DataError for unusable data. With `skip_bad_examples` bad records are left out and written with the reasons
     to `rejected_file`, which keeps the entries of other files. `split` and `dataset_config_name` matter only for
@@ -125,7 +145,8 @@ def load_examples(
             problems = _read_examples(
                 path, keep, columns, split=split, documents_file=documents_file, corpus=corpus, qrels_file=qrels_file,
                 config_name=dataset_config_name, passage_words=passage_words, merge_passages=merge_passages,
-                require_summary=require_summary, max_examples=max_examples, **rejection,
+                require_summary=require_summary, max_examples=max_examples, supervision=supervision,
+                draft_share=draft_share, smooth_window=smooth_window, **rejection,
             )  # fmt: skip
         write_json(folder / PROBLEMS, problems)
 
@@ -133,7 +154,7 @@ def load_examples(
     files = [[str(file), *source_state(file, split, dataset_config_name)] for file in (path, documents_file) if file]
     qrels = [[str(qrels_file), *source_state(qrels_file, split, None)]] if qrels_file else []
     key = [files, qrels, corpus and corpus.id, split, dataset_config_name, columns, passage_words, merge_passages,
-           require_summary, skip_bad_examples, max_examples or 0]  # fmt: skip
+           require_summary, skip_bad_examples, max_examples or 0, supervision, draft_share, smooth_window]  # fmt: skip
     is_new = []
     folder = cached("examples", key, lambda folder: is_new.append(write(folder)))
     if not is_new:  # bad records of an earlier run are reported again
@@ -162,13 +183,17 @@ def source_state(path: str | os.PathLike, split: str, config_name: str | None) -
 
 
 def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, documents_file, corpus, qrels_file,
-                   config_name, passage_words, merge_passages, require_summary, max_examples, **rejection):  # fmt: skip
+                   config_name, passage_words, merge_passages, require_summary, max_examples, supervision, draft_share,
+                   smooth_window, **rejection):  # fmt: skip
     """Reads, checks and keeps documents and examples; returns the bad records of each file. See `load_examples`."""
     id_column, query_column, passages_column = columns["id"], columns["query"], columns["passages"]
     list_columns = (passages_column, columns["evidence"], "evidence_words", "retrieved", "hops")
+    list_columns += ("positive_passages", "negative_passages")
+    text_columns = (columns["summary"], columns["document"], "positive", "negative", "pos", "neg")
     documents = Documents(columns, passage_words, merge_passages, keep.add_document)
     own_text = documents_file is None and corpus is None
     require_summary = require_summary and corpus is None
+    positives_suffice = supervision == "evidence" and not draft_share
     numbers: dict[str, int] = {}  # corpus id -> passage number
     qrels: dict[str, dict[str, int]] = {}
     problems = []
@@ -179,7 +204,7 @@ def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, docume
         if qrels_file is not None:
             qrels = read_qrels(qrels_file, known_passages=numbers, **rejection)
     elif not own_text:
-        rows = read_rows(documents_file, split, config_name, list_columns)
+        rows = read_rows(documents_file, split, config_name, list_columns, text_columns)
         used = {field: columns[field] for field in ("doc_id", "document", "passages")}
         required = [("doc_id",), ("document", "passages")]
         _, bad = build_all(rows, str(documents_file), documents.add, used, required, **rejection)
@@ -188,7 +213,13 @@ def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, docume
     first_places: dict[str, str] = {}
 
     def keep_example(row: Row) -> None:
-        record = row.record
+        record, has_marks = own_layout(row.record, columns) if own_text else (row.record, False)
+        if not own_text and "positive_passages" in record:
+            flag = "--corpus_file" if documents_file is None else "--documents_file"
+            raise DataError(f"{row.place}: 'positive_passages' are passages of the record's own; leave out {flag}")
+        if has_marks and (merge_passages or smooth_window):
+            flag = "--merge_passages" if merge_passages else "--smooth_window"
+            raise DataError(f"{row.place}: positives and negatives of a query are not neighbours; leave out {flag}")
         # qrels need true ids: a row number could match one of their ids by chance
         example_id = read_identifier(record, id_column) if qrels or id_column in record else str(row.number)
         if example_id in first_places:
@@ -196,31 +227,38 @@ def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, docume
         query = record.get(query_column, "")
         if not isinstance(query, str):
             raise BadRecord(f"'{query_column}' must be a string, not {shown(query)}")
-        summaries = read_summaries(record, columns["summary"], require_summary)
+        if has_marks and require_summary and not positives_suffice and columns["summary"] not in record:
+            raise BadRecord(f"no '{columns['summary']}'; {WITHOUT_SUMMARY}")
+        require_own = require_summary and not (has_marks and positives_suffice)
+        summaries = read_summaries(record, columns["summary"], require_own)
         if corpus is not None:
             if not query.strip():
                 raise BadRecord(f"no '{query_column}' or an empty one; without a query a corpus cannot be searched")
             source = whole_corpus
             record = number_evidence(record, columns["evidence"], numbers, qrels.get(example_id, {}))
         else:
-            source = documents.read(row) if own_text else documents.find(record, str(documents_file))
+            own_row = replace(row, record=record)
+            source = documents.read(own_row) if own_text else documents.find(record, str(documents_file))
         evidence, evidence_words = read_evidence(record, columns["evidence"], passages_column, source)
+        if has_marks and supervision == "evidence" and not evidence:
+            raise BadRecord("no passage is marked as relevant: a retriever cannot learn from it")
         retrieved = read_ranking(record, passages_column, source)
         hops = read_hops(record, passages_column, source)
         first_places[example_id] = row.place
         example = Example(example_id, query, None, summaries, evidence, evidence_words, retrieved, hops)
         keep.add_example(example, source.number)
 
-    rows = read_rows(path, split, config_name, list_columns)
-    text_fields = ("document", "passages") if own_text else ()
-    used = {field: columns[field] for field in ("id", "query", "summary", "evidence", "doc_id", *text_fields)}
+    rows = read_rows(path, split, config_name, list_columns, text_columns)
+    text_fields = ("document", "passages", *POSITIVES) if own_text else ()
+    fields = ("id", "query", "summary", "evidence", "doc_id", *text_fields)
+    used = {field: columns.get(field, field) for field in fields}
     required = [text_fields if own_text else ("doc_id",)]
     if corpus is not None:
         del used["doc_id"]
         required = [("query",), ("id",)] if qrels else [("query",)]
-    if require_summary:
+    if require_summary and not positives_suffice:
         required.append(("summary",))
-    else:
+    elif not require_summary:
         del used["summary"]  # a file to be summarized may lack the column that was named for the training file
     _, bad = build_all(rows, str(path), keep_example, used, required, max_built=max_examples, **rejection)
     if qrels and not max_examples and not any(key in qrels for key in first_places):

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -10,6 +11,7 @@ import math
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,10 @@ from utils.files import write_jsonl
 
 logger = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 20  # an error shows this many problems; the rest are counted
+POSITIVES = ("positive_passages", "positive", "pos")  # fields of training data for retrievers (see layouts.py)
+WITHOUT_SUMMARY = (
+    "marked positives without summaries are only for train_retrieve.py, with --draft_share 0 and --supervision evidence"
+)
 REMEDY = "fix the lines, or pass --skip_bad_examples to skip them"
 
 
@@ -136,9 +142,12 @@ def _check_columns(
     if "_id" in columns:  # a corpus, which has no flags for its columns
         remedy = 'a corpus has records such as {"_id": "d7", "title": "A title", "text": "The passage."}'
     else:
-        remedy = f"name the right one with {' or '.join(f'--{field}_column' for field in missing[0])}"
+        flags = [f"--{field}_column" for field in missing[0] if field not in POSITIVES]
+        remedy = f"name the right one with {' or '.join(flags)}"
         if "doc_id" in found and "document" in missing[0]:
             remedy += "; for documents in a file of their own give --documents_file"
+        if "summary" in missing[0] and not found.isdisjoint({*POSITIVES, "query_id"}):
+            remedy += f"; {WITHOUT_SUMMARY}"
     raise DataError(f"{file}: no record has {names}; the columns found are {', '.join(sorted(found))}: {remedy}")
 
 
@@ -146,7 +155,7 @@ def _write_rejected(path: str | os.PathLike, file: str, entries: list[dict]) -> 
     """Replaces the entries of `file` in the rejected file and keeps those of other files."""
     kept = []
     if Path(path).exists():
-        rows = _line_rows(str(path), io.BytesIO(Path(path).read_bytes()), _parse_json)
+        rows = _line_rows(str(path), _open_bytes(path), _parse_json)
         kept = [row.record for row in rows if row.record is not None and row.record.get("file") != file]
     elif not entries:
         return
@@ -183,6 +192,11 @@ def read_identifier(record: dict, column: str) -> str:
     return str(value)
 
 
+def is_listed(text: str) -> bool:
+    """Whether a text is probably a list that was written by Python or NumPy, such as "['a', 'b']", and not by JSON."""
+    return re.fullmatch(r"\s*\[\s*(['\"]).*['\"]\s*\]\s*", text, re.DOTALL) is not None
+
+
 # ---- reading rows
 
 _OPENERS_BY_ENDING = {".gz": gzip.open, ".xz": lzma.open}
@@ -191,13 +205,18 @@ _HALF_CHARACTER = "invalid UTF-8, or half of a character pair (such as \\ud83d a
 
 
 def read_rows(
-    path: str | os.PathLike, split: str, config_name: str | None, list_columns: Sequence[str]
+    path: str | os.PathLike,
+    split: str,
+    config_name: str | None,
+    list_columns: Sequence[str],
+    text_columns: Sequence[str] = (),
 ) -> Iterator[Row]:
     """Rows of a file, a folder or a Hub data set.
 
-    Tables may keep a list as text: in `list_columns`, text that begins with "[" is parsed as JSON.
+    Tables may keep a list as text: in `list_columns`, text that begins with "[" or "{" is parsed as JSON. In
+    `text_columns`, which hold texts or lists of texts, it stays text if it is no JSON list of strings.
     """
-    return _guarded(path, lambda: _choose_reader(path, split, config_name, list_columns))
+    return _guarded(path, lambda: _choose_reader(path, split, config_name, (list_columns, text_columns)))
 
 
 def read_line_rows(path: str | os.PathLike, parse: Callable[[str], dict | None]) -> Iterator[Row]:
@@ -215,7 +234,7 @@ def _guarded(path: str | os.PathLike, read: Callable[[], Iterator[Row]]) -> Iter
         for row in read():
             yield row
             number = row.number
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error, UnicodeError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         raise DataError(
@@ -229,22 +248,22 @@ def _open_bytes(path: str | os.PathLike) -> BinaryIO:
 
 
 def _choose_reader(
-    path: str | os.PathLike, split: str, config_name: str | None, list_columns: Sequence[str]
+    path: str | os.PathLike, split: str, config_name: str | None, columns: tuple[Sequence[str], Sequence[str]]
 ) -> Iterator[Row]:
     name, file = str(path), Path(path)
     is_packed = file.suffix.lower() in _OPENERS_BY_ENDING
     kind = Path(file.stem if is_packed else file.name).suffix.lower()
     if file.is_dir():
-        return _dataset_rows(name, list_columns, name, config_name, split=split)
+        return _dataset_rows(name, columns, name, config_name, split=split)
     if not file.exists():
         file_endings = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
         if re.fullmatch(r"[\w-]+(/[\w.-]+)?", name) and kind not in file_endings and not is_packed:
-            return _dataset_rows(name, list_columns, name, config_name, split=split)
+            return _dataset_rows(name, columns, name, config_name, split=split)
         raise DataError(f"{name}: no such file or folder; give a {_ENDINGS} file, a folder, or a Hub name (owner/name)")
     if kind == ".parquet":
-        return _dataset_rows(name, list_columns, "parquet", data_files=name, split="train")
+        return _dataset_rows(name, columns, "parquet", data_files=name, split="train")
     if kind in (".csv", ".tsv"):
-        return _csv_rows(name, _open_bytes(file), "\t" if kind == ".tsv" else ",", list_columns)
+        return _csv_rows(name, _open_bytes(file), "\t" if kind == ".tsv" else ",", columns)
     if kind == ".json":
         return _json_rows(name, _open_bytes(file))
     if kind in (".jsonl", ".ndjson", ""):
@@ -252,9 +271,17 @@ def _choose_reader(
     raise DataError(f"{name}: unknown kind of file '{kind}'; give a {_ENDINGS} file")
 
 
+def _encoding(start: bytes) -> str:
+    """UTF-16 if a file starts with its byte order mark (Excel's "Unicode text", PowerShell's `>`), else UTF-8."""
+    return "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+
+
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines of a file, without the byte order mark that some editors write at its start."""
+    """Lines of a file in UTF-8, without the byte order mark that some editors write at its start."""
     with stream:
+        if _encoding(stream.peek(2)) == "utf-16":
+            yield from (line.encode() for line in io.TextIOWrapper(stream, "utf-16", newline="\n"))
+            return
         for number, line in enumerate(stream):
             yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
 
@@ -294,10 +321,10 @@ def _json_rows(name: str, stream: BinaryIO) -> Iterator[Row]:
     with stream:
         data = stream.read()
     try:
-        records = json.loads(data.decode("utf-8-sig"))
+        records = json.loads(data.decode(_encoding(data)))
     except (ValueError, RecursionError) as error:
         if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from _line_rows(name, io.BytesIO(data), _parse_json)
+            yield from _line_rows(name, io.BufferedReader(io.BytesIO(data)), _parse_json)
             return
         if isinstance(error, UnicodeDecodeError):
             line = data[: error.start].count(b"\n") + 1
@@ -322,22 +349,107 @@ def _object_problem(record: Any, may_hold_halves: bool) -> str:
     return ""
 
 
-def _csv_rows(name: str, stream: BinaryIO, delimiter: str, list_columns: Sequence[str]) -> Iterator[Row]:
-    """Rows of a CSV file; cells stay text: none becomes a number, and "NA" does not mean missing."""
+def _csv_rows(
+    name: str, stream: BinaryIO, delimiter: str, columns: tuple[Sequence[str], Sequence[str]]
+) -> Iterator[Row]:
+    """Rows of a CSV file; cells stay text: none becomes a number, and "NA" does not mean missing.
+
+    The first line shows which delimiter there is; `delimiter` is the usual one for the ending of the file.
+    """
+    encoding = _encoding(stream.peek(2))
+    with io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="") as file:  # any kind of line end
+        lines = enumerate(file, 1)
+        first = next((line for line in lines if line[1].strip()), (1, ""))
+        if given := re.fullmatch('"?sep=(.)"?[\r\n]*', first[1]):  # written by and for Excel
+            delimiter, first = given[1], next(lines, (2, ""))
+        else:
+            unquoted = re.sub('"(?:[^"]|"")*"', "", first[1])
+            delimiter = max(delimiter, ",", ";", "\t", key=unquoted.count)  # the first of equals
+        rows = _csv_cells(name, itertools.chain([first], lines), delimiter)
+        header, problem, _ = next(rows, ([], "", ""))
+        _check_header(f"{name}:{first[0]}", header, problem)
+        for number, (cells, problem, text) in enumerate(rows, 1):
+            record = dict(zip(header, (cell or None for cell in cells), strict=False))
+            record.pop("", None)  # an unnamed column, such as the row numbers of pandas
+            if len(cells) != len(header) and not problem:
+                count, kind = abs(len(cells) - len(header)), "more" if len(cells) > len(header) else "fewer"
+                problem = f"has {count} {kind} cells than the header has columns"
+                problem += f"; quote text that holds '{delimiter}' or line ends"
+            record = _decode_lists(record, columns)
+            problem = problem or _object_problem(record, may_hold_halves=True)
+            if problem == _HALF_CHARACTER and (byte := re.search("[\udc80-\udcff]", "".join(cells))):
+                problem = _invalid_byte(byte[0])
+            text = text or (json.dumps(record) if problem else "")
+            yield Row(number, f"{name}: row {number}", None if problem else record, problem, text)
+
+
+def _csv_cells(name: str, lines: Iterable[tuple[int, str]], delimiter: str) -> Iterator[tuple[list[str], str, str]]:
+    """The cells of each row that is not blank. If its quotation marks are wrong: none, the problem and the text.
+
+    Raises DataError if a quotation with a wrong end goes over several lines, because each of them may be a row.
+    """
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is shorter than a long document
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(stream))
-    for number, cells in enumerate(csv.DictReader(lines, delimiter=delimiter), 1):
-        surplus = cells.pop(None, None)
-        record = {column: cell for column, cell in cells.items() if cell != ""}
-        problem = _object_problem(record, may_hold_halves=True)
-        if surplus is not None:
-            problem = f"has {len(surplus)} more cells than the header has columns; quote text that holds '{delimiter}'"
-        text = json.dumps(cells) if problem else ""
-        record = None if problem else dict.fromkeys(cells) | _decode_lists(record, list_columns)
-        yield Row(number, f"{name}: row {number}", record, problem, text)
+    taken: list[tuple[int, str]] = []  # the lines of the current row, with their numbers
+
+    def take() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line[1]
+
+    reader = csv.reader(take(), delimiter=delimiter, strict=True)  # otherwise an open quotation swallows rows
+    while True:
+        taken.clear()
+        try:
+            if cells := next(reader):
+                yield cells, "", ""
+        except StopIteration:
+            return
+        except csv.Error as error:
+            begin, end = _open_quotation(taken, delimiter), taken[-1][0]
+            is_closed = "expected after" in str(error)
+            problem = f"the quotation that begins in line {begin} " + (
+                f"ends in line {end}, but its cell does not" if is_closed else "never ends"
+            )
+            remedy = 'close it at the end of its cell, and double the quotation marks inside (""), or use JSON Lines'
+            if begin != end:
+                raise DataError(f"{name}:{begin}: {problem}; nothing was loaded: {remedy}") from None
+            yield [], f"{problem}; {remedy}", "".join(line for _, line in taken)
 
 
-def _dataset_rows(name: str, list_columns: Sequence[str], *arguments: Any, **options: Any) -> Iterator[Row]:
+def _open_quotation(lines: list[tuple[int, str]], delimiter: str) -> int:
+    """The number of the line in which a row's first cell begins whose quotation does not end where the cell ends."""
+    text, position = "".join(line for _, line in lines), 0
+    cell = re.compile(f'(?:"(?:[^"]++|"")*+"|(?!")[^{re.escape(delimiter)}\r\n]*+){re.escape(delimiter)}')
+    while match := cell.match(text, position):
+        position = match.end()
+    ends = itertools.accumulate(len(line) for _, line in lines)
+    return next(number for (number, _), end in zip(lines, ends, strict=True) if position < end)
+
+
+def _check_header(place: str, header: list[str], problem: str) -> None:
+    """Raises DataError if the first row of a table cannot name its columns."""
+    text = "".join(header)
+    if not problem and "\0" in text:
+        problem = "holds NUL characters, as UTF-16 without a byte order mark does; save the file as UTF-8"
+    elif byte := re.search("[\udc80-\udcff]", text):
+        problem = _invalid_byte(byte[0])
+    elif repeated := [name for name, count in Counter(header).items() if name and count > 1]:
+        problem = f"several columns are named '{repeated[0]}'; rename or remove all but one"
+    if problem:
+        raise DataError(f"{place}: {problem}")
+
+
+def _invalid_byte(character: str) -> str:
+    """The problem of a byte that is no UTF-8, from the character that stands for it (`surrogateescape`)."""
+    byte = character.encode("utf-8", "surrogateescape")
+    meant = byte.decode("cp1252", "replace")
+    hint = f"it is '{meant}' in Windows-1252, which Excel writes: save the file as UTF-8 (Excel: CSV UTF-8)"
+    return f"invalid UTF-8: byte 0x{byte[0]:02x}; {hint}"
+
+
+def _dataset_rows(
+    name: str, columns: tuple[Sequence[str], Sequence[str]], *arguments: Any, **options: Any
+) -> Iterator[Row]:
     """Rows of `datasets.load_dataset(*arguments, **options)`."""
     import datasets  # takes seconds, and JSON Lines and CSV do not need it
 
@@ -353,15 +465,19 @@ def _dataset_rows(name: str, list_columns: Sequence[str], *arguments: Any, **opt
             "check the name, or download the data and give its path"
         ) from None
     for number, record in enumerate(rows, 1):
-        yield Row(number, f"{name}: row {number}", _decode_lists(record, list_columns))
+        yield Row(number, f"{name}: row {number}", _decode_lists(record, columns))
 
 
-def _decode_lists(record: dict, list_columns: Sequence[str]) -> dict:
-    for column in list_columns:
+def _decode_lists(record: dict, columns: tuple[Sequence[str], Sequence[str]]) -> dict:
+    list_columns, text_columns = columns
+    for column in (*list_columns, *text_columns):
         cell = record.get(column)
-        if isinstance(cell, str) and cell.lstrip().startswith("["):
+        if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
             try:
-                record[column] = json.loads(cell)
+                value = json.loads(cell)
             except (ValueError, RecursionError):
                 continue  # it stays text, and the check of the field rejects it with its place
+            is_texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
+            if column in list_columns or is_texts:
+                record[column] = value
     return record
