@@ -1,14 +1,16 @@
-"""The summarizer's input: sources of query and passages as token sequences, and batches of them.
+"""The summarizer's input: sources of query and passages as token sequences, batches of them, and the texts it writes.
 
 A source is one or more token sequences. With fusion "concat", all passages are in one sequence. With "fid"
 (Fusion-in-Decoder), each passage has a sequence of its own. Every sequence starts with the query.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
 from transformers import BatchEncoding
 
+from utils.errors import UsageError
 from utils.models.tokenizer import pad, tokenize
 
 # ---- from passages to token sequences
@@ -20,13 +22,17 @@ class Sources:
 
     `fusion` is "concat" or "fid". A sequence has at most `max_source_length` tokens, special tokens included; the query
     takes at most half of them. With "concat", passages are added in rank order until the sequence is full, and the last
-    one is cut. They then stand in the order of `passage_order`: "rank" or "document".
+    one is cut. They then stand in the order of `passage_order`: "rank" or "document". Every sequence begins with
+    `source_prefix`, which is part of its length. With `marks_query`, two separators follow the query, as in BART's
+    format for two texts (see `Summarizer._read`).
     """
 
     tokenizer: object
     fusion: str
     max_source_length: int
     passage_order: str
+    source_prefix: str = ""
+    marks_query: bool = False
 
     def __post_init__(self):
         self.passage_tokens: dict = {}  # by document: each document is tokenized once
@@ -36,7 +42,14 @@ class Sources:
         bare, whole = _tokenize_bare(tokenizer, ["a"])[0], tokenizer("a")["input_ids"]
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         self.prefix, self.suffix = whole[:start], whole[start + len(bare) :]
+        if self.source_prefix:
+            self.prefix += _tokenize_bare(tokenizer, [self.source_prefix.rstrip()])[0]
         self.room = self.max_source_length - len(self.prefix) - len(self.suffix)
+        if self.room < self.max_source_length // 4:
+            raise UsageError(
+                f"--source_prefix takes {len(self.prefix)} of --max_source_length {self.max_source_length} tokens; "
+                "make it shorter"
+            )
 
     def read(self, documents) -> None:
         """Tokenizes documents in one call, so that the cache on disk serves all of them."""
@@ -50,6 +63,8 @@ class Sources:
         self.read([document])
         passages = self.passage_tokens[document]
         query_tokens = _tokenize_bare(self.tokenizer, [query])[0][: self.room // 2] if query else []
+        if self.marks_query and query_tokens:
+            query_tokens.append(self.separator)
         kept, free = [], self.room - len(query_tokens)
         for number in passage_numbers:
             room = free - 1  # after the separator
@@ -62,8 +77,8 @@ class Sources:
             kept.sort()
         if self.fusion == "concat":
             sequences = [self._join([query_tokens, *(passage for _, passage in kept)])]
-        else:
-            sequences = [self._join([query_tokens, passage]) for _, passage in kept]
+        else:  # without a passage, the query alone
+            sequences = [self._join([query_tokens, passage]) for _, passage in kept] or [self._join([query_tokens])]
         return sequences, [number for number, _ in kept]
 
     def _join(self, texts: list[list[int]]) -> list[int]:
@@ -103,6 +118,20 @@ def count_tokens(batch: dict, is_packed: bool) -> dict[str, int]:
     tokens = sum(int(mask.sum()) for mask in real) if examples else 0
     slots = tokens if is_packed and examples else sum(mask.numel() for mask in real)
     return {"examples": examples, "tokens": tokens, "slots": slots}
+
+
+def count_generated(ids, eos_token_id) -> int:
+    """Tokens that were generated, up to and with the first end token of each row; ids (examples, 1 + tokens)."""
+    ends = torch.isin(ids[:, 1:], torch.as_tensor(eos_token_id, device=ids.device)).long()
+    return int((ends.cumsum(1) - ends == 0).sum())
+
+
+def decode(tokenizer, ids) -> list[str]:
+    """The texts of generated tokens; Pegasus writes a line break as the word <n>."""
+    texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    if "<n>" in tokenizer.get_vocab():
+        texts = [re.sub(r"\s*<n>\s*", "\n", text).strip() for text in texts]
+    return texts
 
 
 def tokens_per_example(attention_mask, sequences_per_example) -> list[int]:
