@@ -25,6 +25,8 @@ def set_languages(model, tokenizer, source_lang: str | None, target_lang: str | 
         if code not in codes:
             near = difflib.get_close_matches(code, codes, n=3, cutoff=0.4) or list(codes)[:5]
             raise UsageError(f"--{flag} {code}: {name} has no such language; some are {', '.join(near)}")
+    if getattr(tokenizer, "legacy_behaviour", False):  # of NLLB: the code at the end, unlike in pretraining
+        tokenizer.legacy_behaviour = False
     tokenizer.tgt_lang = target_lang
     tokenizer.src_lang = source_lang
     target, generation = codes[target_lang], model.generation_config
