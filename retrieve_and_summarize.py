@@ -10,12 +10,12 @@ summary goes to standard output and what led to it to standard error.
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import GenerationArguments, ReadingArguments, RunArguments, flag, parse
+from utils.cli.arguments import LanguageArguments, ReadingArguments, RunArguments, flag, parse
 from utils.errors import DataError, UsageError
 
 
 @dataclass
-class HopArguments(ReadingArguments, RunArguments):
+class HopArguments(LanguageArguments, ReadingArguments, RunArguments):
     """The hops."""
 
     output_dir: str = flag("outputs/hops", "the run folder")
@@ -46,11 +46,6 @@ class HopArguments(ReadingArguments, RunArguments):
     fusion: str | None = flag(None, "concat or fid", choices=("concat", "fid"))
     passage_order: str | None = flag(None, "order of the passages in the source", choices=("document", "rank"))
     max_source_length: int | None = flag(None, "maximum source tokens; with fid, per passage", at_least=16)
-    num_beams: int | None = flag(None, "beams in generation; 1 is greedy", at_least=1)
-    length_penalty: float | None = flag(None, "beam scores are divided by length to this power")
-    min_new_tokens: int | None = flag(None, "minimum tokens to generate", at_least=0)
-    max_new_tokens: int | None = flag(None, "maximum tokens to generate", at_least=1)
-    no_repeat_ngram_size: int | None = flag(None, "generate no n-gram of this size twice; 0: off", at_least=0)
     per_device_eval_batch_size: int = flag(32, "examples per device and batch", at_least=1)
 
     def __post_init__(self):
@@ -70,7 +65,6 @@ import json
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -87,9 +81,10 @@ from utils.data.sample import sample_examples
 from utils.evaluation.hops import score_hop
 from utils.files import digest, write_jsonl
 from utils.models.encoder import encode, load_retriever, weights_key
-from utils.models.encoder_decoder import Summarizer, check_lengths, load_model_and_tokenizer
+from utils.models.encoder_decoder import Summarizer, load_model_and_tokenizer, set_up
+from utils.models.generation import describe_generation
 from utils.models.settings import saved_settings
-from utils.models.sources import Sources, collate
+from utils.models.sources import Sources, collate, count_generated, decode
 from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched, unmatched
 from utils.retrieval.dense import remember_passages, retriever_rankings
 from utils.retrieval.drafts import extract_drafts
@@ -134,16 +129,17 @@ class Models:
     ranking: dict  # how the retriever ranks
     summarizer: Summarizer | None  # None: summaries are extracts
     sources: Sources | None
-    generation: dict
     top_k: int
     sentence_scorer: object | None  # a retriever that extracts drafts; None: the summarizer writes them
 
     def key(self) -> list:
         """What is another if weights or settings are."""
         weights = [weights_key(m) for m in (self.retriever, self.summarizer, self.sentence_scorer) if m is not None]
-        sources = self.sources
-        reading = [sources.fusion, sources.max_source_length, sources.passage_order] if sources else []
-        return [weights, self.ranking, reading, self.generation, self.top_k]
+        writing = []
+        if sources := self.sources:  # its prefix and suffix tell the languages
+            writing = [sources.fusion, sources.max_source_length, sources.passage_order, sources.prefix,
+                       sources.suffix, self.summarizer.model.generation_config.to_diff_dict()]  # fmt: skip
+        return [weights, self.ranking, writing, self.top_k]
 
 
 def load_models(args, accelerator) -> Models:
@@ -155,16 +151,17 @@ def load_models(args, accelerator) -> Models:
     check_language(args.language, args.retriever, saved_settings(args.retriever))
     retriever = None if args.retriever == "bm25" else load_retriever(args.retriever).to(accelerator.device)
     saved = saved_settings(args.summarizer)
-    settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5}
-    settings |= asdict(GenerationArguments())
+    settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5,
+                "source_prefix": None, "source_lang": None, "target_lang": None}  # fmt: skip
     for name, default in settings.items():
         settings[name] = saved.get(name, default) if getattr(args, name) is None else getattr(args, name)
     summarizer = sources = scorer = None
     if args.summarizer != "extract":
         model, tokenizer = load_model_and_tokenizer(args.summarizer, name="--summarizer")
-        check_lengths(model, settings["max_source_length"], 0, settings["max_new_tokens"])
+        set_up(model, tokenizer, {**settings, **args.generation(), "max_target_length": 0})
         summarizer = Summarizer(model).to(accelerator.device).eval()
-        sources = Sources(tokenizer, settings["fusion"], settings["max_source_length"], settings["passage_order"])
+        sources = Sources(tokenizer, settings["fusion"], settings["max_source_length"], settings["passage_order"],
+                          settings["source_prefix"] or "", summarizer.has_global_attention)  # fmt: skip
 
     drafter = args.drafter or ("extract" if summarizer is None else "summarizer")
     if drafter == "extract":
@@ -175,8 +172,7 @@ def load_models(args, accelerator) -> Models:
         scorer = load_retriever(drafter).to(accelerator.device)
     elif summarizer is None:
         raise UsageError("--drafter summarizer needs a --summarizer")
-    generation = {name: settings[name] for name in asdict(GenerationArguments())}
-    return Models(retriever, saved_settings(args.retriever), summarizer, sources, generation, settings["top_k"], scorer)
+    return Models(retriever, saved_settings(args.retriever), summarizer, sources, settings["top_k"], scorer)
 
 
 # ---- the hops of some examples, on one process
@@ -193,11 +189,11 @@ def write_summaries(examples: list, read: list[list[int]], models: Models, spent
         batch = collate([built[i] for i in numbers], [[]] * len(numbers), pad_token_id).to(accelerator.device)
         del batch["labels"]
         with accelerator.autocast():
-            ids = models.summarizer.generate(**batch, **models.generation, do_sample=False)
+            ids = models.summarizer.generate(**batch)
         spent["source_tokens"] += int(batch["attention_mask"].sum())
-        spent["generated_tokens"] += int((ids[:, 1:] != pad_token_id).sum())
-        for i, text in zip(numbers, sources.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-            summaries[i] = text.strip()
+        spent["generated_tokens"] += count_generated(ids, models.summarizer.model.generation_config.eos_token_id)
+        for i, text in zip(numbers, decode(sources.tokenizer, ids), strict=True):
+            summaries[i] = text
     return summaries
 
 
@@ -278,6 +274,8 @@ def main():
 
     examples, split = read_input(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
     models = load_models(args, accelerator)
+    if models.summarizer:
+        say(describe_generation(models.summarizer.model, models.sources.source_prefix))
     record_run(accelerator, args, run_folder)  # only now it is accepted
     key = digest([
         sorted((name, value) for name, value in vars(args).items() if name not in DECIDE_NOTHING),

@@ -9,12 +9,12 @@ holds a model that Transformers loads, `metrics.jsonl`, and `predictions.validat
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import DataArguments, GenerationArguments, TrainingArguments, flag, parse
+from utils.cli.arguments import DataArguments, LanguageArguments, TrainingArguments, flag, parse
 from utils.errors import UsageError
 
 
 @dataclass
-class SummarizeArguments(GenerationArguments, TrainingArguments, DataArguments):
+class SummarizeArguments(LanguageArguments, TrainingArguments, DataArguments):
     """The summarizer."""
 
     output_dir: str = flag("outputs/summarize", "the run folder")
@@ -45,11 +45,10 @@ class SummarizeArguments(GenerationArguments, TrainingArguments, DataArguments):
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
     arguments = parse(SummarizeArguments, __doc__)
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +65,9 @@ from utils.data.loading import load_splits
 from utils.data.trec import run_rankings
 from utils.evaluation.extracts import score_extracts
 from utils.models import encoder_decoder
+from utils.models.generation import describe_generation
 from utils.models.settings import saved_settings, write_settings
-from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, halves
+from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, decode, halves
 from utils.models.tokenizer import train_tokenizer
 from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
 from utils.retrieval.bm25 import bm25_rankings, check_language
@@ -95,10 +95,10 @@ def make_model(train: list, args, accelerator) -> tuple:
         )
         tokenizer = train_tokenizer(texts, key=content_key(train))
         pretrained = encoder_decoder.build_small_bart(tokenizer, dropout=args.dropout or 0.0)
-    encoder_decoder.check_lengths(pretrained, args.max_source_length, args.max_target_length, args.max_new_tokens)
+    encoder_decoder.set_up(pretrained, tokenizer, vars(args))
     summarizer = encoder_decoder.Summarizer(pretrained)
     runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
-    if runs_twice or pretrained.config.hidden_size < 256:
+    if runs_twice or pretrained.get_input_embeddings().weight.shape[1] < 256:
         # activation checkpointing runs layers again, without the sequences' lengths; narrow models are faster padded
         summarizer.is_packed = False
     return summarizer, tokenizer
@@ -192,9 +192,9 @@ def validate(summarizer, rows: Rows, sources: Sources, extract_scores, *, args, 
         with torch.no_grad(), accelerator.autocast():
             loss, nll = summarizer(**batch, label_smoothing_factor=args.label_smoothing_factor)
             labels = batch.pop("labels")
-            ids = summarizer.generate(**batch, **args.generation(), do_sample=False)
+            ids = summarizer.generate(**batch)
         if not is_extra:
-            texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            texts = decode(tokenizer, ids)
             rouge = rouge_of_each(texts, [row["example"].summaries for row in own])  # each process its own
             generated += zip(batches[number], texts, rouge, strict=True)
             sums.append((number, loss.item(), nll.item(), (labels != -100).sum().item()))
@@ -205,16 +205,15 @@ def validate(summarizer, rows: Rows, sources: Sources, extract_scores, *, args, 
     _, predictions, rouge = zip(*sorted(generated, key=lambda row: row[0]), strict=True)
     # sorted by batch: the sum is then the same for any number of processes
     loss, nll, tokens = (math.fsum(column) for column in list(zip(*sorted(sums), strict=True))[1:])
-    nll /= tokens * math.log(2)
-    loss /= tokens * math.log(2)
+    loss, nll = (value / (tokens * math.log(2)) for value in (loss, nll))
     return predictions, {"loss": loss, "nll_loss": nll, "ppl": 2**nll, **mean_of_each(rouge), **extract_scores()}
 
 
 def save(summarizer, tokenizer, folder, weights: dict, args) -> None:
-    """A folder that Transformers loads, and the settings that reading and writing need."""
+    """A folder that Transformers loads, and the settings that reading needs."""
     encoder_decoder.save_pretrained(summarizer, tokenizer, folder, weights)
-    reading = ("model_name_or_path", "fusion", "passage_order", "top_k", "max_source_length", "max_target_length")
-    write_settings(folder, args, (*reading, *args.generation()))
+    write_settings(folder, args, ("model_name_or_path", "fusion", "passage_order", "top_k", "max_source_length",
+                                  "max_target_length", "source_prefix", "source_lang", "target_lang"))  # fmt: skip
 
 
 def between_steps(run: Run, validate_now, args) -> None:
@@ -244,8 +243,9 @@ def main():
 
     summarizer, tokenizer = make_model(train, args, accelerator)
     log.say_model(summarizer)
-
-    sources = Sources(tokenizer, args.fusion, args.max_source_length, args.passage_order)
+    log.say(describe_generation(summarizer.model, args.source_prefix))
+    sources = Sources(tokenizer, args.fusion, args.max_source_length, args.passage_order, args.source_prefix or "",
+                      summarizer.has_global_attention)  # fmt: skip
     source = args.retriever or ("bm25" if train[0].retrieved is None else "the rankings in the files")
     check_language(args.language, source, saved_settings(source))
     train_hops, validation_hops = rank(train, validation, args, accelerator, log.say)
@@ -273,7 +273,7 @@ def main():
 
     # ---- training
 
-    extract_scores = functools.cache(partial(score_extracts, train, validation, accelerator))  # at the first validation
+    extract_scores = cache(partial(score_extracts, train, validation, accelerator))  # at the first validation
     validate_now = partial(validate, summarizer, validation_rows, sources, extract_scores, args=args,
                            accelerator=accelerator, poll=run.poll)  # fmt: skip
     model.train()

@@ -95,8 +95,10 @@ def test_a_run_copied_with_its_links_resolved_resumes(copied, tmp_path):
 def test_the_published_model_brings_its_settings(finished):
     settings = saved_settings(finished)
     arguments = json.loads((finished / "arguments.json").read_text())
-    assert {"fusion", "top_k", "num_beams", "max_new_tokens"} <= settings.keys()
+    assert {"fusion", "top_k", "source_prefix"} <= settings.keys()
     assert all(arguments[name] == value for name, value in settings.items())
+    generation = json.loads((finished / "generation_config.json").read_text())
+    assert (generation["num_beams"], generation["max_new_tokens"]) == (1, 2)
 
 
 def test_an_error_in_validation_loses_no_step(tmp_path, undisturbed):

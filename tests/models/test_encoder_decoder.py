@@ -29,10 +29,11 @@ from utils.models.encoder import build_small_encoder, load_retriever, set_max_se
 from utils.models.encoder_decoder import (
     Summarizer,
     build_small_bart,
-    check_lengths,
     load_model_and_tokenizer,
     save_pretrained,
+    set_up,
 )
+from utils.models.generation import DEFAULTS
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
 from utils.models.sources import Sources, collate
 from utils.models.tokenizer import position_limit, train_tokenizer
@@ -427,6 +428,12 @@ def test_cut_off_weights_are_refused_in_one_line(tokenizer, tmp_path):
         load_retriever(str(tmp_path))
 
 
+def check_lengths(model, max_source_length, max_target_length, max_new_tokens):
+    settings = dict.fromkeys((*DEFAULTS, "source_lang", "target_lang"))
+    set_up(model, None, {**settings, "max_source_length": max_source_length, "max_target_length": max_target_length,
+                         "max_new_tokens": max_new_tokens})  # fmt: skip
+
+
 def test_lengths_beyond_the_models_positions_are_refused_by_flag(tokenizer):
     small, bert = build_small_bart(tokenizer), build_small_encoder(TEXTS, vocab_size=300, hidden_size=32, layers=1)
     check_lengths(small, 1024, 1024, 1024)
@@ -440,7 +447,8 @@ def test_lengths_beyond_the_models_positions_are_refused_by_flag(tokenizer):
     assert bert.max_seq_length == 512
     ids = torch.full((1, 1024), 5)
     assert small(input_ids=ids, decoder_input_ids=ids).logits.shape[1] == 1024  # the limit can be used
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                                          decoder_start_token_id=0))  # fmt: skip
     check_lengths(t5, 10**5, 10**5, 10**5)  # it computes positions of any distance
     roberta = RobertaModel(RobertaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                          intermediate_size=16, max_position_embeddings=34))  # fmt: skip

@@ -150,17 +150,36 @@ class RunArguments:
 
 @dataclass
 class GenerationArguments:
-    """How a summarizer writes."""
+    """How a summarizer writes. What is not set is the model's own, else that of `generation.DEFAULTS`."""
 
-    num_beams: int = flag(4, "beams in generation; 1 is greedy", at_least=1)
-    length_penalty: float = flag(1.0, "beam scores are divided by length to this power")
-    min_new_tokens: int = flag(0, "minimum tokens to generate", at_least=0)
-    max_new_tokens: int = flag(128, "maximum tokens to generate", at_least=1)
-    no_repeat_ngram_size: int = flag(0, "generate no n-gram of this size twice; 0: off", at_least=0)
+    num_beams: int | None = flag(
+        None, "beams in generation; 1 is greedy (default: the model's setting, else 4)", at_least=1
+    )
+    length_penalty: float | None = flag(
+        None, "beam scores are divided by length to this power (default: the model's setting, else 1)"
+    )
+    min_new_tokens: int | None = flag(
+        None, "minimum tokens to generate (default: the model's setting, else 0)", at_least=0
+    )
+    max_new_tokens: int | None = flag(
+        None, "maximum tokens to generate (default: the model's setting, else 128)", at_least=1
+    )
+    no_repeat_ngram_size: int | None = flag(
+        None, "generate no n-gram of this size twice; 0: off (default: the model's setting, else 0)", at_least=0
+    )
 
     def generation(self) -> dict:
-        """These flags as keywords of `Summarizer.generate`."""
+        """These flags, None where they are not set."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(GenerationArguments)}
+
+
+@dataclass
+class LanguageArguments(GenerationArguments):
+    """How a summarizer reads and writes."""
+
+    source_prefix: str | None = flag(None, 'text before every source, as T5 needs it: "summarize: "')
+    source_lang: str | None = flag(None, "language of the sources, for tokenizers with languages, such as en_XX")
+    target_lang: str | None = flag(None, "language of the summaries, likewise")
 
 
 @dataclass
@@ -291,8 +310,8 @@ GROUPS = {
     "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words",
     "ranking": "language bm25_weight smooth_window smooth_decay index trec_run",
     "model, loss and generation": """
-        max_seq_length attention_dropout temperature gradient_cache_tokens passage_order max_target_length dropout
-        label_smoothing_factor length_penalty min_new_tokens no_repeat_ngram_size
+        max_seq_length attention_dropout temperature gradient_cache_tokens passage_order source_prefix source_lang
+        target_lang max_target_length dropout label_smoothing_factor length_penalty min_new_tokens no_repeat_ngram_size
     """,
     "batches": """
         gradient_accumulation_steps max_tokens curriculum_epochs per_device_eval_batch_size dataloader_num_workers

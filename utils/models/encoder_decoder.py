@@ -4,6 +4,8 @@ A source is one or more token sequences. The encoder reads each sequence separat
 tokens of all sequences of an example (Fusion-in-Decoder). Concatenated passages are the case of one sequence.
 """
 
+import inspect
+import warnings
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -19,12 +21,22 @@ from utils.errors import UsageError, in_one_line
 from utils.fast.beam_search import beam_search
 from utils.fast.cpu import FunctionalDropout, Linear, laid_out_weights, use_fast_layers
 from utils.fast.packing import laid_end_to_end, remove_padding_of_both
+from utils.models.generation import DEFAULTS, settle_generation
+from utils.models.languages import set_languages
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
 from utils.models.sources import tokens_per_example
 from utils.models.tokenizer import check_length, check_vocabulary
 
 # most tokens, padding included, that generation encodes at once; fewer on a CPU, to fit its cache
 ENCODED_ON_CPU, ENCODED_ON_GPU = 2048, 8192
+# families of AutoModelForSeq2SeqLM whose own loss is another than cross entropy, or is computed otherwise
+REFUSED = {
+    "fsmt": "it is for translation, and has no output layer of its own",
+    "nllb-moe": "the loss that balances its experts is not computed here",
+    "prophetnet": "its loss also predicts later tokens",
+    "switch_transformers": "the loss that balances its experts is not computed here",
+    "xlm-prophetnet": "its loss also predicts later tokens",
+}
 
 
 def build_small_bart(
@@ -71,6 +83,11 @@ def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, na
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path)
+        if config.model_type in REFUSED:
+            raise ValueError(f"models of type {config.model_type} are not supported: {REFUSED[config.model_type]}")
+        if getattr(config, "attention_type", "") == "block_sparse":
+            # BigBird would attend to all tokens for good once it has read a short source
+            config.attention_type = "original_full"
         for entry in ("dropout", "dropout_rate"):  # as BART and T5 call it
             if dropout is not None and hasattr(config, entry):
                 setattr(config, entry, dropout)
@@ -79,14 +96,45 @@ def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, na
         message = f"{name} {name_or_path}: no encoder-decoder model could be loaded: {in_one_line(error)}"
         raise UsageError(message) from error
     check_vocabulary(tokenizer, model, f"{name} {name_or_path}")
+    _check_special_tokens(model, tokenizer, f"{name} {name_or_path}")
     return model, tokenizer
 
 
-def check_lengths(model, max_source_length: int, max_target_length: int, max_new_tokens: int) -> None:
-    """Raises UsageError if a flag asks for more tokens than the model's encoder or decoder has positions for."""
-    check_length(model.get_encoder(), "max_source_length", max_source_length)
-    check_length(model.get_decoder(), "max_target_length", max_target_length)
-    check_length(model.get_decoder(), "max_new_tokens", max_new_tokens)
+def _check_special_tokens(model, tokenizer, name: str) -> None:
+    """Raises UsageError if padding or an end are missing, or encoder and decoder do not share the tokenizer."""
+    both = [stack.get_input_embeddings().weight.shape[0] for stack in (model.get_encoder(), model.get_decoder())]
+    if model.config.model_type == "encoder-decoder" and both[0] != both[1]:
+        sizes = f"{both[0]:,} and {both[1]:,} tokens"
+        raise UsageError(f"{name}: encoder and decoder have {sizes}, but one tokenizer must serve both")
+    if tokenizer.pad_token_id is None or (tokenizer.sep_token_id is None and tokenizer.eos_token_id is None):
+        raise UsageError(f"{name}: the tokenizer needs a pad token and an end token; set them and save it")
+    if model.generation_config.eos_token_id is None:
+        raise UsageError(f"{name}: set eos_token_id in its generation_config.json, or no summary would end")
+
+
+def start_token(model, name: str) -> int:
+    """The token that the decoder starts with, in training as in `generate`. Raises UsageError if there is none."""
+    for config, entry in ((model.generation_config, "decoder_start_token_id"), (model.config, "decoder_start_token_id"),
+                          (model.generation_config, "bos_token_id")):  # fmt: skip
+        if (token := getattr(config, entry, None)) is not None:
+            return token
+    raise UsageError(f"{name}: set decoder_start_token_id in its generation_config.json")
+
+
+def set_up(model, tokenizer, settings: dict) -> None:
+    """Sets the languages and the generation settings of a model, by the names of the flags; None is not set.
+
+    Raises UsageError if a setting cannot be followed, or asks for more tokens than encoder or decoder have positions.
+    """
+    name = model.config.name_or_path or "the new model"
+    set_languages(model, tokenizer, settings["source_lang"], settings["target_lang"], name)
+    settle_generation(model, {flag: settings[flag] for flag in DEFAULTS}, name)
+    model.generation_config.decoder_start_token_id = start_token(model, name)
+    # an encoder with windows of attention pads to a multiple
+    window = getattr(model.get_encoder().config, "attention_window", 1)
+    window = max(window) if isinstance(window, list | tuple) else window
+    check_length(model.get_encoder(), "max_source_length", settings["max_source_length"], window)
+    check_length(model.get_decoder(), "max_target_length", settings["max_target_length"])
 
 
 class Summarizer(nn.Module):
@@ -100,10 +148,15 @@ class Summarizer(nn.Module):
         self.model = model
         use_fast_layers(model)
         self.is_packed = remove_padding_of_both(model)
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # the layers that FSDP shards one by one
         # vocabulary_loss knows a matrix product plus BART's bias
         head, scaled = model.get_output_embeddings(), ("final_logit_softcapping", "logits_scaling", "logit_scale")
         self.has_own_logits = type(head) is not Linear or head.bias is not None
-        self.has_own_logits |= any(getattr(model.config, name, None) for name in scaled)
+        configs = [module.config for module in model.modules() if hasattr(module, "config")]  # of encoder and decoder
+        self.has_own_logits |= any(getattr(config, name, None) for config in configs for name in scaled)
+        parameters = inspect.signature(model.get_encoder().forward).parameters
+        self.has_global_attention = "global_attention_mask" in parameters
+        self._check_loss()
 
     def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):
         """Logits (target tokens, vocabulary) at the real target positions, in the order of ``labels[labels != -100]``.
@@ -153,16 +206,64 @@ class Summarizer(nn.Module):
 
         Not the models' own method, because mBART's starts with the language code instead.
         """
-        config = self.model.config
-        start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
-        return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], dim=1)
+        first = start_token(self.model, "the model")
+        pad = getattr(self.model.config, "pad_token_id", None)
+        pad = first if pad is None else pad  # only padding follows it
+        start = torch.full_like(labels[:, :1], first)
+        return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)], dim=1)
+
+    @torch.no_grad()
+    def _check_loss(self) -> None:
+        """Raises UsageError if the loss of random examples is not the model's own: for models that were not tried."""
+        model, was_training, was_packed = self.model, self.model.training, self.is_packed
+        ids = torch.randint(model.get_input_embeddings().weight.shape[0], (2, 6),
+                            generator=torch.Generator().manual_seed(0)).to(model.device)  # fmt: skip
+        mask, labels = torch.ones_like(ids), ids[:, :4].contiguous()
+        model.eval()
+        self.is_packed = False
+        try:
+            with warnings.catch_warnings(action="ignore"):  # an EncoderDecoderModel warns of its loss
+                own = model(input_ids=ids, attention_mask=mask, **self._global_attention(ids, mask),
+                            decoder_input_ids=self._shift_right(labels), labels=labels).loss  # fmt: skip
+            ours = self(ids, mask, torch.ones(2, dtype=torch.long), labels, 0.0)[0] / labels.numel()
+            problem = "" if (own - ours).abs() <= 0.01 * own.abs() else f"its own loss is {own:.4f}, here {ours:.4f}"
+        except Exception as error:  # models of others may raise anything
+            problem = in_one_line(error)
+        finally:
+            model.train(was_training)
+            self.is_packed = was_packed
+        if problem:
+            name = model.config.name_or_path or "the model"
+            raise UsageError(
+                f"{name}: models of type {model.config.model_type} are not supported; choose another: {problem}"
+            )
+
+    def _global_attention(self, input_ids, attention_mask) -> dict:
+        """A keyword of Longformer's: the first token and the query see all tokens and are seen by all.
+
+        The query's end is where two separators follow each other (see `Sources`).
+        """
+        if not self.has_global_attention:
+            return {}
+        ends = torch.isin(input_ids, torch.as_tensor(self.model.generation_config.eos_token_id).to(input_ids))
+        ends &= attention_mask != 0
+        twice = ends[:, :-1] & ends[:, 1:]
+        seen_by_all = torch.zeros_like(attention_mask)
+        seen_by_all[:, :-1] = (twice.cumsum(1) == 0) & twice.any(1, keepdim=True)
+        seen_by_all[:, 0] = 1
+        return {"global_attention_mask": seen_by_all}
+
+    def _read(self, input_ids, attention_mask) -> torch.Tensor:
+        """The encoder's states, (sequences, tokens, hidden)."""
+        options = self._global_attention(input_ids, attention_mask)
+        return self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
 
     def encode(self, input_ids, attention_mask, sequences_per_example):
         """(sequences, tokens) -> (examples, tokens of an example, hidden) and its mask.
 
         The padding between the sequences of an example is removed.
         """
-        hidden = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = self._read(input_ids, attention_mask)
         if len(sequences_per_example) == len(input_ids):
             return hidden, attention_mask
         tokens = tokens_per_example(attention_mask, sequences_per_example)
@@ -170,10 +271,16 @@ class Summarizer(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, sequences_per_example, **generation) -> torch.Tensor:
-        """Token ids (examples, generated tokens); `generation` as in Transformers' `generate`.
+        """Token ids (examples, 1 + generated tokens); `generation` as in Transformers' `generate`.
 
-        Inputs are padded on the right.
+        What is not given is taken from the model's generation_config. Inputs are padded on the right.
         """
+        own = self.model.generation_config
+        if own.encoder_no_repeat_ngram_size or (own.encoder_repetition_penalty or 1) != 1:
+            # these look at the source's tokens, and are left to Transformers
+            tokens = tokens_per_example(attention_mask, sequences_per_example)
+            parts = input_ids[attention_mask.bool()].split(tokens)
+            generation["input_ids"] = pad_sequence(parts, batch_first=True, padding_value=own.pad_token_id or 0)
         with laid_out_weights(self.model):
             hidden, mask = self._encode_in_parts(input_ids, attention_mask, sequences_per_example)
             return beam_search(self.model, hidden, mask, **generation)
@@ -191,9 +298,7 @@ class Summarizer(nn.Module):
             at_once = len(lengths)  # a model sharded over processes must run equally often on each
         for part in longest_first.split(max(1, at_once)):
             longest = lengths[part[0]]
-            hidden = self.model.get_encoder()(
-                input_ids=input_ids[part, :longest], attention_mask=attention_mask[part, :longest]
-            ).last_hidden_state
+            hidden = self._read(input_ids[part, :longest], attention_mask[part, :longest])
             for i, row in zip(part.tolist(), hidden, strict=True):
                 states[i] = row[: lengths[i]]
         rows = iter(states)

@@ -61,7 +61,7 @@ class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, outer, _):
         for_hidden, for_weight = (
-            gradient.mul_(outer / ctx.scale).to(dtype)
+            (gradient * (outer / ctx.scale)).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return for_hidden, None, None, for_weight, None, None

@@ -1,9 +1,10 @@
-"""The summarizer's input: sources of query and passages as token sequences, and batches of them.
+"""The summarizer's input: sources of query and passages as token sequences, batches of them, and the texts it writes.
 
 A source is one or more token sequences. With fusion "concat", all passages are in one sequence. With "fid"
 (Fusion-in-Decoder), each passage has a sequence of its own. Every sequence starts with the query.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from transformers import BatchEncoding
 
+from utils.errors import UsageError
 from utils.files import digest
 from utils.models.tokenizer import pad, tokenize, tokenizer_key
 from utils.tables import Texts, lengths, values
@@ -24,13 +26,17 @@ class Sources:
 
     `fusion` is "concat" or "fid". A sequence has at most `max_source_length` tokens, special tokens included; the query
     takes at most half of them. With "concat", passages are added in rank order until the sequence is full, and the last
-    one is cut. They then stand in the order of `passage_order`: "rank" or "document".
+    one is cut. They then stand in the order of `passage_order`: "rank" or "document". Every sequence begins with
+    `source_prefix`, which is part of its length. With `marks_query`, two separators follow the query, as in BART's
+    format for two texts (see `Summarizer._read`).
     """
 
     tokenizer: object
     fusion: str
     max_source_length: int
     passage_order: str
+    source_prefix: str = ""
+    marks_query: bool = False
 
     def __post_init__(self):
         self.passage_tokens: dict = {}  # by document: the tokens of all documents of a call, and its first passage
@@ -40,7 +46,14 @@ class Sources:
         bare, whole = self.tokenize(["a"])[0], tokenizer("a")["input_ids"]
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         self.prefix, self.suffix = whole[:start], whole[start + len(bare) :]
+        if self.source_prefix:
+            self.prefix += self.tokenize([self.source_prefix.rstrip()])[0]
         self.room = self.max_source_length - len(self.prefix) - len(self.suffix)
+        if self.room < self.max_source_length // 4:
+            raise UsageError(
+                f"--source_prefix takes {len(self.prefix)} of --max_source_length {self.max_source_length} tokens; "
+                "make it shorter"
+            )
 
     def tokenize(self, texts: Iterable[str]) -> Sequence[list[int]]:
         """Tokens of each text, without special ones."""
@@ -64,25 +77,30 @@ class Sources:
         """As `build`, from the tokens of the query."""
         self.read([document])
         tokens, _, first = self.passage_tokens[document]
-        query, kept = query[: self.room // 2], self._choose(len(query), document, passage_numbers)
+        query = query[: self.room // 2]
+        if self.marks_query and query:
+            query = [*query, self.separator]
+        kept = self._choose(len(query), document, passage_numbers)
         passages = [tokens[first + number][:size] for number, size in kept]
         if self.fusion == "concat":
             sequences = [self._join([query, *passages])]
-        else:
-            sequences = [self._join([query, passage]) for passage in passages]
+        else:  # without a passage, the query alone
+            sequences = [self._join([query, passage]) for passage in passages] or [self._join([query])]
         return sequences, [number for number, _ in kept]
 
     def length(self, query_length: int, document, passage_numbers: Sequence[int]) -> int:
         """Tokens of the longest sequence of the source of a query of so many tokens."""
-        kept, query = self._choose(query_length, document, passage_numbers), min(query_length, self.room // 2)
-        texts = [[query, *(size for _, size in kept)]] if self.fusion == "concat" else [[query, n] for _, n in kept]
+        query = min(query_length, self.room // 2)
+        query += self.marks_query and query > 0
+        kept = [size for _, size in self._choose(query, document, passage_numbers)]
+        texts = [[query, *kept]] if self.fusion == "concat" or not kept else [[query, size] for size in kept]
         special = len(self.prefix) + len(self.suffix)
         return special + max(sum(sizes) + max(0, sum(map(bool, sizes)) - 1) for sizes in texts)
 
     def _choose(self, query_length: int, document, passage_numbers: Sequence[int]) -> list[tuple[int, int]]:
-        """The passages that fit, in the order in which they are read, and how many tokens of each."""
+        """The passages that fit after a query, in the order in which they are read, and how many tokens of each."""
         _, sizes, first = self.passage_tokens[document]
-        kept, free = [], self.room - min(query_length, self.room // 2)
+        kept, free = [], self.room - query_length
         for number in passage_numbers:
             room = free - 1  # after the separator
             if room <= 0 and kept:
@@ -175,6 +193,20 @@ def count_tokens(batch: dict, is_packed: bool) -> dict[str, int]:
     tokens = sum(int(mask.sum()) for mask in real) if examples else 0
     slots = tokens if is_packed and examples else sum(mask.numel() for mask in real)
     return {"examples": examples, "tokens": tokens, "slots": slots}
+
+
+def count_generated(ids, eos_token_id) -> int:
+    """Tokens that were generated, up to and with the first end token of each row; ids (examples, 1 + tokens)."""
+    ends = torch.isin(ids[:, 1:], torch.as_tensor(eos_token_id, device=ids.device)).long()
+    return int((ends.cumsum(1) - ends == 0).sum())
+
+
+def decode(tokenizer, ids) -> list[str]:
+    """The texts of generated tokens; Pegasus writes a line break as the word <n>."""
+    texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    if "<n>" in tokenizer.get_vocab():
+        texts = [re.sub(r"\s*<n>\s*", "\n", text).strip() for text in texts]
+    return texts
 
 
 def tokens_per_example(attention_mask, sequences_per_example) -> list[int]:

@@ -86,9 +86,13 @@ def position_limit(stack: torch.nn.Module) -> int | None:
     return None
 
 
-def check_length(stack: torch.nn.Module, name: str, length: int) -> None:
-    """Raises UsageError if the flag `name` asks an encoder or decoder for more tokens than it has positions for."""
+def check_length(stack: torch.nn.Module, name: str, length: int, multiple: int = 1) -> None:
+    """Raises UsageError if the flag `name` asks an encoder or decoder for more tokens than it has positions for.
+
+    It pads to a `multiple`.
+    """
     limit = position_limit(stack)
+    limit = limit and limit // multiple * multiple
     if limit is not None and length > limit:
         raise UsageError(f"--{name} {length}: the model has positions for {limit} tokens only")
 

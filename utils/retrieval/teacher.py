@@ -5,6 +5,7 @@ import torch
 from accelerate.utils import gather_object
 
 from utils.models.encoder_decoder import Summarizer, load_model_and_tokenizer
+from utils.models.languages import set_languages
 from utils.models.settings import saved_settings
 from utils.models.sources import Sources, collate
 
@@ -18,9 +19,11 @@ def passage_likelihoods(folder, examples, candidates, accelerator, *, batch_size
     the work, and all get the result.
     """
     pretrained, tokenizer = load_model_and_tokenizer(folder, name="--teacher")
-    summarizer = Summarizer(pretrained).to(accelerator.device).eval()
     saved = saved_settings(folder)
-    sources = Sources(tokenizer, "concat", saved.get("max_source_length", 512), "rank")
+    set_languages(pretrained, tokenizer, saved.get("source_lang"), saved.get("target_lang"), folder)
+    summarizer = Summarizer(pretrained).to(accelerator.device).eval()
+    sources = Sources(tokenizer, "concat", saved.get("max_source_length", 512), "rank",
+                      saved.get("source_prefix") or "", summarizer.has_global_attention)  # fmt: skip
     rows = []  # (example, candidate, source, target)
     for number, (example, passages) in enumerate(zip(examples, candidates, strict=True)):
         targets = tokenizer(text_target=example.summaries, truncation=True,
