@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.data.examples import Corpus, Document, Example, Ranking
+from utils.data.examples import Corpus, Document, Example, Ranking, blocks
 from utils.data.hand_over import read_drafts
 from utils.errors import UsageError
 from utils.files import digest
@@ -62,20 +62,32 @@ def first_hop(ranking: Ranking, evidence: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(passages[:READ] + (found[:1] if len(evidence) > 1 else [])))
 
 
+def passage_keys(documents: Sequence[Document]) -> np.ndarray:
+    """(passages,) int64: a key for each passage of all documents, in their order; equal texts have the same key.
+
+    A key is the place of the first passage with this text. Only a checksum of 64 bits is kept of each text, because a
+    corpus may be large.
+    """
+    texts = (text for document in documents for block in blocks(document.passages) for text in block)
+    checksums = np.fromiter(map(hash, texts), np.int64)
+    _, first, inverse = np.unique(checksums, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
 @dataclass
 class Pair:
-    """A training query and its passages. A passage's key is its number, counted through all documents."""
+    """A training query and its passages, by the keys of `passage_keys`: a text is never its own negative."""
 
     number: int  # among all pairs
     example: Example
-    document: int  # key of the document's first passage
+    document: int  # place of the document's first passage among all
     query: list[int]  # tokens
     searches: list[str]  # search texts: the query, and the query with a draft if drafts are trained on
     drafts: list[tuple[str, list[int]]]  # from the drafts file, each with the keys of the passages that it used
-    evidence: list[int]  # keys of the positives
+    evidence: list[int]  # keys of the positives, each once
     weights: np.ndarray  # (evidence,) the probability that a positive is drawn, or the teacher's of each passage
     is_distribution: bool  # whether the weights are the teacher's; then all positives are used
-    read: list[int]  # keys of the passages that a first hop would read
+    read: list[int]  # numbers of the passages that a first hop would read
     longest: int  # most tokens of a search text
     negatives: list[list[int]]  # keys of the hard negatives, best first; a list for each of `searches`
 
@@ -94,8 +106,9 @@ class Pairs:
     ):
         self.args, self.documents, self.retriever = args, documents, retriever
         self.is_corpus = isinstance(documents[0], Corpus)
-        first_keys = np.cumsum([0, *(len(document.passages) for document in documents)]).tolist()
-        first_key = dict(zip(documents, first_keys, strict=False))
+        self.keys = passage_keys(documents)
+        places = np.cumsum([0, *(len(document.passages) for document in documents)]).tolist()
+        place = dict(zip(documents, places, strict=False))
 
         drafts = read_drafts(args.drafts_file, examples) if args.drafts_file else [[] for _ in examples]
         searches = [[example.query] for example in examples]
@@ -125,27 +138,40 @@ class Pairs:
             evidence, weights = taught.get(number) or positives(example, args.supervision, args.oracle_passages)
             if not sum(weights):
                 continue
-            first = first_key[example.document]
-            negatives = [hard_negatives(of_hop[number], evidence, args.negatives_pool) for of_hop in ranked]
+            first = place[example.document]
+            weight_of: dict[int, float] = {}  # passages with the same text share theirs
+            for key, weight in zip(self._keys(first, evidence), weights, strict=True):
+                weight_of[key] = weight_of.get(key, 0) + weight
+            weights = np.array(list(weight_of.values()))
             self.rows.append(Pair(
                 number=len(self.rows),
                 example=example,
                 document=first,
                 query=query_tokens[number],
                 searches=searches[number],
-                drafts=[(text, [first + passage for passage in read]) for text, read in drafts[number]],
-                evidence=[first + passage for passage in evidence],
-                weights=np.array(weights) / sum(weights),
+                drafts=[(text, self._keys(first, read)) for text, read in drafts[number]],
+                evidence=list(weight_of),
+                weights=weights / sum(weights),
                 is_distribution=number in taught,
-                read=[first + passage for passage in first_hop(ranked[0][number], evidence)],
+                read=first_hop(ranked[0][number], evidence),
                 longest=longest[number],
-                negatives=[[first + passage for passage in of_hop] for of_hop in negatives],
+                negatives=[self._negatives(of_hop[number], first, weight_of) for of_hop in ranked],
             ))  # fmt: skip
         if not self.rows:
             remedy = "" if self.is_corpus else " or shares a word with its summary"
             raise UsageError(f"no training example has evidence{remedy}: nothing to train on")
         self.passage_tokens: dict[int, list[int]] = {}
         self._tokenize_passages()
+
+    def _keys(self, first: int, passages: Sequence[int]) -> list[int]:
+        """The keys of passages of the document whose first passage is at `first`."""
+        return self.keys[first + np.array(passages, dtype=np.int64)].tolist()
+
+    def _negatives(self, ranking: Ranking, first: int, evidence, margin: float | None = None) -> list[int]:
+        """The keys of the hard negatives in a document's `ranking`; `evidence` holds keys."""
+        keys = self._keys(first, [passage for passage, _ in ranking])
+        by_key = list(zip(keys, (score for _, score in ranking), strict=True))
+        return hard_negatives(by_key, evidence, self.args.negatives_pool, margin)
 
     def _ask_teacher(self, examples: Sequence[Example], rankings: list[Ranking], accelerator) -> dict[int, tuple]:
         """Returns passage numbers and the probability of each, by the number of an example without gold evidence."""
@@ -170,8 +196,9 @@ class Pairs:
             if keys := sorted(wanted - self.passage_tokens.keys()):
                 texts = self.documents[0].passages[keys]
         elif not self.passage_tokens:
+            keys = np.unique(self.keys).tolist()
             texts = [text for document in self.documents for text in document.passages]
-            keys = range(len(texts))
+            texts = [texts[key] for key in keys]
         self.passage_tokens.update(zip(keys, tokenize(self.retriever, texts, "passage"), strict=True))
 
     def describe(self) -> str:
@@ -217,7 +244,7 @@ class Pairs:
             if pair.drafts:
                 draft, read = pair.drafts[rng.integers(len(pair.drafts))]
             else:
-                draft, read = self._imitate(pair, rng), pair.read
+                draft, read = self._imitate(pair, rng), self._keys(pair.document, pair.read)
             missing = ~np.isin(pair.evidence, read)
             if weights[missing].any():  # a later hop should find what the draft did not use
                 weights = weights * np.where(missing, 1.0, args.found_weight)
@@ -238,7 +265,7 @@ class Pairs:
     def _imitate(self, pair: Pair, rng: np.random.Generator) -> str:
         """A draft such as a summarizer would write that has read BM25's best passages for the query."""
         summaries, other = pair.example.summaries, self.rows[rng.integers(len(self.rows))].example.summaries
-        texts = [pair.example.document.passages[key - pair.document] for key in pair.read]
+        texts = [pair.example.document.passages[passage] for passage in pair.read]
         return imitate_draft(summaries[rng.integers(len(summaries))], texts, (other or [""])[0])
 
     # ---- mining of hard negatives
@@ -264,10 +291,8 @@ class Pairs:
             for number, ranking in enumerate(ranked(examples, top_k=top_k, queries=queries)):
                 hop, place = divmod(number, len(block))
                 pair = block[place]
-                evidence = [key - pair.document for key in pair.evidence]
-                found = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
-                if found:
-                    mined[pair.number][hop] = [pair.document + passage for passage in found]
+                if found := self._negatives(ranking, pair.document, pair.evidence, args.negatives_margin):
+                    mined[pair.number][hop] = found
         self.set_negatives(mined)  # at the end, so that an interrupted search changes nothing
 
     def negatives(self) -> list[list[list[int]]]:
