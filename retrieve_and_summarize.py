@@ -10,12 +10,12 @@ summary goes to standard output and what led to it to standard error.
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import GenerationArguments, ReadingArguments, RunArguments, flag, parse
+from utils.cli.arguments import GenerationArguments, RankingOverrides, ReadingArguments, RunArguments, flag, parse
 from utils.errors import DataError, UsageError
 
 
 @dataclass
-class HopArguments(ReadingArguments, RunArguments):
+class HopArguments(ReadingArguments, RankingOverrides, RunArguments):
     """The hops."""
 
     output_dir: str = flag("outputs/hops", "the run folder")
@@ -150,7 +150,10 @@ def load_models(args, accelerator) -> Models:
                                     ("summarizer", args.summarizer, "train_summarize.py")):  # fmt: skip
         if name.startswith("outputs/") and not Path(name).is_dir():  # no name to ask the Hub for
             raise UsageError(f"--{flag_name} {name}: no such folder; {script} makes it, or name another")
-    retriever = None if args.retriever == "bm25" else load_retriever(args.retriever).to(accelerator.device)
+    load = partial(load_retriever, trust_remote_code=args.trust_remote_code)
+    is_trained = args.retriever != "bm25"
+    ranking = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)
+    retriever = load(args.retriever).to(accelerator.device) if is_trained else None
     saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5}
     settings |= asdict(GenerationArguments())
@@ -158,7 +161,8 @@ def load_models(args, accelerator) -> Models:
         settings[name] = saved.get(name, default) if getattr(args, name) is None else getattr(args, name)
     summarizer = sources = scorer = None
     if args.summarizer != "extract":
-        model, tokenizer = load_model_and_tokenizer(args.summarizer, name="--summarizer")
+        model, tokenizer = load_model_and_tokenizer(args.summarizer, name="--summarizer",
+                                                    trust_remote_code=args.trust_remote_code)  # fmt: skip
         check_lengths(model, settings["max_source_length"], 0, settings["max_new_tokens"])
         summarizer = Summarizer(model).to(accelerator.device).eval()
         sources = Sources(tokenizer, settings["fusion"], settings["max_source_length"], settings["passage_order"])
@@ -169,11 +173,11 @@ def load_models(args, accelerator) -> Models:
             raise UsageError("--retriever bm25 cannot choose sentences: name a --drafter, or a --summarizer")
         scorer = retriever
     elif drafter != "summarizer":
-        scorer = load_retriever(drafter).to(accelerator.device)
+        scorer = load(drafter).to(accelerator.device)
     elif summarizer is None:
         raise UsageError("--drafter summarizer needs a --summarizer")
     generation = {name: settings[name] for name in asdict(GenerationArguments())}
-    return Models(retriever, saved_settings(args.retriever), summarizer, sources, generation, settings["top_k"], scorer)
+    return Models(retriever, ranking, summarizer, sources, generation, settings["top_k"], scorer)
 
 
 # ---- the hops of some examples, on one process

@@ -9,12 +9,11 @@ holds a model that Transformers loads, `metrics.jsonl`, and `predictions.validat
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import DataArguments, GenerationArguments, TrainingArguments, flag, parse
-from utils.errors import UsageError
+from utils.cli.arguments import DataArguments, GenerationArguments, RankingOverrides, TrainingArguments, flag, parse
 
 
 @dataclass
-class SummarizeArguments(GenerationArguments, TrainingArguments, DataArguments):
+class SummarizeArguments(GenerationArguments, RankingOverrides, TrainingArguments, DataArguments):
     """The summarizer."""
 
     output_dir: str = flag("outputs/summarize", "the run folder")
@@ -35,11 +34,6 @@ class SummarizeArguments(GenerationArguments, TrainingArguments, DataArguments):
     dropout: float | None = flag(None, "dropout (default: the model's own; 0 for a new one)", at_least=0, below=1)
     max_target_length: int = flag(128, "maximum reference tokens in training", at_least=1)
     label_smoothing_factor: float = flag(0.1, "probability spread over the vocabulary in the loss", at_least=0, below=1)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.corpus_file:
-            raise UsageError("--corpus_file is for train_retrieve.py, whose hand-over files hold what was found in it")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
@@ -84,7 +78,9 @@ BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ra
 def make_model(train: list, args, accelerator) -> tuple:
     """The summarizer and its tokenizer: a checkpoint, or a small BART with a tokenizer trained on the training text."""
     if args.model_name_or_path:
-        pretrained, tokenizer = encoder_decoder.load_model_and_tokenizer(args.model_name_or_path, args.dropout)
+        pretrained, tokenizer = encoder_decoder.load_model_and_tokenizer(
+            args.model_name_or_path, args.dropout, trust_remote_code=args.trust_remote_code
+        )
     else:
         documents = dict.fromkeys(example.document for example in train)
         texts = [text for document in documents for text in document.passages]
@@ -92,7 +88,7 @@ def make_model(train: list, args, accelerator) -> tuple:
         tokenizer = train_tokenizer(texts)
         pretrained = encoder_decoder.build_small_bart(tokenizer, dropout=args.dropout or 0.0)
     encoder_decoder.check_lengths(pretrained, args.max_source_length, args.max_target_length, args.max_new_tokens)
-    summarizer = encoder_decoder.Summarizer(pretrained)
+    summarizer = encoder_decoder.Summarizer(pretrained, args.gradient_checkpointing)
     runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
     if runs_twice or pretrained.config.hidden_size < 256:
         # activation checkpointing runs layers again, without the sequences' lengths; narrow models are faster padded
@@ -106,6 +102,8 @@ def make_model(train: list, args, accelerator) -> tuple:
 def rank(train: list, validation: list, args, accelerator) -> list[list]:
     """Ranks the passages of each example of both splits, by `--retriever`."""
     name, splits = args.retriever, (train, validation)
+    is_trained = name not in (None, "bm25", *BASELINES) and not Path(name).is_file()
+    settings = args.ranking_settings(saved_settings(name) if is_trained else None)
     if name in BASELINES:
         seed = {"seed": args.seed} if name == "random" else {}
         return [[BASELINES[name](example, **seed) for example in examples] for examples in splits]
@@ -117,8 +115,9 @@ def rank(train: list, validation: list, args, accelerator) -> list[list]:
         return [ranked[: len(train)], ranked[len(train) :]]
     from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
 
-    encode_texts = partial(encode, load_retriever(name).to(accelerator.device), accelerator=accelerator)
-    return [retriever_rankings(examples, encode_texts, saved_settings(name)) for examples in splits]
+    retriever = load_retriever(name, trust_remote_code=args.trust_remote_code).to(accelerator.device)
+    encode_texts = partial(encode, retriever, accelerator=accelerator)
+    return [retriever_rankings(examples, encode_texts, settings) for examples in splits]
 
 
 def read(examples: list, rankings: list, sources: Sources, args) -> list[dict]:

@@ -1,5 +1,6 @@
 """Positives, negatives and drafts of the retriever's training pairs, as they are drawn."""
 
+import itertools
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -14,8 +15,8 @@ from utils.models.contrastive import contrastive_loss
 from utils.models.encoder import build_small_encoder, tokenize
 from utils.retrieval.bm25 import bm25_index, bm25_rankings, bm25_search
 from utils.retrieval.drafts import imitate_draft
-from utils.retrieval.ranking import search_texts
 from utils.retrieval.pairs import Pairs, positives
+from utils.retrieval.ranking import search_texts
 
 PASSAGES = ["the mill was sold", "a bridge over the river", "coffee for Ann", "the mill burned down", "nothing at all"]
 SECOND = ["tea for Bob", "the bridge is closed", "a long talk about the price of the bridge and of the mill"]
@@ -151,8 +152,8 @@ TWINS = ["the mill was sold", "a bridge", "the mill was sold", "the mill burned"
 
 def least_loss(pairs) -> float:
     """The loss of a batch of all pairs whose queries are as near to their positives as vectors can be."""
-    _, weights, drawn = zip(*(pairs.draw(pair, 0) for pair in pairs.rows), strict=True)
-    keys = list(dict.fromkeys(sum(drawn, [])))
+    *_, drawn = zip(*(pairs.draw(pair, 0) for pair in pairs.rows), strict=True)
+    keys = list(dict.fromkeys(itertools.chain(*drawn)))
     texts = {tuple(pairs.passage_tokens[key]): None for key in keys}  # a vector for each different text
     vectors = torch.eye(len(texts))[[list(texts).index(tuple(pairs.passage_tokens[key])) for key in keys]]
     queries = vectors[[keys.index(of_pair[0]) for of_pair in drawn]]

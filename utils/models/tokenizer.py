@@ -74,7 +74,7 @@ def check_length(stack: torch.nn.Module, name: str, length: int) -> None:
 
 def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, both (texts, tokens), padded on the right."""
-    rows = [torch.tensor(ids) for ids in token_ids]
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in token_ids]
     return {
         "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),

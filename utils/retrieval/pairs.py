@@ -182,7 +182,8 @@ class Pairs:
         candidates = [
             sorted(passage for passage, _ in rankings[number][: args.teacher_candidates]) for number in unmarked
         ]
-        likelihoods = passage_likelihoods(args.teacher, [examples[n] for n in unmarked], candidates, accelerator)
+        likelihoods = passage_likelihoods(args.teacher, [examples[n] for n in unmarked], candidates, accelerator,
+                                          trust_remote_code=args.trust_remote_code)  # fmt: skip
         return {  # `Pairs` divides the weights by their sum
             number: (passages, np.exp((of_each - of_each.max()) / args.teacher_temperature))
             for number, passages, of_each in zip(unmarked, candidates, likelihoods, strict=True)

@@ -127,7 +127,7 @@ def fuse_hops(rankings: Sequence[Ranking]) -> Ranking:
 
 
 def hard_negatives(ranking: Ranking, evidence: Iterable[int], pool: int, margin: float | None = None) -> list[int]:
-    """The `pool` best passages of a ranking that are not evidence, best first. A passage that is named twice counts once.
+    """The `pool` best different passages of a ranking that are not evidence, best first.
 
     With `margin`, a passage must score at least that share below the best evidence, because a closer one is probably
     unmarked evidence (NV-Retriever, Moreira et al., 2024, arXiv:2407.15831).
