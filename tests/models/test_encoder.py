@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from transformers import (
     T5EncoderModel,
     logging,
 )  # fmt: skip
+from transformers.modeling_layers import GradientCheckpointingLayer
 from workers import run_worker
 
 from utils.errors import UsageError
@@ -47,6 +49,7 @@ from utils.models.encoder import (
     pad,
     set_max_seq_length,
     set_prompts,
+    set_up,
     tokenize,
 )  # fmt: skip
 
@@ -359,6 +362,90 @@ def test_the_passage_prompt_of_a_model_may_have_another_name(tmp_path, accelerat
         for kind, theirs in (("query", plain.encode_query), ("passage", plain.encode_document)):
             expected = theirs(TEXTS, normalize_embeddings=True)
             np.testing.assert_allclose(encode(retriever, TEXTS, kind, accelerator=accelerator), expected, atol=1e-5)
+
+
+# ---- dropout, activation checkpointing, code of others
+
+
+def training_gradients(retriever):
+    """Gradients of a packed or padded training batch with dropout, and how often a layer ran."""
+    torch.manual_seed(3)
+    runs = []
+    layer = next(module for module in retriever.modules() if isinstance(module, GradientCheckpointingLayer))
+    part = next(module for module in layer.modules() if list(module.parameters(recurse=False)))
+    part.register_forward_pre_hook(lambda *_: runs.append(1))
+    texts = [text for text in TEXTS if text]
+    queries, passages = (tokenize(retriever, texts, kind) for kind in ("query", "passage"))
+    embeddings = embed(retriever.train(), in_chunks(retriever, queries, passages))
+    (embeddings @ torch.arange(1.0, embeddings.shape[1] + 1)).sum().backward()
+    return {name: p.grad for name, p in retriever.named_parameters() if p.grad is not None}, len(runs)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mpnet"])
+def test_layers_that_run_again_in_the_backward_pass_give_the_same_gradients(family, tmp_path):
+    folder = make(tmp_path, family, pooling("mean"))
+    flags = SimpleNamespace(max_seq_length=None, query_prompt=None, passage_prompt=None, gradient_checkpointing=True)
+    again = load_retriever(folder)
+    set_up(again, flags)
+    expected, runs = training_gradients(load_retriever(folder))
+    gradients, runs_again = training_gradients(again)
+    assert runs_again == 2 * runs
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-6 * expected[name].abs().max().item())
+
+
+def test_a_model_that_cannot_run_layers_again_is_refused(tmp_path):
+    flags = SimpleNamespace(max_seq_length=None, query_prompt=None, passage_prompt=None, gradient_checkpointing=True)
+    with pytest.raises(UsageError, match="--gradient_checkpointing: MPNetModel") as error:
+        set_up(load_retriever(make(tmp_path, "mpnet")), flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "t5", "gpt2"])
+def test_dropout_is_set_in_the_encoder(family, tmp_path):
+    folder = make(tmp_path, family)
+    dropouts = {
+        module.p for module in load_retriever(folder, 0.0, 0.3).modules() if isinstance(module, torch.nn.Dropout)
+    }
+    assert 0.3 in dropouts and dropouts <= {0.0, 0.3}
+    assert small(dropout=0.3)[0].auto_model.config.hidden_dropout_prob == 0.3
+    assert small()[0].auto_model.config.hidden_dropout_prob == 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_dropout_of_a_model_that_has_none_is_refused(family, tmp_path):
+    with pytest.raises(UsageError, match="--dropout"):
+        load_retriever(make(tmp_path, family), 0.0, 0.3)
+
+
+CODE = """
+from transformers import BertConfig, BertModel
+
+class OwnConfig(BertConfig):
+    model_type = "own_bert"
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_model_runs_only_if_that_is_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # nobody is asked
+    folder = Path(make(tmp_path, "bert"))
+    (folder / "own.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own_bert", "architectures": ["OwnModel"],
+               "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="--trust_remote_code") as error:
+        load_retriever(str(folder))
+    assert "\n" not in str(error.value)
+    retriever = load_retriever(str(folder), trust_remote_code=True)
+    assert type(retriever[0].auto_model).__name__ == "OwnModel"
+    retriever.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    again = load_retriever(str(tmp_path / "saved"), trust_remote_code=True)  # its code was saved with it
+    assert type(again[0].auto_model).__name__ == "OwnModel"
 
 
 # ---- several processes

@@ -44,4 +44,4 @@ def checkpoint_layers(model, context_fn=noop_context_fn) -> None:
     try:
         enable({"use_reentrant": False, "context_fn": context_fn})
     except ValueError as error:
-        raise UsageError(f"--gradient_checkpointing: {in_one_line(error)}; leave the flag out") from error
+        raise UsageError(f"--gradient_checkpointing: {in_one_line(error).rstrip('.')}; leave the flag out") from error
