@@ -36,7 +36,7 @@ class RetrieveArguments(TrainingArguments, RankingArguments, CorpusArguments):
     draft_share: float = flag(0.5, "share of queries that search with a draft, as at hop 2", at_least=0, at_most=1)
     drafts_file: str | None = flag(None, "training drafts, of retrieve_and_summarize.py (default: imitations)")
     validation_drafts_file: str | None = flag(None, "drafts for hop 2 in validation (default: imitations)")
-    found_weight: float = flag(0.5, "loss weight of evidence that the draft already used (missing: 1)", at_least=0)
+    found_weight: float | None = flag(None, "loss weight of evidence the draft used (missing: 1) [0.5]", at_least=0)
     group_by_document: bool = flag(False, "fill batches with queries about the same document")
     supervision: str = flag("evidence", "positives: gold evidence, or a ROUGE oracle's", choices=("evidence", "rouge"))
     oracle_passages: int = flag(5, "maximum positives that the ROUGE oracle chooses", at_least=1)
@@ -52,8 +52,9 @@ class RetrieveArguments(TrainingArguments, RankingArguments, CorpusArguments):
         for name in ("supervision", "teacher", "drafts_file", "validation_drafts_file"):
             if self.corpus_file and getattr(self, name) not in (None, "evidence"):
                 raise UsageError(f"--{name} cannot be used with --corpus_file; leave it out")
-        if self.drafts_file and not self.draft_share:
-            raise UsageError("--drafts_file has no effect with --draft_share 0")
+        for name in ("drafts_file", "found_weight"):
+            if getattr(self, name) is not None and not self.draft_share:
+                raise UsageError(f"--{name} has no effect with --draft_share 0")
         if self.corpus_file and self.smooth_window:
             raise UsageError("--smooth_window cannot be used with --corpus_file, whose passages have no neighbours")
 
@@ -158,13 +159,12 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
 
 def make_retriever(documents: list, examples: list, args):
     """A checkpoint, or a small encoder with a tokenizer trained on the training text."""
+    options = {"attention_dropout": args.attention_dropout, "dropout": args.dropout}
     if args.model_name_or_path:
-        retriever = encoder.load_retriever(
-            args.model_name_or_path, args.attention_dropout, args.dropout, args.trust_remote_code
-        )
+        retriever = encoder.load_retriever(args.model_name_or_path, **options, trust_remote_code=args.trust_remote_code)
     else:
         texts = itertools.chain(*(document.passages for document in documents), (example.query for example in examples))
-        retriever = encoder.build_small_encoder(texts, attention_dropout=args.attention_dropout, dropout=args.dropout)
+        retriever = encoder.build_small_encoder(texts, **options)
     encoder.set_up(retriever, args)
     return retriever
 

@@ -248,7 +248,7 @@ class Pairs:
                 draft, read = self._imitate(pair, rng), self._keys(pair.document, pair.read)
             missing = ~np.isin(pair.evidence, read)
             if weights[missing].any():  # a later hop should find what the draft did not use
-                weights = weights * np.where(missing, 1.0, args.found_weight)
+                weights = weights * np.where(missing, 1.0, 0.5 if args.found_weight is None else args.found_weight)
                 weights = weights / weights.sum()
             search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query")[0]
             while len(search) > pair.longest:  # invented words may have more tokens than those of the reference
