@@ -10,12 +10,12 @@ summary goes to standard output and what led to it to standard error.
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import LanguageArguments, ReadingArguments, RunArguments, flag, parse
+from utils.cli.arguments import LanguageArguments, RankingOverrides, ReadingArguments, RunArguments, flag, parse
 from utils.errors import DataError, UsageError
 
 
 @dataclass
-class HopArguments(LanguageArguments, ReadingArguments, RunArguments):
+class HopArguments(LanguageArguments, ReadingArguments, RankingOverrides, RunArguments):
     """The hops."""
 
     output_dir: str = flag("outputs/hops", "the run folder")
@@ -148,8 +148,11 @@ def load_models(args, accelerator) -> Models:
                                     ("summarizer", args.summarizer, "train_summarize.py")):  # fmt: skip
         if name.startswith("outputs/") and not Path(name).is_dir():  # no name to ask the Hub for
             raise UsageError(f"--{flag_name} {name}: no such folder; {script} makes it, or name another")
-    check_language(args.language, args.retriever, saved_settings(args.retriever))
-    retriever = None if args.retriever == "bm25" else load_retriever(args.retriever).to(accelerator.device)
+    load = partial(load_retriever, trust_remote_code=args.trust_remote_code)
+    is_trained = args.retriever != "bm25"
+    ranking = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)
+    check_language(args.language, args.retriever, ranking)
+    retriever = load(args.retriever).to(accelerator.device) if is_trained else None
     saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5,
                 "source_prefix": None, "source_lang": None, "target_lang": None}  # fmt: skip
@@ -157,7 +160,8 @@ def load_models(args, accelerator) -> Models:
         settings[name] = saved.get(name, default) if getattr(args, name) is None else getattr(args, name)
     summarizer = sources = scorer = None
     if args.summarizer != "extract":
-        model, tokenizer = load_model_and_tokenizer(args.summarizer, name="--summarizer")
+        model, tokenizer = load_model_and_tokenizer(args.summarizer, name="--summarizer",
+                                                    trust_remote_code=args.trust_remote_code)  # fmt: skip
         set_up(model, tokenizer, {**settings, **args.generation(), "max_target_length": 0})
         summarizer = Summarizer(model).to(accelerator.device).eval()
         sources = Sources(tokenizer, settings["fusion"], settings["max_source_length"], settings["passage_order"],
@@ -169,10 +173,10 @@ def load_models(args, accelerator) -> Models:
             raise UsageError("--retriever bm25 cannot choose sentences: name a --drafter, or a --summarizer")
         scorer = retriever
     elif drafter != "summarizer":
-        scorer = load_retriever(drafter).to(accelerator.device)
+        scorer = load(drafter).to(accelerator.device)
     elif summarizer is None:
         raise UsageError("--drafter summarizer needs a --summarizer")
-    return Models(retriever, saved_settings(args.retriever), summarizer, sources, settings["top_k"], scorer)
+    return Models(retriever, ranking, summarizer, sources, settings["top_k"], scorer)
 
 
 # ---- the hops of some examples, on one process

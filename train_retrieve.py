@@ -8,20 +8,23 @@ sentence-transformers model and `retrieved.train.jsonl` and `retrieved.validatio
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import DataArguments, TrainingArguments, flag, parse
+from utils.cli.arguments import CorpusArguments, RankingArguments, TrainingArguments, flag, parse
 from utils.errors import UsageError
 
 SCORES = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@10", "ndcg@10", "gold_words@1024")
 
 
 @dataclass
-class RetrieveArguments(TrainingArguments, DataArguments):
+class RetrieveArguments(TrainingArguments, RankingArguments, CorpusArguments):
     """The retriever."""
 
     output_dir: str = flag("outputs/retrieve", "the run folder")
     metric_for_best: str = flag("ndcg@10", "validation score that selects the best checkpoint", choices=SCORES)
     model_name_or_path: str | None = flag(None, "a sentence-transformers model or plain encoder (default: a new one)")
     max_seq_length: int | None = flag(None, "maximum tokens of a query or passage (default: the model's)", at_least=1)
+    query_prompt: str | None = flag(None, "text before each query, such as 'query: ' (default: the model's prompt)")
+    passage_prompt: str | None = flag(None, "text before each passage, likewise")
+    dropout: float | None = flag(None, "hidden dropout (default: the model's, or 0.1)", at_least=0, below=1)
     attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster on a CPU", at_least=0, below=1)
     gradient_cache_tokens: int = flag(0, "gradient caching: tokens whose graph is kept at a time; 0: off", at_least=0)
     temperature: float = flag(0.05, "temperature of the contrastive loss", above=0)
@@ -33,17 +36,13 @@ class RetrieveArguments(TrainingArguments, DataArguments):
     draft_share: float = flag(0.5, "share of queries that search with a draft, as at hop 2", at_least=0, at_most=1)
     drafts_file: str | None = flag(None, "training drafts, of retrieve_and_summarize.py (default: imitations)")
     validation_drafts_file: str | None = flag(None, "drafts for hop 2 in validation (default: imitations)")
-    found_weight: float = flag(0.5, "loss weight of evidence that the draft already used (missing: 1)", at_least=0)
+    found_weight: float | None = flag(None, "loss weight of evidence the draft used (missing: 1) [0.5]", at_least=0)
     group_by_document: bool = flag(False, "fill batches with queries about the same document")
     supervision: str = flag("evidence", "positives: gold evidence, or a ROUGE oracle's", choices=("evidence", "rouge"))
     oracle_passages: int = flag(5, "maximum positives that the ROUGE oracle chooses", at_least=1)
     teacher: str | None = flag(None, "folder of a summarizer that replaces the ROUGE oracle by its likelihoods")
     teacher_candidates: int = flag(20, "best BM25 passages that the teacher compares", at_least=1)
     teacher_temperature: float = flag(0.1, "temperature of the teacher's log-likelihoods per token", above=0)
-    ranking: str = flag("dense", "the retriever's scores, or BM25's added to them", choices=("dense", "hybrid"))
-    bm25_weight: float = flag(0.5, "weight of BM25's score with --ranking hybrid (the retriever's: 1)", at_least=0)
-    smooth_window: int = flag(0, "neighbours per side that share in a passage's score; 0: off", at_least=0)
-    smooth_decay: float = flag(0.5, "decay of the shared score per passage; squared backward", at_least=0)
     index: str = flag("flat", "search of a corpus: exact, or two faster ones", choices=("flat", "ivf", "hnsw"))
     top_k: int = flag(100, "passages per example in the hand-over files", at_least=1)
     trec_run: bool = flag(False, "also write rankings and evidence as TREC run and qrels files")
@@ -53,8 +52,9 @@ class RetrieveArguments(TrainingArguments, DataArguments):
         for name in ("supervision", "teacher", "drafts_file", "validation_drafts_file"):
             if self.corpus_file and getattr(self, name) not in (None, "evidence"):
                 raise UsageError(f"--{name} cannot be used with --corpus_file; leave it out")
-        if self.drafts_file and not self.draft_share:
-            raise UsageError("--drafts_file has no effect with --draft_share 0")
+        for name in ("drafts_file", "found_weight"):
+            if getattr(self, name) is not None and not self.draft_share:
+                raise UsageError(f"--{name} has no effect with --draft_share 0")
         if self.corpus_file and self.smooth_window:
             raise UsageError("--smooth_window cannot be used with --corpus_file, whose passages have no neighbours")
 
@@ -161,15 +161,13 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
 
 def make_retriever(documents: list, examples: list, args):
     """A checkpoint, or a small encoder with a tokenizer trained on the training text."""
+    options = {"attention_dropout": args.attention_dropout, "dropout": args.dropout}
     if args.model_name_or_path:
-        retriever = encoder.load_retriever(args.model_name_or_path, args.attention_dropout)
+        retriever = encoder.load_retriever(args.model_name_or_path, **options, trust_remote_code=args.trust_remote_code)
     else:
         texts = itertools.chain.from_iterable((*(d.passages for d in documents), values(examples, "query")))
-        retriever = encoder.build_small_encoder(
-            texts, attention_dropout=args.attention_dropout, key=content_key(examples)
-        )
-    if args.max_seq_length:
-        encoder.set_max_seq_length(retriever, args.max_seq_length)
+        retriever = encoder.build_small_encoder(texts, **options, key=content_key(examples))
+    encoder.set_up(retriever, args)
     return retriever
 
 

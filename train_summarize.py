@@ -9,12 +9,11 @@ holds a model that Transformers loads, `metrics.jsonl`, and `predictions.validat
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import DataArguments, LanguageArguments, TrainingArguments, flag, parse
-from utils.errors import UsageError
+from utils.cli.arguments import DataArguments, LanguageArguments, RankingOverrides, TrainingArguments, flag, parse
 
 
 @dataclass
-class SummarizeArguments(LanguageArguments, TrainingArguments, DataArguments):
+class SummarizeArguments(LanguageArguments, RankingOverrides, TrainingArguments, DataArguments):
     """The summarizer."""
 
     output_dir: str = flag("outputs/summarize", "the run folder")
@@ -35,11 +34,6 @@ class SummarizeArguments(LanguageArguments, TrainingArguments, DataArguments):
     dropout: float | None = flag(None, "dropout (default: the model's own; 0 for a new one)", at_least=0, below=1)
     max_target_length: int = flag(128, "maximum reference tokens in training", at_least=1)
     label_smoothing_factor: float = flag(0.1, "probability spread over the vocabulary in the loss", at_least=0, below=1)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.corpus_file:
-            raise UsageError("--corpus_file is for train_retrieve.py, whose hand-over files hold what was found in it")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
@@ -86,7 +80,9 @@ BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ra
 def make_model(train: list, args, accelerator) -> tuple:
     """The summarizer and its tokenizer: a checkpoint, or a small BART with a tokenizer trained on the training text."""
     if args.model_name_or_path:
-        pretrained, tokenizer = encoder_decoder.load_model_and_tokenizer(args.model_name_or_path, args.dropout)
+        pretrained, tokenizer = encoder_decoder.load_model_and_tokenizer(
+            args.model_name_or_path, args.dropout, trust_remote_code=args.trust_remote_code
+        )
     else:
         documents = dict.fromkeys(values(train, "document"))
         texts = itertools.chain(
@@ -96,7 +92,7 @@ def make_model(train: list, args, accelerator) -> tuple:
         tokenizer = train_tokenizer(texts, key=content_key(train))
         pretrained = encoder_decoder.build_small_bart(tokenizer, dropout=args.dropout or 0.0)
     encoder_decoder.set_up(pretrained, tokenizer, vars(args))
-    summarizer = encoder_decoder.Summarizer(pretrained)
+    summarizer = encoder_decoder.Summarizer(pretrained, args.gradient_checkpointing)
     runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
     if runs_twice or pretrained.get_input_embeddings().weight.shape[1] < 256:
         # activation checkpointing runs layers again, without the sequences' lengths; narrow models are faster padded
@@ -110,11 +106,11 @@ def make_model(train: list, args, accelerator) -> tuple:
 def rank(train: Sequence, validation: Sequence, args, accelerator, say) -> list[list[list[tuple[int, ...]]]]:
     """For each example of both splits: the best passages at each hop, by `--retriever`."""
     name, splits = args.retriever, (train, validation)
+    is_trained = name not in (None, "bm25", *BASELINES) and not Path(name).is_file()
+    settings = args.ranking_settings(saved_settings(name) if is_trained else None)
     if name is None and have_rankings(splits):
         of_splits = [((*example.hops[:-1], example) for example in examples) for examples in splits]
-        return [
-            [[best(hop.retrieved, args) for hop in of_example] for of_example in examples] for examples in of_splits
-        ]
+        return [[[best(hop.retrieved, args) for hop in of_example] for of_example in split] for split in of_splits]
     if name in BASELINES:
         seed = {"seed": args.seed} if name == "random" else {}
         of_splits = [map(partial(BASELINES[name], **seed), examples) for examples in splits]
@@ -126,9 +122,9 @@ def rank(train: Sequence, validation: Sequence, args, accelerator, say) -> list[
     else:
         from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
 
-        encode_texts = partial(encode, load_retriever(name).to(accelerator.device), accelerator=accelerator)
-        settings, top_k = saved_settings(name), args.top_k
-        of_splits = [retriever_rankings(examples, encode_texts, settings, top_k=top_k) for examples in splits]
+        retriever = load_retriever(name, trust_remote_code=args.trust_remote_code).to(accelerator.device)
+        rank_by = partial(retriever_rankings, settings=settings, top_k=args.top_k)
+        of_splits = [rank_by(examples, partial(encode, retriever, accelerator=accelerator)) for examples in splits]
     return [[[best(ranking, args)] for ranking in rankings] for rankings in of_splits]
 
 

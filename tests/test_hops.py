@@ -18,6 +18,7 @@ from utils.evaluation.hops import score_hop
 from utils.evaluation.retrieval import retrieval_scores
 from utils.evaluation.rouge import rouge_scores
 from utils.files import write_jsonl
+from utils.retrieval.dense import retriever_rankings
 
 SCRIPT = "retrieve_and_summarize.py"
 
@@ -149,6 +150,31 @@ MEETING = "\n".join(sample_records("validation", 1)[0]["passages"])
 QUESTION = sample_records("validation", 1)[0]["query"]
 
 
+def test_a_retriever_from_elsewhere_ranks_as_the_flags_say(smoke, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    elsewhere = tmp_path / "elsewhere"  # as on the Hub: with prompts, without settings of ours
+    model = SentenceTransformer(str(smoke["retrieve"]), device="cpu", prompts={"query": "ask: ", "document": "text: "})
+    model.save_pretrained(str(elsewhere), create_model_card=False)
+    wanted = {"ranking": "hybrid", "bm25_weight": 0.9, "smooth_window": 2, "smooth_decay": 0.6}
+    flags = [word for name, value in wanted.items() for word in (f"--{name}", value)]
+    rest = ["--retriever", elsewhere, "--summarizer", "extract", "--num_hops", 1, "--max_examples", 6]
+    written = {}
+    for name, extra in (("dense", []), ("flags", flags)):
+        result = launch(SCRIPT, "--output_dir", tmp_path / name, *rest, *extra)
+        assert result.returncode == 0, result.stderr
+        written[name] = load_examples(tmp_path / name / "predictions.validation.jsonl")
+
+    def encode(texts, kind):
+        return (model.encode_query if kind == "query" else model.encode_document)(texts)
+
+    for name, settings in (("dense", {}), ("flags", wanted)):
+        expected = retriever_rankings(written[name], encode, settings)
+        for example, ranking in zip(written[name], expected, strict=True):
+            assert [score for _, score in example.retrieved] == pytest.approx([score for _, score in ranking], abs=1e-4)
+            assert example.retrieved[0][0] == ranking[0][0]
+
+
 @pytest.mark.parametrize("source", ["file", "standard input"])
 def test_one_document_is_summarized_on_standard_output_and_explained_on_standard_error(smoke, tmp_path, source):
     text = "\ufeff" + MEETING  # with a byte order mark
@@ -176,6 +202,7 @@ def test_one_document_is_summarized_on_standard_output_and_explained_on_standard
         (["--retriever", "nowhere", "--summarizer", "extract"], "nowhere: no retriever could be loaded"),
         (["--summarizer", "nowhere", "--retriever", "bm25"], "--summarizer nowhere: no encoder-decoder"),
         (["--summarizer", "extract", "--retriever", "bm25"], "name a --drafter, or a --summarizer"),
+        (["--ranking", "hybrid", "--retriever", "bm25", "--summarizer", "extract"], "--ranking needs a --retriever"),
         (["--query", "Why?"], "--query is only for --document"),
         (["--num_hop", "2"], "did you mean --num_hops?"),
     ],

@@ -73,6 +73,24 @@ def test_the_retriever_loads_in_sentence_transformers_and_ranks_as_the_hand_over
         assert similarities == pytest.approx(scores, abs=1e-4)
 
 
+def test_a_retriever_is_trained_with_prompts_and_saved_with_them(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    prompts = ["--query_prompt", "ask for: ", "--passage_prompt", "a text: "]
+    result = launch("train_retrieve.py", "--output_dir", tmp_path, "--sample_documents", 10, "--max_train_steps", 2,
+                    "--dropout", 0.2, "--gradient_checkpointing", "--trust_remote_code", *prompts)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "--trust_remote_code: Python code" in result.stderr
+    model = SentenceTransformer(str(tmp_path), device="cpu")
+    assert model.prompts == {"query": "ask for: ", "document": "a text: "}
+    assert model[0].auto_model.config.hidden_dropout_prob == 0.2
+    for example in load_examples(tmp_path / "retrieved.validation.jsonl", max_examples=3):
+        passages, scores = zip(*example.retrieved, strict=True)
+        texts = [example.document.passages[passage] for passage in passages]
+        ours = model.encode_query([example.query]) @ model.encode_document(texts).T
+        assert ours[0].tolist() == pytest.approx(scores, abs=1e-4)
+
+
 def test_the_summarizer_reads_what_stage_1_wrote_and_learns(smoke):
     losses = [line["loss"] for line in events(smoke["summarize"], "train")]
     assert losses[-1] < 0.8 * losses[0]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.cli.arguments import GROUPS
+from utils.cli.arguments import GROUPS, RankingOverrides
+from utils.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ["train_retrieve.py", "train_summarize.py"]
@@ -146,6 +147,39 @@ def test_drafts_that_would_not_be_used_are_refused(monkeypatch, capsys):
     check_one_line(error)
     assert "--drafts_file has no effect with --draft_share 0" in error
     assert parse_flags(monkeypatch, capsys, *flags, "0.1", script="train_retrieve")[0].draft_share == 0.1
+    flags = ["--found_weight", "0.1", "--draft_share"]
+    assert "--found_weight has no effect" in parse_flags(monkeypatch, capsys, *flags, "0", script="train_retrieve")[1]
+    assert parse_flags(monkeypatch, capsys, *flags, "0.1", script="train_retrieve")[0].found_weight == 0.1
+    assert parse_flags(monkeypatch, capsys, "--draft_share", "0", script="train_retrieve")[0]
+
+
+TRAINED = {"ranking": "hybrid", "bm25_weight": 0.3, "smooth_window": 4, "smooth_decay": 0.7}
+DEFAULTS = {"ranking": "dense", "bm25_weight": 0.5, "smooth_window": 0, "smooth_decay": 0.5}
+
+
+@pytest.mark.parametrize(("flags", "saved", "expected"), [
+    ({}, TRAINED, TRAINED),
+    ({"bm25_weight": 0.9, "smooth_window": 0}, TRAINED, {**TRAINED, "bm25_weight": 0.9, "smooth_window": 0}),
+    ({}, {}, DEFAULTS),
+    ({"ranking": "hybrid"}, {}, {**DEFAULTS, "ranking": "hybrid"}),
+    ({"smooth_window": 2}, {}, {**DEFAULTS, "smooth_window": 2}),
+    ({}, None, DEFAULTS),
+    ({"ranking": "hybrid"}, None, "--ranking needs a --retriever that is a trained model"),
+    ({"bm25_weight": 0.9}, {}, "--bm25_weight has no effect without --ranking hybrid"),
+    ({"smooth_decay": 0.9}, {}, "--smooth_decay has no effect without --smooth_window"),
+    ({"ranking": "dense", "bm25_weight": 0.9}, TRAINED, "--bm25_weight has no effect without --ranking hybrid"),
+])  # fmt: skip
+def test_a_retriever_ranks_as_flags_say_then_as_trained_then_by_default(flags, saved, expected):
+    if isinstance(expected, dict):
+        assert RankingOverrides(**flags).ranking_settings(saved) == expected
+    else:
+        with pytest.raises(UsageError, match=expected):
+            RankingOverrides(**flags).ranking_settings(saved)
+
+
+def test_the_flags_of_a_corpus_are_those_of_the_retriever_only(monkeypatch, capsys):
+    assert parse_flags(monkeypatch, capsys, "--corpus_file", "c.jsonl", script="train_retrieve")[0].corpus_file
+    assert "unrecognized arguments: --corpus_file" in parse_flags(monkeypatch, capsys, "--corpus_file", "c.jsonl")[1]
 
 
 @pytest.mark.parametrize("flag", ["per_device_train_batch_size", "per_device_eval_batch_size",

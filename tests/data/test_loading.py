@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import one_hop
 
-from utils.cli.arguments import DataArguments
+from utils.cli.arguments import CorpusArguments
 from utils.data.corpus import load_corpus
 from utils.data.examples import Corpus, Document, Hop, blocks
 from utils.data.hand_over import have_rankings, hops_record, write_retrieved
@@ -604,7 +604,7 @@ def test_splits_share_one_corpus(tmp_path):
         write(tmp_path / f"{split}.tsv", "query-id\tcorpus-id\tscore", f"{split}\t{gold}\t1")
     files = {f"{split}_file": str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
     qrels = {f"{split}_qrels_file": str(tmp_path / f"{split}.tsv") for split in ("train", "validation")}
-    args = DataArguments(corpus_file=str(tmp_path / "c.jsonl"), **files, **qrels, **BEIR)
+    args = CorpusArguments(corpus_file=str(tmp_path / "c.jsonl"), **files, **qrels, **BEIR)
     (train,), (validation,) = load_splits(args)
     assert train.document is validation.document and isinstance(train.document, Corpus)
     assert (train.evidence, validation.evidence) == ([0], [1])
@@ -628,7 +628,7 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path, monkeypatch, fla
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "c.jsonl", *ROWS)
     write(tmp_path / "t.jsonl", {"id": 1, "query": "x"})
-    args = DataArguments(**{"train_file": "t.jsonl", "validation_file": "t.jsonl", **flags})
+    args = CorpusArguments(**{"train_file": "t.jsonl", "validation_file": "t.jsonl", **flags})
     with pytest.raises(DataError, match=reason):
         load_splits(args)
 
@@ -709,7 +709,7 @@ PAIRS = {
 
 def without_drafts(path, **flags):
     args = {"train_file": str(path), "validation_file": str(path), **flags}
-    args = DataArguments(**args)
+    args = CorpusArguments(**args)
     args.supervision, args.draft_share = "evidence", 0.0  # flags of train_retrieve.py
     return args
 

@@ -231,6 +231,9 @@ def test_rankings_of_examples_are_scored_by_their_documents_words():
     assert result.pop("examples") == 5
     assert result == pytest.approx({name: sum(score[name] for score in expected) / 5 for name in expected[0]})
     assert score_rankings(examples, rankings, [gold[0], None, None, None, None])["examples"] == 1
+    twice = [rankings[0] + rankings[0][:1], *rankings[1:]]
+    with pytest.raises(ValueError, match="a ranking names a passage twice"):
+        score_rankings(examples, twice, gold)
 
 
 def test_retrieval_module_takes_other_cutoffs():

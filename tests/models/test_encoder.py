@@ -1,17 +1,57 @@
 """The retriever against plain sentence-transformers: embeddings, prompts, saving, and encoding on two processes."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from sentence_transformers import SentenceTransformer
-from transformers import logging
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    Normalize,
+    Pooling,
+    Router,
+    StaticEmbedding,
+    Transformer,
+)  # fmt: skip
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    Qwen2Config,
+    Qwen2Model,
+    T5Config,
+    T5EncoderModel,
+    logging,
+)  # fmt: skip
+from transformers.modeling_layers import GradientCheckpointingLayer
 from workers import run_worker
 
 from utils.errors import UsageError
-from utils.models.encoder import build_small_encoder, encode, load_retriever, pad, tokenize
+from utils.fast.packing import is_packed
+from utils.models.contrastive import embed
+from utils.models.encoder import (
+    build_small_encoder,
+    encode,
+    in_chunks,
+    load_retriever,
+    pad,
+    set_max_seq_length,
+    set_prompts,
+    set_up,
+    tokenize,
+)  # fmt: skip
 
 TEXTS = [
     "Who agreed?",
@@ -151,6 +191,261 @@ def test_padding_is_masked():
     features = pad([[5, 6, 7], [8]], pad_token_id=1)
     assert features["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
     assert features["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+# ---- models of others
+
+SIZES = {
+    "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "initializer_range": 0.2, "pad_token_id": 1, "max_position_embeddings": 130,
+}  # fmt: skip
+DECODER = {**SIZES, "num_key_value_heads": 2}
+FAMILIES = {
+    "bert": lambda: BertModel(BertConfig(**SIZES)),
+    "mpnet": lambda: MPNetModel(MPNetConfig(**SIZES)),
+    "modernbert": lambda: ModernBertModel(ModernBertConfig(
+        **SIZES, local_attention=16, bos_token_id=0, eos_token_id=2, cls_token_id=0, sep_token_id=2)),
+    "t5": lambda: T5EncoderModel(T5Config(
+        vocab_size=400, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, pad_token_id=1, eos_token_id=2)),
+    "gpt2": lambda: GPT2Model(GPT2Config(
+        vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=130, initializer_range=0.2)),
+    "llama": lambda: LlamaModel(LlamaConfig(**DECODER)),
+    "qwen2": lambda: Qwen2Model(Qwen2Config(**DECODER)),
+}  # fmt: skip
+
+
+def make(folder, family="bert", modules=None, left=False, prompts=None, **tokenizer) -> str:
+    """The folder of a sentence-transformers model of a family, with these modules after the encoder."""
+    torch.manual_seed(0)
+    own = small().tokenizer
+    if left:
+        own.padding_side = "left"
+    own.model_max_length = 128
+    for name, value in tokenizer.items():
+        setattr(own, name, value)
+    FAMILIES[family]().save_pretrained(folder / "plain")
+    own.save_pretrained(folder / "plain")
+    model = SentenceTransformer(modules=[Transformer(str(folder / "plain")), *(modules or [Pooling(32)])],
+                                device="cpu", prompts=prompts)  # fmt: skip
+    model.save_pretrained(str(folder / "model"), create_model_card=False)
+    return str(folder / "model")
+
+
+def pooling(mode, **options):
+    return [Pooling(32, mode, **options)]
+
+
+@pytest.mark.parametrize(("family", "modules", "options"), [
+    *(("bert", pooling(mode), {}) for mode in Pooling.POOLING_MODES),
+    ("bert", [Pooling(32, ("mean", "lasttoken"))], {}),
+    ("bert", [Pooling(32), Dense(32, 16), Normalize()], {}),
+    ("bert", [Dense(32, 16, module_input_name="token_embeddings"), Pooling(16, "max")], {}),
+    *(("bert", pooling(mode, include_prompt=False), {}) for mode in ("mean", "weightedmean", "cls", "max")),
+    ("gpt2", pooling("mean", include_prompt=False), {}),
+    ("mpnet", pooling("mean"), {}),
+    ("modernbert", pooling("weightedmean"), {}),
+    ("t5", pooling("mean", include_prompt=False), {}),
+    ("gpt2", pooling("lasttoken"), {}),
+    ("gpt2", pooling("weightedmean"), {"left": True}),
+    ("llama", pooling("lasttoken"), {"left": True}),
+    ("qwen2", pooling("mean"), {"left": True}),
+    ("qwen2", pooling("lasttoken"), {"truncation_side": "left"}),
+], ids=lambda value: value if isinstance(value, str) else None)  # fmt: skip
+def test_models_of_others_are_trained_and_searched_with_as_sentence_transformers_computes_them(
+    family, modules, options, tmp_path, accelerator
+):
+    folder = make(tmp_path, family, modules, prompts=PROMPTS, **options)
+    retriever, plain = load_retriever(folder), SentenceTransformer(folder, device="cpu")
+    texts = [text for text in TEXTS if text] * 2
+    theirs = [encode(texts, batch_size=1) for encode in (plain.encode_query, plain.encode_document)]
+    for kind, expected in zip(("query", "passage"), theirs, strict=True):
+        embeddings = encode(retriever, texts, kind, accelerator=accelerator)
+        if len(retriever) > len(plain):  # a model without unit length, whose similarity is the cosine
+            expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(embeddings, expected, atol=1e-5)
+    # a training batch, whole and in chunks: packed if the encoder can, else padded
+    expected = np.concatenate(theirs)
+    expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    queries, passages = (tokenize(retriever, texts, kind) for kind in ("query", "passage"))
+    assert is_packed(retriever[0]) == (family in ("bert", "modernbert"))
+    for max_tokens in (0, 300):
+        embeddings = embed(retriever, in_chunks(retriever, queries, passages, max_tokens))
+        np.testing.assert_allclose(embeddings.detach(), expected, atol=1e-5)
+    (embeddings @ torch.randn(embeddings.shape[1])).sum().backward()
+    assert all(p.grad.isfinite().all() for p in retriever.parameters() if p.grad is not None)
+
+
+def router():
+    encoder = small()
+    return SentenceTransformer(modules=[Router.for_query_document([encoder[0], encoder[1]], [small()[0], encoder[1]])])
+
+
+def colbert(tmp_path):
+    model = SentenceTransformer(make(tmp_path), device="cpu")
+    model[0].query_expansion = {"strategy": "fixed", "length": 16, "token": "</s>"}
+    return model
+
+
+def cut(tmp_path):
+    model = SentenceTransformer(make(tmp_path), device="cpu")
+    model.truncate_dim = 8
+    return model
+
+
+@pytest.mark.parametrize(("build", "message"), [
+    (lambda tmp_path: router(), "Router.*save one of its encoders"),
+    (lambda tmp_path: SentenceTransformer(modules=[StaticEmbedding(small().tokenizer, embedding_dim=16)]),
+     "StaticEmbedding.*Transformer model"),
+    (lambda tmp_path: SentenceTransformer(make(tmp_path, pad_token=None), device="cpu"), "pad_token"),
+    (cut, "truncate_dim"),
+    (colbert, "ColBERT"),
+], ids=["router", "static", "no padding token", "cut dimensions", "query expansion"])  # fmt: skip
+def test_models_that_cannot_be_trained_rightly_are_refused_in_one_line(build, message, tmp_path):
+    build(tmp_path).save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    with pytest.raises(UsageError, match=message) as error:
+        load_retriever(str(tmp_path / "saved"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_whose_embeddings_would_differ_here_is_refused(tmp_path, monkeypatch):
+    folder = make(tmp_path)
+    monkeypatch.setattr("utils.models.encoder.pad", lambda ids, padding: pad([row[::-1] for row in ids], padding))
+    with pytest.raises(UsageError, match=r"other embeddings.*Transformer, Pooling"):
+        load_retriever(folder)
+
+
+@pytest.mark.parametrize("family", ["mpnet", "t5"])
+def test_a_long_text_is_cut_to_the_positions_of_the_model(family, tmp_path, accelerator):
+    retriever = load_retriever(make(tmp_path, family, model_max_length=10**30))
+    assert np.isfinite(encode(retriever, ["word " * 500, ""], "passage", accelerator=accelerator)).all()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_text_without_tokens_has_a_vector(family, tmp_path, accelerator):
+    own = small().tokenizer
+    own.backend_tokenizer.post_processor = None  # as GPT-2: no special tokens
+    retriever = load_retriever(make(tmp_path, family, pooling("lasttoken")))
+    retriever[0].processor = own
+    assert tokenize(retriever, [""], "query") == [[own.pad_token_id]]
+    for texts in ([""], ["", "Who agreed?"]):
+        assert np.isfinite(encode(retriever, texts, "query", accelerator=accelerator)).all()
+
+
+# ---- prompts
+
+
+def test_prompts_are_set_saved_and_counted(tmp_path, accelerator):
+    retriever = load_retriever(make(tmp_path, prompts={"query": "ask: "}))
+    assert tokenize(retriever, ["budget"], "query") == tokenize(retriever, ["ask: budget"], "passage")
+    set_max_seq_length(retriever, 12)
+    set_prompts(retriever, None, "passage: ")
+    set_prompts(retriever, "query: ", None)
+    assert all(len(ids) <= 12 for kind in ("query", "passage") for ids in tokenize(retriever, TEXTS, kind))
+    retriever.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert plain.prompts == {"query": "query: ", "document": "passage: "}
+    again = load_retriever(str(tmp_path / "saved"))
+    for kind, theirs in (("query", plain.encode_query), ("passage", plain.encode_document)):
+        np.testing.assert_allclose(encode(again, TEXTS, kind, accelerator=accelerator), theirs(TEXTS), atol=1e-5)
+    with pytest.raises(UsageError, match=r"--passage_prompt takes all of the 12 tokens"):
+        set_prompts(retriever, None, "a very long prompt about the committee and its budget for the old hall: ")
+    set_prompts(retriever, "", "")
+    assert tokenize(retriever, ["budget"], "query") == tokenize(small(), ["budget"], "query")
+
+
+def test_the_passage_prompt_of_a_model_may_have_another_name(tmp_path, accelerator):
+    folder = Path(make(tmp_path))
+    config = folder / "config_sentence_transformers.json"
+    for names in ({"query": "ask: ", "passage": "text: "}, {"corpus": "text: "}, {"document": "d: ", "passage": "p: "}):
+        config.write_text(json.dumps({"prompts": names, "similarity_fn_name": "cosine"}))
+        retriever, plain = load_retriever(str(folder)), SentenceTransformer(str(folder), device="cpu")
+        for kind, theirs in (("query", plain.encode_query), ("passage", plain.encode_document)):
+            expected = theirs(TEXTS, normalize_embeddings=True)
+            np.testing.assert_allclose(encode(retriever, TEXTS, kind, accelerator=accelerator), expected, atol=1e-5)
+
+
+# ---- dropout, activation checkpointing, code of others
+
+
+def training_gradients(retriever):
+    """Gradients of a packed or padded training batch with dropout, and how often a layer ran."""
+    torch.manual_seed(3)
+    runs = []
+    layer = next(module for module in retriever.modules() if isinstance(module, GradientCheckpointingLayer))
+    part = next(module for module in layer.modules() if list(module.parameters(recurse=False)))
+    part.register_forward_pre_hook(lambda *_: runs.append(1))
+    texts = [text for text in TEXTS if text]
+    queries, passages = (tokenize(retriever, texts, kind) for kind in ("query", "passage"))
+    embeddings = embed(retriever.train(), in_chunks(retriever, queries, passages))
+    (embeddings @ torch.arange(1.0, embeddings.shape[1] + 1)).sum().backward()
+    return {name: p.grad for name, p in retriever.named_parameters() if p.grad is not None}, len(runs)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mpnet"])
+def test_layers_that_run_again_in_the_backward_pass_give_the_same_gradients(family, tmp_path):
+    folder = make(tmp_path, family, pooling("mean"))
+    flags = SimpleNamespace(max_seq_length=None, query_prompt=None, passage_prompt=None, gradient_checkpointing=True)
+    again = load_retriever(folder)
+    set_up(again, flags)
+    expected, runs = training_gradients(load_retriever(folder))
+    gradients, runs_again = training_gradients(again)
+    assert runs_again == 2 * runs
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-6 * expected[name].abs().max().item())
+
+
+def test_a_model_that_cannot_run_layers_again_is_refused(tmp_path):
+    flags = SimpleNamespace(max_seq_length=None, query_prompt=None, passage_prompt=None, gradient_checkpointing=True)
+    with pytest.raises(UsageError, match="--gradient_checkpointing: MPNetModel") as error:
+        set_up(load_retriever(make(tmp_path, "mpnet")), flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "t5", "gpt2"])
+def test_dropout_is_set_in_the_encoder(family, tmp_path):
+    folder = make(tmp_path, family)
+    dropouts = {
+        module.p for module in load_retriever(folder, 0.0, 0.3).modules() if isinstance(module, torch.nn.Dropout)
+    }
+    assert 0.3 in dropouts and dropouts <= {0.0, 0.3}
+    assert small(dropout=0.3)[0].auto_model.config.hidden_dropout_prob == 0.3
+    assert small()[0].auto_model.config.hidden_dropout_prob == 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_dropout_of_a_model_that_has_none_is_refused(family, tmp_path):
+    with pytest.raises(UsageError, match="--dropout"):
+        load_retriever(make(tmp_path, family), 0.0, 0.3)
+
+
+CODE = """
+from transformers import BertConfig, BertModel
+
+class OwnConfig(BertConfig):
+    model_type = "own_bert"
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_model_runs_only_if_that_is_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # nobody is asked
+    folder = Path(make(tmp_path, "bert"))
+    (folder / "own.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own_bert", "architectures": ["OwnModel"],
+               "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="--trust_remote_code") as error:
+        load_retriever(str(folder))
+    assert "\n" not in str(error.value)
+    retriever = load_retriever(str(folder), trust_remote_code=True)
+    assert type(retriever[0].auto_model).__name__ == "OwnModel"
+    retriever.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    again = load_retriever(str(tmp_path / "saved"), trust_remote_code=True)  # its code was saved with it
+    assert type(again[0].auto_model).__name__ == "OwnModel"
 
 
 # ---- several processes

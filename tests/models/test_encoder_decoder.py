@@ -1,5 +1,6 @@
 """The summarizer against Transformers' own forward, loss and generation; sources; the tokenizer; saving."""
 
+import copy
 import shutil
 from collections import Counter
 
@@ -21,6 +22,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.data.examples import Document, Example
@@ -137,6 +139,29 @@ def test_a_dummy_batch_has_a_loss_of_zero_and_zero_gradients_everywhere(summariz
     loss.backward()
     assert loss.item() == nll.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in summarizer.parameters() if p.requires_grad)
+
+
+def test_layers_that_run_again_in_the_backward_pass_give_the_same_gradients(summarizer):
+    sources, targets = examples()
+    batch = collate(sources, targets, 1)
+    again, gradients, runs = Summarizer(copy.deepcopy(summarizer.model), gradient_checkpointing=True), [], []
+    again.is_packed = summarizer.is_packed  # a copy of a packed model is packed
+    for module in (summarizer, again):
+        for part in module.train().modules():
+            part.p = 0.2 if hasattr(part, "p") else None
+            if isinstance(getattr(part, "dropout", None), float):
+                part.dropout = 0.2
+        for stack in (module.model.get_encoder(), module.model.get_decoder()):
+            layer = next(part for part in stack.modules() if isinstance(part, GradientCheckpointingLayer))
+            part = next(part for part in layer.modules() if list(part.parameters(recurse=False)))
+            part.register_forward_pre_hook(lambda *_: runs.append(1))
+        torch.manual_seed(5)
+        module(**batch, label_smoothing_factor=0.1)[0].backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    assert len(runs) == 2 + 4
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
 
 
 def test_the_models_output_layer_is_left_as_it_was(summarizer):

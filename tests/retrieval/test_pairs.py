@@ -1,19 +1,24 @@
 """Positives, negatives and drafts of the retriever's training pairs, as they are drawn."""
 
+import itertools
 import json
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from retrieval_cases import make_corpus
 
 from utils.data.examples import Document, Example
 from utils.data.loading import load_examples
 from utils.errors import UsageError
+from utils.models.contrastive import contrastive_loss
 from utils.models.encoder import build_small_encoder, tokenize
-from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.bm25 import bm25_index, bm25_rankings, bm25_search
 from utils.retrieval.drafts import imitate_draft
 from utils.retrieval.pairs import Pairs, gold_passages, positives
+from utils.retrieval.ranking import search_texts
 
 PASSAGES = ["the mill was sold", "a bridge over the river", "coffee for Ann", "the mill burned down", "nothing at all"]
 SECOND = ["tea for Bob", "the bridge is closed", "a long talk about the price of the bridge and of the mill"]
@@ -24,8 +29,9 @@ def encoder():
     return build_small_encoder([*PASSAGES, *SECOND, "what about it?"], vocab_size=300, hidden_size=32, layers=1)
 
 
-def make_pairs(encoder, examples=None, **flags):
-    documents = [example.document for example in examples or ()] or [Document("d1", PASSAGES), Document("d2", SECOND)]
+def make_pairs(encoder, documents=None, examples=None, lexical=bm25_rankings, **flags):
+    documents = documents or [example.document for example in examples or ()]
+    documents = documents or [Document("d1", PASSAGES), Document("d2", SECOND)]
     examples = examples or [
         Example("a", "the mill", documents[0], ["The mill burned down."], [0, 3], [1, 3], None),
         Example("b", "the bridge", documents[1], ["The bridge is closed."], None, None, None),
@@ -34,9 +40,9 @@ def make_pairs(encoder, examples=None, **flags):
     ]
     defaults = {"seed": 1, "draft_share": 0.0, "drafts_file": None, "found_weight": 0.5, "negatives_pool": 2,
                 "num_positives": 1, "num_hard_negatives": 1, "negatives_margin": 0.05, "supervision": "evidence",
-                "oracle_passages": 5, "teacher": None, "language": None}  # fmt: skip
+                "oracle_passages": 5, "teacher": None, "language": None, "mine_negatives_every": 0}  # fmt: skip
     args = SimpleNamespace(**defaults | flags)
-    return Pairs(args, examples, documents, encoder, lexical=bm25_rankings, accelerator=None)
+    return Pairs(args, examples, documents, encoder, lexical=lexical, accelerator=None)
 
 
 def draws(pairs, number, epochs=400):
@@ -165,3 +171,68 @@ def test_lengths_are_those_of_the_longest_that_any_epoch_draws(encoder):
         assert max(len(search) for search, *_ in drawn) <= longest_search
         totals = [sum(len(pairs.passage_tokens[key]) for key in keys) for *_, keys in drawn]
         assert max(totals) <= longest_passages
+
+
+# ---- passages with equal texts
+
+TWINS = ["the mill was sold", "a bridge", "the mill was sold", "the mill burned", "the mill burned"]
+
+
+def least_loss(pairs) -> float:
+    """The loss of a batch of all pairs whose queries are as near to their positives as vectors can be."""
+    *_, drawn = zip(*(pairs.draw(pair, 0) for pair in pairs.rows), strict=True)
+    keys = list(dict.fromkeys(itertools.chain(*drawn)))
+    texts = {tuple(pairs.passage_tokens[key]): None for key in keys}  # a vector for each different text
+    vectors = torch.eye(len(texts))[[list(texts).index(tuple(pairs.passage_tokens[key])) for key in keys]]
+    queries = vectors[[keys.index(of_pair[0]) for of_pair in drawn]]
+    evidence = torch.nn.utils.rnn.pad_sequence([torch.tensor(pair.evidence) for pair in pairs.rows], True, -1.0)
+    loss, _ = contrastive_loss(
+        queries, vectors, passage_keys=torch.tensor(keys), evidence_keys=evidence.long(), temperature=0.01
+    )
+    return loss.item()
+
+
+@pytest.mark.parametrize("is_corpus", [False, True], ids=["documents", "corpus"])
+def test_a_passage_with_the_text_of_the_evidence_is_no_negative(encoder, tmp_path, is_corpus):
+    document, lexical = Document("d", TWINS), bm25_rankings
+    if is_corpus:
+        document = make_corpus(tmp_path, TWINS)
+        index = bm25_index(document)
+
+        def lexical(examples, top_k, queries=None):
+            return bm25_search(index, search_texts(examples, queries), top_k)
+
+    example = Example("a", "the mill", document, ["It was sold."], [2], [4], None)
+    pairs = make_pairs(encoder, [document], [example], lexical, negatives_pool=5, num_hard_negatives=5)
+    pair = pairs.rows[0]
+    assert pair.evidence == [0]  # the first passage with this text stands for all
+    assert pair.negatives[0] == ([3] if is_corpus else [3, 1])  # each text once; BM25 finds no word of 1 in a corpus
+    assert least_loss(pairs) < 1e-6
+    scores = [5.0, 1.0, 5.0, 3.0, 3.0]
+    pairs.mine(lambda examples, top_k, queries: [sorted(enumerate(scores), key=lambda entry: -entry[1])])
+    assert pair.negatives[0] == [3, 1]
+
+
+def test_equal_texts_of_other_documents_are_no_negatives_of_each_other(encoder):
+    documents = [Document("d1", ["nothing", "the mill was sold"]), Document("d2", ["the mill was sold", "a bridge"])]
+    examples = [
+        Example("a", "the mill", documents[0], ["Sold."], [1], [4], None),
+        Example("b", "what was sold?", documents[1], ["A mill."], [0], [4], None),
+    ]
+    pairs = make_pairs(encoder, documents, examples)
+    assert [pair.evidence for pair in pairs.rows] == [[1], [1]]
+    assert least_loss(pairs) < 1e-6
+
+
+def test_evidence_with_equal_texts_is_drawn_once_with_the_weight_of_both(encoder, monkeypatch):
+    monkeypatch.setattr("utils.retrieval.pairs.READ", 1)
+    document = Document("d", TWINS)
+    example = Example("a", "the mill was sold", document, ["The mill burned."], [0, 2, 3], [1, 2, 3], None)
+    pairs = make_pairs(encoder, [document], [example], num_positives=3, num_hard_negatives=0, draft_share=0.5)
+    assert pairs.rows[0].evidence == [0, 3]
+    assert pairs.rows[0].weights == pytest.approx([0.5, 0.5])
+    drawn = draws(pairs, 0, 40)
+    assert all(sorted(keys) == [0, 3] for *_, keys in drawn)
+    # a draft that was written from the twin of evidence has used it
+    assert pairs.rows[0].read[0] in (0, 2)
+    assert {tuple(weights.round(3)) for _, weights, _ in drawn} == {(0.5, 0.5), (0.333, 0.667)}

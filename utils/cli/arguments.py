@@ -63,7 +63,8 @@ MAY_CHANGE = frozenset(
     per_device_train_batch_size per_device_eval_batch_size max_tokens gradient_accumulation_steps curriculum_epochs
     group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
     min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
-    validation_drafts_file ranking bm25_weight smooth_window smooth_decay index trec_run
+    validation_drafts_file ranking bm25_weight smooth_window smooth_decay index trec_run gradient_checkpointing
+    trust_remote_code
     """.split()
 )
 
@@ -96,6 +97,8 @@ class ReadingArguments:
 class DataArguments(ReadingArguments):
     """What is trained on and validated with."""
 
+    corpus_file = train_qrels_file = validation_qrels_file = None  # flags of `CorpusArguments` only
+
     train_file: str | None = flag(
         None,
         "training examples: JSON Lines (also .xz, .gz), JSON, CSV, Parquet, a folder or a Hub name, "
@@ -105,18 +108,24 @@ class DataArguments(ReadingArguments):
     validation_documents_file: str | None = flag(
         None, "--documents_file of the validation examples (default: --documents_file)"
     )
-    corpus_file: str | None = flag(
-        None, "for train_retrieve.py: a corpus that all examples search, as records of `_id`, `title`, `text` (BEIR)"
-    )
-    train_qrels_file: str | None = flag(
-        None, "evidence of the training queries in the corpus, in BEIR's or TREC's format"
-    )
-    validation_qrels_file: str | None = flag(None, "evidence of the validation queries in the corpus")
     max_train_examples: int | None = flag(None, "use only the first N training examples (debugging)", at_least=1)
     max_eval_examples: int | None = flag(None, "use only the first N validation examples (debugging)", at_least=1)
     sample_documents: int = flag(
         1500, "size of the embedded training set in transcripts, with six examples each", at_least=1
     )
+
+
+@dataclass
+class CorpusArguments(DataArguments):
+    """One corpus that all examples search."""
+
+    corpus_file: str | None = flag(
+        None, "a corpus that all examples search, as records of `_id`, `title`, `text` (BEIR)"
+    )
+    train_qrels_file: str | None = flag(
+        None, "evidence of the training queries in the corpus, in BEIR's or TREC's format"
+    )
+    validation_qrels_file: str | None = flag(None, "evidence of the validation queries in the corpus")
 
 
 @dataclass
@@ -133,6 +142,7 @@ class RunArguments:
         None, "folder for what is made of the data (default: multistep-retrieve-summarize in $HF_HOME)"
     )
     deterministic: bool = flag(False, "use only deterministic operations")
+    trust_remote_code: bool = flag(False, "run the Python code that a model of the Hub or a folder brings with it")
     seed: int = flag(42, "random seed of data order, dropout and new weights", at_least=0)
     language: str | None = flag(
         None,
@@ -146,6 +156,53 @@ class RunArguments:
             from utils.data.words import language_name  # takes a moment
 
             language_name(self.language)  # raises UsageError for an unknown one
+
+
+RANKINGS = ("dense", "hybrid")
+
+
+@dataclass
+class RankingArguments:
+    """How a retriever that is trained here ranks."""
+
+    ranking: str = flag("dense", "the retriever's scores, or BM25's added to them", choices=RANKINGS)
+    bm25_weight: float = flag(0.5, "weight of BM25's score with --ranking hybrid (the retriever's: 1)", at_least=0)
+    smooth_window: int = flag(0, "neighbours per side that share in a passage's score; 0: off", at_least=0)
+    smooth_decay: float = flag(0.5, "decay of the shared score per passage; squared backward", at_least=0)
+
+
+@dataclass
+class RankingOverrides:
+    """How a trained retriever ranks: None is what it was trained with, else the default of `RankingArguments`."""
+
+    ranking: str | None = flag(
+        None, "dense, or hybrid with BM25 (default: the retriever's setting, else dense)", choices=RANKINGS
+    )
+    bm25_weight: float | None = flag(
+        None, "weight of BM25's score with --ranking hybrid (default: the retriever's, else 0.5)", at_least=0
+    )
+    smooth_window: int | None = flag(
+        None, "neighbours that share in a passage's score; 0: off (default: the retriever's, else 0)", at_least=0
+    )
+    smooth_decay: float | None = flag(
+        None, "decay of the shared score per passage (default: the retriever's, else 0.5)", at_least=0
+    )
+
+    def ranking_settings(self, saved: dict | None) -> dict:
+        """How to rank: explicit flags, else what was `saved` with the retriever, else the defaults.
+
+        `saved` is None if no trained retriever searches. Raises UsageError for a flag that has no effect.
+        """
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(RankingOverrides)}
+        given = {setting: value for setting, value in given.items() if value is not None}
+        settings = dataclasses.asdict(RankingArguments()) | (saved or {}) | given
+        if given and saved is None:
+            raise UsageError(f"--{next(iter(given))} needs a --retriever that is a trained model; leave the flag out")
+        if "bm25_weight" in given and settings["ranking"] != "hybrid":
+            raise UsageError("--bm25_weight has no effect without --ranking hybrid")
+        if "smooth_decay" in given and not settings["smooth_window"]:
+            raise UsageError("--smooth_decay has no effect without --smooth_window")
+        return settings
 
 
 @dataclass
@@ -227,6 +284,9 @@ class TrainingArguments(RunArguments):
     gradient_accumulation_steps: str = flag(
         "1", "micro-batches per optimizer step; a list such as 4,2,1 gives one number per epoch"
     )
+    gradient_checkpointing: bool = flag(
+        False, "compute layers again in the backward pass instead of keeping their results: less memory, more time"
+    )
     curriculum_epochs: int = flag(
         0, "number of first epochs that run from short to long examples, unshuffled", at_least=0
     )
@@ -281,7 +341,7 @@ class TrainingArguments(RunArguments):
 
     def decisive(self) -> dict:
         """The flags that decide what a step computes, beside data and batches. To resume, they must be the same."""
-        others = {field.name for owner in (DataArguments, GenerationArguments) for field in dataclasses.fields(owner)}
+        others = {field.name for owner in (CorpusArguments, GenerationArguments) for field in dataclasses.fields(owner)}
         return {name: value for name, value in vars(self).items() if name not in MAY_CHANGE | others}
 
     def accumulation(self, epoch: int) -> int:
@@ -294,7 +354,7 @@ class TrainingArguments(RunArguments):
 GROUPS = {
     "most used": """
         train_file validation_file input_file document query retriever summarizer model_name_or_path output_dir
-        num_train_epochs learning_rate per_device_train_batch_size num_hard_negatives ranking fusion num_hops top_k
+        num_train_epochs learning_rate per_device_train_batch_size num_hard_negatives fusion num_hops top_k
         max_source_length num_beams max_new_tokens seed
     """,
     "data": """
@@ -308,13 +368,15 @@ GROUPS = {
         teacher teacher_candidates teacher_temperature
     """,
     "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words",
-    "ranking": "language bm25_weight smooth_window smooth_decay index trec_run",
+    "ranking": "ranking language bm25_weight smooth_window smooth_decay index trec_run",
     "model, loss and generation": """
-        max_seq_length attention_dropout temperature gradient_cache_tokens passage_order source_prefix source_lang
-        target_lang max_target_length dropout label_smoothing_factor length_penalty min_new_tokens no_repeat_ngram_size
+        max_seq_length query_prompt passage_prompt dropout attention_dropout temperature gradient_cache_tokens
+        passage_order source_prefix source_lang target_lang max_target_length label_smoothing_factor length_penalty
+        min_new_tokens no_repeat_ngram_size trust_remote_code
     """,
     "batches": """
-        gradient_accumulation_steps max_tokens curriculum_epochs per_device_eval_batch_size dataloader_num_workers
+        gradient_accumulation_steps max_tokens gradient_checkpointing curriculum_epochs per_device_eval_batch_size
+        dataloader_num_workers
     """,
     "optimizer": """
         lr_scheduler_type num_warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm mixed_precision

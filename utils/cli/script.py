@@ -108,6 +108,8 @@ def start(accelerator, args) -> Path:
             "DeepSpeed is not supported: use accelerate_configs/fsdp2.yaml, which shards the model as well"
         )
     choose_cache_folder(args.cache_dir)
+    if args.trust_remote_code and accelerator.is_main_process:
+        print("--trust_remote_code: Python code that the models bring with them is run", file=sys.stderr)
     keep_outputs_exact(accelerator)
     # accelerate has no other name for it yet
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

@@ -108,7 +108,7 @@ def score_rankings(examples: Sequence[Example], rankings: Sequence[Ranking], evi
             texts = texts[numbers] if numbers else []
         else:
             texts = [texts[number] for number in numbers]
-        columns["predictions"].append(list(range(len(ranking))))
+        columns["predictions"].append([places[passage] for passage, _ in ranking])
         columns["references"].append([places[passage] for passage in relevant or []])
         columns["passage_words"].append(list(map(count_words, texts)))
     return Retrieval().compute(**columns, evidence_words=[example.evidence_words for example in examples])

@@ -383,18 +383,27 @@ def remove_padding(retriever) -> bool:
 _now: list[dict] = []  # the active `laid_end_to_end` contexts, innermost last
 
 
-@contextmanager
 def laid_end_to_end(lengths: list[int], key_lengths: list[int] | None = None):
     """Within it, a model prepared by `remove_padding_of_both` takes (1, sum of lengths): sequences end to end.
 
     For the decoder, `key_lengths` are the numbers of encoder tokens that each of its sequences attends to. With
-    activation checkpointing it must be active in the recomputed forward pass too.
+    activation checkpointing it must be active in the recomputed forward pass too (`laid_as_now`).
     """
-    _now.append({"self": lengths, "cross": key_lengths or lengths, "layouts": {}})
+    return _laid({"self": lengths, "cross": key_lengths or lengths, "layouts": {}})
+
+
+def laid_as_now():
+    """The innermost `laid_end_to_end` that is active now, to be entered again later; without one, no change."""
+    return _laid(*_now[-1:])
+
+
+@contextmanager
+def _laid(*now: dict):
+    _now.extend(now)
     try:
         yield
     finally:
-        _now.pop()
+        del _now[len(_now) - len(now) :]
 
 
 def _attention_of_both(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):

@@ -13,21 +13,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer, SimilarityFunction
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertModel
 
-from utils.errors import UsageError, in_one_line
+from utils.errors import UsageError
 from utils.fast.cpu import laid_out_weights, use_fast_layers
 from utils.fast.packing import is_packed, remove_padding
-from utils.models.settings import write_settings
-from utils.models.tokenizer import check_length, check_vocabulary, pad, tokenizer_key, train_tokenizer
+from utils.models.settings import checkpoint_layers, load_error, write_settings
+from utils.models.tokenizer import check_length, check_vocabulary, pad, position_limit, tokenizer_key, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
 from utils.tables import Texts
 
-PROMPTS = {"query": "query", "passage": "document"}  # names of the prompts in sentence-transformers
+TASKS = {"query": "query", "passage": "document"}  # what sentence-transformers calls the kinds of texts
+PROMPT_NAMES = {"query": ("query",), "passage": ("document", "passage", "corpus")}  # of a model, the first it has
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # in configurations
+DROPOUTS = ("hidden_dropout_prob", "dropout", "dropout_rate", "hidden_dropout", "resid_pdrop", "embd_pdrop",
+            "embedding_dropout", "mlp_dropout")  # fmt: skip
+UNLIMITED = 2**30  # tokens; tokenizers accept no infinity
+PROBES = ["Who agreed?", "The committee agreed on the new budget for the old town hall, after a long discussion.", "5"]
 
 # ---- models
 
@@ -39,6 +46,7 @@ def build_small_encoder(
     hidden_size: int = 128,
     layers: int = 2,
     attention_dropout: float = 0.0,
+    dropout: float | None = None,
     key: str | None = None,
 ) -> SentenceTransformer:
     """A small BERT with random weights, mean pooling and unit length; its lowercase tokenizer is trained on `texts`.
@@ -54,6 +62,7 @@ def build_small_encoder(
         intermediate_size=4 * hidden_size,
         max_position_embeddings=512,
         attention_probs_dropout_prob=attention_dropout,
+        hidden_dropout_prob=0.1 if dropout is None else dropout,
         initializer_range=0.06,  # suits this width; BERT's 0.02 is made for hidden_size 768
         pad_token_id=own_tokenizer.pad_token_id,
     )
@@ -69,37 +78,122 @@ def build_small_encoder(
     return retriever
 
 
-def load_retriever(name_or_path: str, attention_dropout: float | None = None) -> SentenceTransformer:
-    """Loads a sentence-transformers or plain encoder checkpoint from a folder or the Hub; UsageError if it cannot."""
-    config = {}
+def load_retriever(
+    name_or_path: str,
+    attention_dropout: float | None = None,
+    dropout: float | None = None,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """Loads a sentence-transformers or plain encoder checkpoint from a folder or the Hub.
+
+    UsageError if it cannot be loaded, if `dropout` cannot be set, or if training and search here would not compute the
+    embeddings of sentence-transformers' own `encode_query` and `encode_document`.
+    """
     folder = Path(name_or_path)
     if folder.is_dir() and not any((folder / name).exists() for name in ("modules.json", "config.json")):
         raise UsageError(
             f"{name_or_path}: this folder holds no retriever; train_retrieve.py writes it at the end of training"
         )
-    if attention_dropout is not None:  # two names, of BERT and of others; a configuration ignores the unknown one
-        config = {"attention_probs_dropout_prob": attention_dropout, "attention_dropout": attention_dropout}
+    # a configuration ignores the names that it does not know
+    config = dict.fromkeys(ATTENTION_DROPOUTS, attention_dropout) if attention_dropout is not None else {}
+    config |= dict.fromkeys(DROPOUTS, dropout) if dropout is not None else {}
     try:
         retriever = SentenceTransformer(
-            name_or_path, device="cpu", model_kwargs={"dtype": torch.float32}, config_kwargs=config
-        )
+            name_or_path, device="cpu", model_kwargs={"dtype": torch.float32}, config_kwargs=config,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
-        raise UsageError(f"{name_or_path}: no retriever could be loaded: {in_one_line(error)}") from error
-    transformer = next((module for module in retriever.modules() if hasattr(module, "get_input_embeddings")), None)
-    if transformer is not None and hasattr(retriever.tokenizer, "all_special_ids"):  # not a static model
-        check_vocabulary(retriever.tokenizer, transformer, name_or_path)
+        raise UsageError(f"{name_or_path}: no retriever could be loaded: {load_error(error)}") from error
+    _check_modules(retriever, name_or_path)
+    if dropout is not None and not any(hasattr(retriever[0].auto_model.config, name) for name in DROPOUTS):
+        raise UsageError(f"--dropout: {name_or_path} has no dropout that could be set; leave the flag out")
+    check_vocabulary(retriever.tokenizer, retriever[0].auto_model, name_or_path)
+    limit = position_limit(retriever)
+    if limit is not None and (retriever.max_seq_length or limit) >= limit:
+        retriever.max_seq_length = limit  # a longer text has no positions
     is_unit = any(isinstance(module, Normalize) for module in retriever)
     if not is_unit and retriever.similarity_fn_name == SimilarityFunction.COSINE.value:
         retriever.append(Normalize())  # loss and search use the dot product, which must be the cosine
     use_fast_layers(retriever)
     remove_padding(retriever)
+    _check_embeddings(retriever, name_or_path)
     return retriever
+
+
+def _check_modules(retriever: SentenceTransformer, name: str) -> None:
+    """Raises UsageError if the model is of a kind that is not supported here."""
+    first = type(retriever[0]).__name__
+    if not isinstance(retriever[0], Transformer):
+        remedy = "save one of its encoders as a model of its own" if first == "Router" else "choose a Transformer model"
+        raise UsageError(f"{name}: its first module is a {first}, which is not supported as a retriever; {remedy}")
+    if retriever[0].modality_config.keys() != {"text"} or not callable(retriever.tokenizer):
+        raise UsageError(f"{name}: does not read plain texts, but {', '.join(map(str, retriever[0].modality_config))}")
+    if retriever.tokenizer.pad_token_id is None:
+        raise UsageError(f"{name}: the tokenizer has no padding token; set pad_token in its tokenizer_config.json")
+    if retriever.truncate_dim is not None:
+        raise UsageError(
+            f"{name}: its embeddings are cut to {retriever.truncate_dim} dimensions, which is not supported; "
+            "remove truncate_dim from its config_sentence_transformers.json"
+        )
+    if retriever[0].query_expansion is not None:
+        raise UsageError(f"{name}: expands queries as ColBERT does, which is not supported; choose another model")
+
+
+@torch.no_grad()
+def _check_embeddings(retriever: SentenceTransformer, name: str) -> None:
+    """Raises UsageError if a few texts have other tokens or embeddings here than in sentence-transformers."""
+    modules = ", ".join(type(module).__name__ for module in retriever)
+    problem = f"{name}: training would compute other embeddings than sentence-transformers ({modules}); choose another"
+    retriever.eval()
+    for kind, encode_theirs in (("query", retriever.encode_query), ("passage", retriever.encode_document)):
+        token_ids = tokenize(retriever, PROBES, kind)
+        prompt = prompt_of(retriever, kind)
+        for text, ids in zip(PROBES, token_ids, strict=True):
+            theirs = retriever.preprocess([text], prompt=prompt, task=TASKS[kind])
+            if theirs["input_ids"][0].tolist() != ids:
+                raise UsageError(problem)
+        # one at a time, because the padding of a batch changes the embeddings of some models
+        theirs = encode_theirs(PROBES, batch_size=1, show_progress_bar=False, convert_to_tensor=True)
+        ours = retriever(_features(retriever, token_ids, kind))["sentence_embedding"]
+        if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max():
+            raise UsageError(problem)
+
+
+def prompt_of(retriever: SentenceTransformer, kind: str) -> str:
+    """The prompt of `encode_query` or `encode_document` ("passage"); "" if there is none."""
+    name = next((name for name in PROMPT_NAMES[kind] if name in retriever.prompts), retriever.default_prompt_name)
+    return retriever.prompts.get(name) or ""
+
+
+def set_prompts(retriever: SentenceTransformer, query: str | None, passage: str | None) -> None:
+    """Replaces the prompts of a model, which are saved with it; None leaves one as it is.
+
+    Raises UsageError if a prompt leaves no room for a text.
+    """
+    for kind, prompt in (("query", query), ("passage", passage)):
+        if prompt is None:
+            continue
+        retriever.prompts[PROMPT_NAMES[kind][0]] = prompt
+        if len(tokenize(retriever, [""], kind)[0]) >= _longest(retriever, kind):
+            raise UsageError(f"--{kind}_prompt takes all of the {_longest(retriever, kind)} tokens of a {kind}")
 
 
 def set_max_seq_length(retriever: SentenceTransformer, tokens: int) -> None:
     """Cuts queries and passages to so many tokens. UsageError if the model has not as many positions."""
     check_length(retriever, "max_seq_length", tokens)
     retriever.max_seq_length = tokens
+    for task in TASKS.values():
+        if getattr(retriever[0], f"{task}_length", None):
+            setattr(retriever[0], f"{task}_length", tokens)
+
+
+def set_up(retriever: SentenceTransformer, args) -> None:
+    """Applies the flags of train_retrieve.py about length, prompts and memory. UsageError if the model refuses one."""
+    if args.max_seq_length:
+        set_max_seq_length(retriever, args.max_seq_length)
+    set_prompts(retriever, args.query_prompt, args.passage_prompt)
+    if args.gradient_checkpointing:
+        checkpoint_layers(retriever[0].auto_model)
 
 
 def weights_key(model: torch.nn.Module) -> str:
@@ -116,21 +210,42 @@ def weights_key(model: torch.nn.Module) -> str:
 
 
 def tokenize(model: SentenceTransformer, texts: Iterable[str], kind: str, *, keep: bool = True) -> Sequence[list[int]]:
-    """Token ids of each text after the prompt of its `kind` ("query" or "passage"), cut at `model.max_seq_length`.
+    """Token ids of each text after the prompt of its `kind` ("query" or "passage"), cut at the maximum length.
 
-    With `keep`, those of large collections are kept on disk; `texts` must then be iterable twice.
+    A text without any token, which has no vector, becomes one padding token. With `keep`, the ids of large collections
+    are kept on disk; `texts` must then be iterable twice.
     """
-    prompt = model.prompts.get(PROMPTS[kind], "")
-    options = {"truncation": True, "max_length": model.max_seq_length}
+    prompt = prompt_of(model, kind)
+    options = {"truncation": True, "max_length": _longest(model, kind)}
+    instead = [model.tokenizer.pad_token_id]
     if keep:
-        return tokenize_cached(model.tokenizer, Texts(lambda: (prompt + text for text in texts)), **options)
+        texts_with_prompt = Texts(lambda: (prompt + text for text in texts))
+        return tokenize_cached(model.tokenizer, texts_with_prompt, if_empty=instead, **options)
     texts = [prompt + text for text in texts]
-    return model.tokenizer(texts, **options)["input_ids"] if texts else []
+    return [ids or instead for ids in model.tokenizer(texts, **options)["input_ids"]] if texts else []
 
 
 def tokens_key(model: SentenceTransformer) -> list:
     """What decides the result of `tokenize`, beside the texts."""
-    return [tokenizer_key(model.tokenizer), model.prompts, model.max_seq_length]
+    return [tokenizer_key(model.tokenizer), [[prompt_of(model, kind), _longest(model, kind)] for kind in TASKS]]
+
+
+def _longest(model: SentenceTransformer, kind: str) -> int:
+    """Maximum tokens of a text; some models have other ones for queries and for passages."""
+    return min(getattr(model[0], f"{TASKS[kind]}_length", None) or model.max_seq_length or UNLIMITED, UNLIMITED)
+
+
+def _features(model: SentenceTransformer, token_ids: list[list[int]], kind: str) -> dict:
+    """A padded batch of texts of one kind, as the model's input."""
+    return {**pad(token_ids, model.tokenizer.pad_token_id), **_prompt_length(model, kind)}
+
+
+def _prompt_length(model: SentenceTransformer, kind: str) -> dict[str, int]:
+    """Number of the prompt's tokens if pooling leaves them out; else {}."""
+    prompt = prompt_of(model, kind)
+    if prompt and any(isinstance(module, Pooling) and not module.include_prompt for module in model):
+        return {"prompt_length": model.preprocess(["a"], prompt=prompt)["prompt_length"]}
+    return {}
 
 
 def in_chunks(
@@ -139,19 +254,24 @@ def in_chunks(
     """Features of a training batch in chunks, each with `rows`: the numbers of its texts, where queries come first.
 
     A chunk has at most `max_tokens` tokens in texts of similar length; padding counts unless it is removed. With
-    `max_tokens` 0, the batch is one chunk, or two (queries, passages) where padding is not removed.
+    `max_tokens` 0, the batch is one chunk, or two (queries, passages) where padding is not removed. No chunk has both
+    kinds if pooling leaves out their prompts.
     """
     token_ids, packed = queries + passages, is_packed(retriever[0])
-    if max_tokens:
-        parts = _longest_first(token_ids, max_tokens, is_padded=not packed)
-    elif packed:
-        parts = [range(len(token_ids))]
-    else:  # queries are short: padding them to the length of passages would cost time
-        parts = [range(len(queries)), range(len(queries), len(token_ids))]
-    return [
-        {**pad([token_ids[i] for i in part], retriever.tokenizer.pad_token_id), "rows": torch.tensor(part)}
-        for part in parts
-    ]
+    lengths = [_prompt_length(retriever, kind) for kind in TASKS]
+    sides = [range(len(queries)), range(len(queries), len(token_ids))]
+    if not any(lengths) and (packed or max_tokens):  # else apart: padding queries, which are short, would cost time
+        lengths, sides = [{}], [range(len(token_ids))]
+    chunks = []
+    for side, length in zip(sides, lengths, strict=True):
+        parts = [side]
+        if max_tokens:
+            batches = _longest_first([token_ids[i] for i in side], max_tokens, is_padded=not packed)
+            parts = [[side[i] for i in batch] for batch in batches]
+        for part in parts:
+            features = pad([token_ids[i] for i in part], retriever.tokenizer.pad_token_id)
+            chunks.append({**features, **length, "rows": torch.tensor(part)})
+    return chunks
 
 
 def count_tokens(retriever: SentenceTransformer, chunks: list[dict[str, torch.Tensor]]) -> tuple[int, int]:
@@ -211,8 +331,8 @@ def encode(
                     poll()
                 # a sharded model needs all processes each time: those without a batch left repeat the last one
                 batch = batches[min(first + process, len(batches) - 1)]
-                features = pad([token_ids[i] for i in batch], model.tokenizer.pad_token_id)
-                output = model({name: tensor.to(accelerator.device) for name, tensor in features.items()})
+                features = _features(model, [token_ids[i] for i in batch], kind)
+                output = model(send_to_device(features, accelerator.device))
                 parts.append(output["sentence_embedding"].float().cpu().numpy())
     finally:
         model.train(was_training)

@@ -6,7 +6,7 @@ tokens of all sequences of an example (Fusion-in-Decoder). Concatenated passages
 
 import inspect
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -14,16 +14,18 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import _get_current_function_mode_stack
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.errors import UsageError, in_one_line
 from utils.fast.beam_search import beam_search
 from utils.fast.cpu import FunctionalDropout, Linear, laid_out_weights, use_fast_layers
-from utils.fast.packing import laid_end_to_end, remove_padding_of_both
+from utils.fast.packing import laid_as_now, laid_end_to_end, remove_padding_of_both
 from utils.models.generation import DEFAULTS, settle_generation
 from utils.models.languages import set_languages
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
+from utils.models.settings import checkpoint_layers, load_error
 from utils.models.sources import tokens_per_example
 from utils.models.tokenizer import check_length, check_vocabulary
 
@@ -74,15 +76,20 @@ def build_small_bart(
     return model
 
 
-def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, name: str = "--model_name_or_path"):
+def load_model_and_tokenizer(
+    name_or_path: str,
+    dropout: float | None = None,
+    name: str = "--model_name_or_path",
+    trust_remote_code: bool = False,
+):
     """Loads an encoder-decoder and its tokenizer from a folder or the Hub; a UsageError names the flag `name`."""
     if Path(name_or_path).is_dir() and not Path(name_or_path, "config.json").exists():
         raise UsageError(
             f"{name} {name_or_path}: this folder holds no model; train_summarize.py writes it at the end of training"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        config = AutoConfig.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         if config.model_type in REFUSED:
             raise ValueError(f"models of type {config.model_type} are not supported: {REFUSED[config.model_type]}")
         if getattr(config, "attention_type", "") == "block_sparse":
@@ -91,9 +98,11 @@ def load_model_and_tokenizer(name_or_path: str, dropout: float | None = None, na
         for entry in ("dropout", "dropout_rate"):  # as BART and T5 call it
             if dropout is not None and hasattr(config, entry):
                 setattr(config, entry, dropout)
-        model = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
-        message = f"{name} {name_or_path}: no encoder-decoder model could be loaded: {in_one_line(error)}"
+        message = f"{name} {name_or_path}: no encoder-decoder model could be loaded: {load_error(error)}"
         raise UsageError(message) from error
     check_vocabulary(tokenizer, model, f"{name} {name_or_path}")
     _check_special_tokens(model, tokenizer, f"{name} {name_or_path}")
@@ -143,9 +152,11 @@ class Summarizer(nn.Module):
     It adds no parameters: `.model` can be saved and loaded without this class.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, gradient_checkpointing: bool = False):
         super().__init__()
         self.model = model
+        if gradient_checkpointing:
+            checkpoint_layers(model, _same_contexts)
         use_fast_layers(model)
         self.is_packed = remove_padding_of_both(model)
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # the layers that FSDP shards one by one
@@ -303,6 +314,18 @@ class Summarizer(nn.Module):
                 states[i] = row[: lengths[i]]
         rows = iter(states)
         return _pad_states([torch.cat(list(islice(rows, count))) for count in sequences_per_example.tolist()])
+
+
+def _same_contexts() -> tuple:
+    """For `checkpoint_layers`: a layer runs again within the sequences and with the dropout of its first run."""
+    is_fast = any(isinstance(mode, FunctionalDropout) for mode in _get_current_function_mode_stack())
+    return nullcontext(), _both(laid_as_now(), FunctionalDropout() if is_fast else nullcontext())
+
+
+@contextmanager
+def _both(first, second):
+    with first, second:
+        yield
 
 
 def _pad_states(examples) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,12 @@
-"""The settings that using a trained model needs, in a file beside its weights: how to rank, read and write."""
+"""What loading, training and using any model needs: its settings in a file beside the weights, and its errors."""
 
 import json
 import os
 from pathlib import Path
 
+from torch.utils.checkpoint import noop_context_fn
+
+from utils.errors import UsageError, in_one_line
 from utils.files import write_json
 
 FILE = "settings.json"
@@ -21,3 +24,24 @@ def saved_settings(folder: str | os.PathLike) -> dict:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def load_error(error: Exception) -> str:
+    """What a library says of a model that it cannot load; if the model brings its own code, the flag that runs it."""
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own; read the code, then add --trust_remote_code to run it"
+    return in_one_line(error)
+
+
+def checkpoint_layers(model, context_fn=noop_context_fn) -> None:
+    """Activation checkpointing: layers run again in the backward pass, instead of keeping their results.
+
+    Chen et al., 2016, arXiv:1604.06174. `context_fn` is that of `torch.utils.checkpoint.checkpoint`. Raises UsageError
+    if the model does not support it.
+    """
+    # Transformers is renaming `gradient_checkpointing_enable`
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    try:
+        enable({"use_reentrant": False, "context_fn": context_fn})
+    except ValueError as error:
+        raise UsageError(f"--gradient_checkpointing: {in_one_line(error).rstrip('.')}; leave the flag out") from error

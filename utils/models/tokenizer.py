@@ -99,7 +99,7 @@ def check_length(stack: torch.nn.Module, name: str, length: int, multiple: int =
 
 def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, both (texts, tokens), padded on the right."""
-    rows = [torch.tensor(ids) for ids in token_ids]
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in token_ids]
     return {
         "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
@@ -117,19 +117,27 @@ def tokenizer_key(tokenizer) -> str | None:
     return digest([rules, tokenizers.__version__])
 
 
-def tokenize(tokenizer, texts: Iterable[str], *, as_target: bool = False, **options) -> Sequence[list[int]]:
+def tokenize(
+    tokenizer, texts: Iterable[str], *, as_target: bool = False, if_empty: list[int] | None = None, **options
+) -> Sequence[list[int]]:
     """Token ids of each text; `options` are those of the tokenizer's call, `as_target` for texts to be generated.
+
+    `if_empty` takes the place of no tokens.
 
     The ids of large collections are kept in the cache (see `cached`) under a checksum of texts, tokenizer and options,
     for later runs and other processes. They are mapped into memory, so that memory does not grow with them. `texts`
     must be iterable twice.
     """
     side = "text_target" if as_target else "text"
+
+    def tokenize_now(some: list[str]) -> list[list[int]]:
+        return [ids or if_empty or [] for ids in tokenizer(**{side: some}, **options)["input_ids"]]
+
     sizes = itertools.accumulate(map(len, texts), initial=0)
     rules = tokenizer_key(tokenizer) if any(size >= CACHED_FROM for size in sizes) else None
     if rules is None:
         texts = list(texts)
-        return tokenizer(**{side: texts}, **options)["input_ids"] if texts else []
+        return tokenize_now(texts) if texts else []
     checksum = hashlib.blake2b(digest_size=16)
     for text in texts:
         checksum.update(json.dumps(text).encode())
@@ -139,8 +147,8 @@ def tokenize(tokenizer, texts: Iterable[str], *, as_target: bool = False, **opti
         with table_writer(folder / "ids.arrow", pa.schema([("ids", pa.large_list(number))])) as add:
             remaining = iter(texts)
             while block := list(itertools.islice(remaining, TOKENIZED_AT_ONCE)):
-                for ids in tokenizer(**{side: block}, **options)["input_ids"]:
+                for ids in tokenize_now(block):
                     add({"ids": ids})
 
-    folder = cached("tokens", [checksum.hexdigest(), rules, side, options], write)
+    folder = cached("tokens", [checksum.hexdigest(), rules, side, if_empty, options], write)
     return Table(folder / "ids.arrow").column("ids")

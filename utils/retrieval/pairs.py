@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from utils.data.examples import Corpus, Document, Example, Ranking
+from utils.data.examples import Corpus, Document, Example, Ranking, blocks
 from utils.data.hand_over import read_drafts
 from utils.data.kept import content_key
 from utils.errors import UsageError
@@ -73,19 +73,31 @@ def first_hop(ranking: Ranking, evidence: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(passages[:READ] + (found[:1] if len(evidence) > 1 else [])))
 
 
+def passage_keys(documents: Sequence[Document]) -> np.ndarray:
+    """(passages,) int64: a key for each passage of all documents, in their order; equal texts have the same key.
+
+    A key is the place of the first passage with this text. Only a checksum of 64 bits is kept of each text, because a
+    corpus may be large.
+    """
+    texts = (text for document in documents for block in blocks(document.passages) for text in block)
+    checksums = np.fromiter(map(hash, texts), np.int64)
+    _, first, inverse = np.unique(checksums, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
 @dataclass
 class Pair:
-    """A training query and its passages. A passage's key is its number, counted through all documents."""
+    """A training query and its passages, by the keys of `passage_keys`: a text is never its own negative."""
 
     number: int  # among all pairs
     example: Example
-    document: int  # key of the document's first passage
+    document: int  # place of the document's first passage among all
     query: list[int]  # tokens
     drafts: list[tuple[str, list[int]]]  # from the drafts file, each with the keys of the passages that it used
-    evidence: list[int]  # keys of the positives
+    evidence: list[int]  # keys of the positives, each once
     weights: np.ndarray  # (evidence,) the probability that a positive is drawn, or the teacher's of each passage
     is_distribution: bool  # whether the weights are the teacher's; then all positives are used
-    read: list[int]  # keys of the passages that a first hop would read
+    read: list[int]  # numbers of the passages that a first hop would read
     longest: int  # most tokens of a search text
     negatives: list[list[int]]  # keys of the hard negatives, best first; a list for each of `Pairs.searches`
 
@@ -112,8 +124,8 @@ class Pairs(Sequence):
     ):
         self.args, self.examples, self.documents, self.retriever = args, examples, documents, retriever
         self.is_corpus, self.lexical = isinstance(documents[0], Corpus), lexical
-        first_keys = np.cumsum([0, *(len(document.passages) for document in documents)]).tolist()
-        self.first_key = dict(zip(documents, first_keys, strict=False))
+        places = np.cumsum([0, *(len(document.passages) for document in documents)]).tolist()
+        self.place = dict(zip(documents, places, strict=False))
         self.drafts = read_drafts(args.drafts_file, examples) if args.drafts_file else None
         self.query_tokens = tokenize(retriever, values(examples, "query"), "query")
         taught = self._ask_teacher(accelerator) if args.teacher else {}
@@ -127,10 +139,13 @@ class Pairs(Sequence):
 
         def write(folder: Path) -> None:
             without_words: list[str] = []
+            self.keys = passage_keys(documents)
+            np.save(folder / "keys.npy", self.keys)
             write_table(folder / "pairs.arrow", PAIRS, self._make(taught, without_words))
             write_json(folder / "unmatched.json", without_words)
 
         folder, self.warnings = cached("pairs", key, write), []
+        self.keys = np.load(folder / "keys.npy")
         without_words = json.loads((folder / "unmatched.json").read_text(encoding="utf-8"))
         say_unmatched(without_words, len(examples), args.language, self.warnings.append)
         self.table = Table(folder / "pairs.arrow")
@@ -152,7 +167,7 @@ class Pairs(Sequence):
             example=self.examples[row["example"]],
             document=row["document"],
             query=self.query_tokens[row["example"]],
-            drafts=[(text, [row["document"] + passage for passage in read]) for text, read in of_file],
+            drafts=[(text, self._keys(row["document"], read)) for text, read in of_file],
             evidence=row["evidence"],
             weights=np.array(row["weights"]),
             is_distribution=row["is_distribution"],
@@ -185,21 +200,24 @@ class Pairs(Sequence):
             without_words += unmatched(examples, ranked[0])
             longest = self._longest_searches(examples, drafts)
             for place, example in enumerate(examples):
-                number, first = start + place, self.first_key[example.document]
+                number, first = start + place, self.place[example.document]
                 evidence, weights = taught.get(number) or positives(example, args.supervision, args.oracle_passages)
                 if not sum(weights):
                     continue
-                negatives = [hard_negatives(of_hop[place], evidence, args.negatives_pool) for of_hop in ranked]
+                weight_of: dict[int, float] = {}  # passages with the same text share theirs
+                for key, weight in zip(self._keys(first, evidence), weights, strict=True):
+                    weight_of[key] = weight_of.get(key, 0) + weight
+                weights = np.array(list(weight_of.values()))
                 yield {
                     "example": number,
                     "document": first,
-                    "evidence": [first + passage for passage in evidence],
-                    "weights": np.array(weights) / sum(weights),
+                    "evidence": list(weight_of),
+                    "weights": weights / sum(weights),
                     "is_distribution": number in taught,
                     "is_marked": is_marked(example, args.supervision),
-                    "read": [first + passage for passage in first_hop(ranked[0][place], evidence)],
+                    "read": first_hop(ranked[0][place], evidence),
                     "longest": longest[place],
-                    "negatives": [[first + passage for passage in of_hop] for of_hop in negatives],
+                    "negatives": [self._negatives(of_hop[place], first, weight_of) for of_hop in ranked],
                 }
 
     def _longest_searches(self, examples: Sequence[Example], drafts: Sequence[list]) -> list[int]:
@@ -207,11 +225,20 @@ class Pairs(Sequence):
         texts = [[example.query] for example in examples]
         if self.args.draft_share:
             for example, of_file, own in zip(examples, drafts, texts, strict=True):
-                own += [
-                    search_text(example.query, text) for text in (*example.summaries, *(text for text, _ in of_file))
-                ]
+                more = (*example.summaries, *(text for text, _ in of_file))
+                own += [search_text(example.query, text) for text in more]
         sizes = iter(map(len, tokenize(self.retriever, list(itertools.chain(*texts)), "query", keep=False)))
         return [max(itertools.islice(sizes, len(own))) for own in texts]
+
+    def _keys(self, first: int, passages: Sequence[int]) -> list[int]:
+        """The keys of passages of the document whose first passage is at `first`."""
+        return self.keys[first + np.array(passages, dtype=np.int64)].tolist()
+
+    def _negatives(self, ranking: Ranking, first: int, evidence, margin: float | None = None) -> list[int]:
+        """The keys of the hard negatives in a document's `ranking`; `evidence` holds keys."""
+        keys = self._keys(first, [passage for passage, _ in ranking])
+        by_key = list(zip(keys, (score for _, score in ranking), strict=True))
+        return hard_negatives(by_key, evidence, self.args.negatives_pool, margin)
 
     def _ask_teacher(self, accelerator) -> dict[int, tuple]:
         """Returns passage numbers and the probability of each, by the number of an example without gold evidence."""
@@ -222,7 +249,8 @@ class Pairs(Sequence):
         asking = [examples[number] for number in unmarked]
         rankings = self.lexical(asking, args.teacher_candidates, values(asking, "query"))
         candidates = [sorted(passage for passage, _ in ranking) for ranking in rankings]
-        likelihoods = passage_likelihoods(args.teacher, asking, candidates, accelerator)
+        likelihoods = passage_likelihoods(args.teacher, asking, candidates, accelerator,
+                                          trust_remote_code=args.trust_remote_code)  # fmt: skip
         return {  # the weights are divided by their sum
             number: (passages, np.exp((of_each - of_each.max()) / args.teacher_temperature))
             for number, passages, of_each in zip(unmarked, candidates, likelihoods, strict=True)
@@ -298,10 +326,10 @@ class Pairs(Sequence):
             if pair.drafts:
                 draft, read = pair.drafts[rng.integers(len(pair.drafts))]
             else:
-                draft, read = self._imitate(pair, rng), pair.read
+                draft, read = self._imitate(pair, rng), self._keys(pair.document, pair.read)
             missing = ~np.isin(pair.evidence, read)
             if weights[missing].any():  # a later hop should find what the draft did not use
-                weights = weights * np.where(missing, 1.0, args.found_weight)
+                weights = weights * np.where(missing, 1.0, 0.5 if args.found_weight is None else args.found_weight)
                 weights = weights / weights.sum()
             search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query", keep=False)[0]
             while len(search) > pair.longest:  # invented words may have more tokens than those of the reference
@@ -320,7 +348,7 @@ class Pairs(Sequence):
         """A draft such as a summarizer would write that has read BM25's best passages for the query."""
         other = self.table.row(rng.integers(len(self)))["example"]
         summaries, other = pair.example.summaries, self.examples[other].summaries
-        texts = [pair.example.document.passages[key - pair.document] for key in pair.read]
+        texts = [pair.example.document.passages[passage] for passage in pair.read]
         return imitate_draft(summaries[rng.integers(len(summaries))], texts, (other or [""])[0])
 
     # ---- mining of hard negatives
@@ -347,10 +375,8 @@ class Pairs(Sequence):
             for number, ranking in enumerate(ranked(examples, top_k=top_k, queries=queries)):
                 hop, place = divmod(number, len(block))
                 pair = block[place]
-                evidence = [key - pair.document for key in pair.evidence]
-                found = hard_negatives(ranking, evidence, args.negatives_pool, args.negatives_margin)
-                if found:
-                    mined[pair.number][hop] = [pair.document + passage for passage in found]
+                if found := self._negatives(ranking, pair.document, pair.evidence, args.negatives_margin):
+                    mined[pair.number][hop] = found
         self.set_negatives(mined)  # at the end, so that an interrupted search changes nothing
 
     def negatives(self) -> list[list[list[int]]]:

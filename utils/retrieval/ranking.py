@@ -131,7 +131,7 @@ def fuse_hops(rankings: Sequence[Ranking]) -> Ranking:
 
 
 def hard_negatives(ranking: Ranking, evidence: Iterable[int], pool: int, margin: float | None = None) -> list[int]:
-    """The `pool` best passages of a ranking that are not evidence, best first.
+    """The `pool` best different passages of a ranking that are not evidence, best first.
 
     With `margin`, a passage must score at least that share below the best evidence, because a closer one is probably
     unmarked evidence (NV-Retriever, Moreira et al., 2024, arXiv:2407.15831).
@@ -140,4 +140,5 @@ def hard_negatives(ranking: Ranking, evidence: Iterable[int], pool: int, margin:
     found = [score for passage, score in ranking if passage in evidence]
     if found and margin is not None:
         limit = max(found) - margin * abs(max(found))
-    return [passage for passage, score in ranking if passage not in evidence and score <= limit][:pool]
+    found = dict.fromkeys(passage for passage, score in ranking if passage not in evidence and score <= limit)
+    return list(found)[:pool]

@@ -11,14 +11,16 @@ from utils.models.sources import Sources, collate
 
 
 @torch.no_grad()
-def passage_likelihoods(folder, examples, candidates, accelerator, *, batch_size: int = 16) -> list[np.ndarray]:
+def passage_likelihoods(
+    folder, examples, candidates, accelerator, *, batch_size: int = 16, trust_remote_code: bool = False
+) -> list[np.ndarray]:
     """How likely a trained summarizer finds each example's references, given the query and one candidate.
 
     A candidate is a passage number, or a list of passage numbers that are read together. Returns for each example
     (candidates,) mean log-likelihoods of a reference token, in nats, averaged over the references. The processes share
     the work, and all get the result.
     """
-    pretrained, tokenizer = load_model_and_tokenizer(folder, name="--teacher")
+    pretrained, tokenizer = load_model_and_tokenizer(folder, name="--teacher", trust_remote_code=trust_remote_code)
     saved = saved_settings(folder)
     set_languages(pretrained, tokenizer, saved.get("source_lang"), saved.get("target_lang"), folder)
     summarizer = Summarizer(pretrained).to(accelerator.device).eval()
