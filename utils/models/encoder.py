@@ -104,11 +104,14 @@ def weights_key(model: torch.nn.Module) -> str:
 # ---- texts to batches of tokens
 
 
-def tokenize(model: SentenceTransformer, texts: list[str], kind: str) -> list[list[int]]:
-    """Token ids of each text after the prompt of its `kind` ("query" or "passage"), cut at `model.max_seq_length`."""
+def tokenize(model: SentenceTransformer, texts: list[str], kind: str, whole: list | None = None) -> list[list[int]]:
+    """Token ids of each text after the prompt of its `kind` ("query" or "passage"), cut at `model.max_seq_length`.
+
+    The list `whole` grows by the number of tokens that each text has before it is cut.
+    """
     prompt = model.prompts.get(PROMPTS[kind], "")
     texts = [prompt + text for text in texts]
-    return tokenize_cached(model.tokenizer, texts, truncation=True, max_length=model.max_seq_length)
+    return tokenize_cached(model.tokenizer, texts, whole=whole, truncation=True, max_length=model.max_seq_length)
 
 
 def in_chunks(

@@ -4,12 +4,13 @@ A source is one or more token sequences. With fusion "concat", all passages are 
 (Fusion-in-Decoder), each passage has a sequence of its own. Every sequence starts with the query.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from transformers import BatchEncoding
 
-from utils.models.tokenizer import pad, tokenize
+from utils.models.tokenizer import describe_cut, pad, tokenize, whole_lengths
 
 # ---- from passages to token sequences
 
@@ -30,6 +31,8 @@ class Sources:
 
     def __post_init__(self):
         self.passage_tokens: dict = {}  # by document: each document is tokenized once
+        self.references, self.sources = [], []  # numbers of tokens before any cut
+        self.cut = Counter()  # passages asked for, left out and shortened; queries shortened
         tokenizer = self.tokenizer
         self.separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         # the special tokens that this tokenizer puts around a text
@@ -49,7 +52,8 @@ class Sources:
         """The token sequences, and the numbers of the passages in them, in the same order."""
         self.read([document])
         passages = self.passage_tokens[document]
-        query_tokens = _tokenize_bare(self.tokenizer, [query])[0][: self.room // 2] if query else []
+        whole_query = _tokenize_bare(self.tokenizer, [query])[0] if query else []
+        query_tokens = whole_query[: self.room // 2]
         kept, free = [], self.room - len(query_tokens)
         for number in passage_numbers:
             room = free - 1  # after the separator
@@ -58,6 +62,7 @@ class Sources:
             kept.append((number, passages[number][: max(room, 0)]))
             if self.fusion == "concat":
                 free = room - len(kept[-1][1])
+        self._count_cut(whole_query, [passages[number] for number in passage_numbers], kept)
         if self.passage_order == "document":
             kept.sort()
         if self.fusion == "concat":
@@ -65,6 +70,36 @@ class Sources:
         else:
             sequences = [self._join([query_tokens, passage]) for _, passage in kept]
         return sequences, [number for number, _ in kept]
+
+    def tokenize_targets(self, summaries: list[str], max_target_length: int) -> list[list[int]]:
+        """Token ids of references, cut at `max_target_length`."""
+        options = {"truncation": True, "max_length": max_target_length}
+        encoded = self.tokenizer(text_target=summaries, **options) if summaries else {"input_ids": []}
+        if summaries:
+            self.references += whole_lengths(self.tokenizer, summaries, encoded, options)
+        return encoded["input_ids"]
+
+    def cuts(self, max_target_length: int) -> str:
+        """What of the references and sources made so far is cut, in one line; "" if nothing is."""
+        parts = [describe_cut("max_target_length", max_target_length, {"references": self.references})]
+        parts += [describe_cut("max_source_length", self.max_source_length, {"sources": self.sources})]
+        if self.cut["left out"] or self.cut["shortened"]:
+            asked, left_out, shortened = (f"{self.cut[name]:,}" for name in ("passages", "left out", "shortened"))
+            parts += [f"of their {asked} passages, {left_out} are left out and {shortened} shortened"]
+        if self.cut["queries"]:
+            parts += [f"{self.cut['queries']:,} queries shortened to half a source"]
+        return "; ".join(part for part in parts if part)
+
+    def _count_cut(self, query: list[int], passages: list[list[int]], kept: list) -> None:
+        """Counts what a source lacks: `kept` are the first of the `passages`, maybe shortened."""
+        lengths = [len(passage) + 1 for passage in passages]  # with the separator
+        longest = max(lengths, default=0) if self.fusion == "fid" else sum(lengths)
+        self.sources.append(len(self.prefix) + len(query) + longest + len(self.suffix))
+        self.cut["passages"] += len(passages)
+        self.cut["left out"] += len(passages) - len(kept)
+        pairs = zip(kept, passages, strict=False)
+        self.cut["shortened"] += sum(len(tokens) < len(passage) for (_, tokens), passage in pairs)
+        self.cut["queries"] += len(query) > self.room // 2
 
     def _join(self, texts: list[list[int]]) -> list[int]:
         """One sequence of several texts, with separators and special tokens; empty texts are left out."""

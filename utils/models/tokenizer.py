@@ -81,8 +81,10 @@ def pad(token_ids: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor
     }
 
 
-def tokenize(tokenizer, texts: list[str], **options) -> list[list[int]]:
+def tokenize(tokenizer, texts: list[str], *, whole: list[int] | None = None, **options) -> list[list[int]]:
     """Token ids of each text; `options` are those of the tokenizer's call.
+
+    The list `whole` grows by the number of tokens that each text has before truncation.
 
     The token ids of large collections are cached in `$HF_HOME/multistep-retrieve-summarize`, for later runs and for
     other processes of this run. The key is a checksum of texts, tokenizer and options. A damaged cache file is written
@@ -91,7 +93,10 @@ def tokenize(tokenizer, texts: list[str], **options) -> list[list[int]]:
     if not texts:
         return []
     if sum(map(len, texts)) < CACHED_FROM or not hasattr(tokenizer, "backend_tokenizer"):
-        return tokenizer(texts, **options)["input_ids"]
+        encoded = tokenizer(texts, **options)
+        if whole is not None:
+            whole += whole_lengths(tokenizer, texts, encoded, options)
+        return encoded["input_ids"]
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     # the tokenizer's own settings, because the backend holds those of its last call
     rules |= {"truncation": tokenizer.truncation_side, "padding": tokenizer.model_max_length}
@@ -101,30 +106,70 @@ def tokenize(tokenizer, texts: list[str], **options) -> list[list[int]]:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(path.with_suffix(".lock")))  # one process tokenizes, the others wait
-        if (cached := _read_tokens(path, len(texts))) is not None:
-            return cached
-        token_ids = tokenizer(texts, **options)["input_ids"]
-        tensors = {
-            "ids": torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int32),
-            "lengths": torch.tensor([len(ids) for ids in token_ids], dtype=torch.int32),
-        }
-        tensors["sha256"] = _checksum(tensors)
-        with contextlib.suppress(OSError, SafetensorError):
-            write_whole(path, lambda temporary: save_file(tensors, temporary))
-    return token_ids
+        token_ids, tensors = None, _read_tokens(path, len(texts))
+        if tensors is None:
+            encoded = tokenizer(texts, **options)
+            token_ids = encoded["input_ids"]
+            tensors = {
+                "ids": torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int32),
+                "lengths": torch.tensor([len(ids) for ids in token_ids], dtype=torch.int32),
+                "whole": torch.tensor(whole_lengths(tokenizer, texts, encoded, options), dtype=torch.int32),
+            }
+            tensors["sha256"] = _checksum(tensors)
+            with contextlib.suppress(OSError, SafetensorError):
+                write_whole(path, lambda temporary: save_file(tensors, temporary))
+    if whole is not None:
+        whole += tensors["whole"].tolist()
+    return token_ids or [part.tolist() for part in tensors["ids"].split(tensors["lengths"].tolist())]
 
 
-def _read_tokens(path: Path, count: int) -> list[list[int]] | None:
-    """Cached token ids of `count` texts; None if the file is missing or damaged."""
+def whole_lengths(tokenizer, texts: list[str], encoded, options: dict) -> list[int]:
+    """Number of tokens that each text has before truncation, special tokens included.
+
+    `encoded` is what the tokenizer made of the texts with `options`. A fast tokenizer keeps what it cut off.
+    """
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    if not options.get("truncation"):
+        return lengths
+    if getattr(encoded, "encodings", None):
+        special = tokenizer.num_special_tokens_to_add()  # each part that was cut off has its own
+        parts = [encoding.overflowing for encoding in encoded.encodings]
+        return [n + sum(len(part) - special for part in of_text) for n, of_text in zip(lengths, parts, strict=True)]
+    cut = [i for i, length in enumerate(lengths) if length == options["max_length"]]
+    again = tokenizer([texts[i] for i in cut])["input_ids"] if cut else []
+    for i, ids in zip(cut, again, strict=True):
+        lengths[i] = len(ids)
+    return lengths
+
+
+def describe_cut(flag: str, limit: int, lengths: dict[str, list[int]]) -> str:
+    """How many texts of each kind have more than `limit` tokens, with the flag that sets it; "" if none has.
+
+    `lengths` holds, for each kind, the number of tokens of each text before it is cut.
+    """
+    cut = {name: sum(length > limit for length in of_each) for name, of_each in lengths.items()}
+    parts = [
+        f"{count:,} of {len(lengths[name]):,} {name} ({100 * count / len(lengths[name]):.1f}%, the longest has "
+        f"{max(lengths[name]):,})"
+        for name, count in cut.items()
+        if count
+    ]
+    return f"cut to {limit} tokens by --{flag}: {', '.join(parts)}" if parts else ""
+
+
+def _read_tokens(path: Path, count: int) -> dict[str, torch.Tensor] | None:
+    """The cached tensors of `count` texts; None if the file is missing or damaged."""
     try:
         tensors = load_file(path)
         if not torch.equal(tensors["sha256"], _checksum(tensors)) or len(tensors["lengths"]) != count:
             return None
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    return [part.tolist() for part in tensors["ids"].split(tensors["lengths"].tolist())]
+    return tensors
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    total = hashlib.sha256(tensors["ids"].numpy().tobytes() + tensors["lengths"].numpy().tobytes())
+    total = hashlib.sha256()
+    for name in ("ids", "lengths", "whole"):
+        total.update(tensors[name].numpy().tobytes())
     return torch.tensor(list(total.digest()), dtype=torch.uint8)

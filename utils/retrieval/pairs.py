@@ -15,6 +15,7 @@ from utils.data.hand_over import read_drafts
 from utils.errors import UsageError
 from utils.files import digest
 from utils.models.encoder import tokenize
+from utils.models.tokenizer import describe_cut
 from utils.retrieval.drafts import READ, imitate_draft
 from utils.retrieval.oracle import greedy_rouge_oracle
 from utils.retrieval.ranking import hard_negatives, search_text
@@ -37,15 +38,15 @@ def positives(example: Example, supervision: str, oracle_passages: int) -> tuple
     return sorted(chosen), [1] * len(chosen)
 
 
-def gold_passages(examples: Sequence[Example], args) -> list[list[int] | None]:
+def gold_passages(examples: Sequence[Example], args, required: bool = True) -> list[list[int] | None]:
     """The passages that rankings are scored against: gold evidence, or the ROUGE oracle's choice if no example has any.
 
-    Raises UsageError if there are none.
+    If there are none at all, raises UsageError where they are `required`.
     """
     gold = [example.evidence for example in examples]
     if not any(gold) and not args.corpus_file:
-        gold = [positives(example, args.supervision, args.oracle_passages)[0] for example in examples]
-    if not any(gold):
+        gold = [e.summaries and positives(e, args.supervision, args.oracle_passages)[0] for e in examples]
+    if required and not any(gold):
         remedy = "its summaries share no word with their documents"
         remedy = "give --validation_qrels_file" if args.corpus_file else remedy
         raise UsageError(f"no validation example has evidence: nothing to score; {remedy}")
@@ -110,14 +111,14 @@ class Pairs:
         ranked = [ranked[hop::hops] for hop in range(hops)]
         taught = self._ask_teacher(examples, ranked[0], accelerator) if args.teacher else {}
 
-        query_tokens = tokenize(retriever, [example.query for example in examples], "query")
+        self.whole = {"queries": [], "queries with a draft": [], "passages": []}  # numbers of tokens before any cut
+        query_tokens = tokenize(retriever, [example.query for example in examples], "query", self.whole["queries"])
         longest = list(map(len, query_tokens))
         if args.draft_share:
             texts = [[*e.summaries, *(text for text, _ in own)] for e, own in zip(examples, drafts, strict=True)]
             of_texts = [(number, text) for number, of_example in enumerate(texts) for text in of_example]
-            tokens = tokenize(
-                retriever, [search_text(examples[number].query, text) for number, text in of_texts], "query"
-            )
+            texts = [search_text(examples[number].query, text) for number, text in of_texts]
+            tokens = tokenize(retriever, texts, "query", self.whole["queries with a draft"])
             for (number, _), search in zip(of_texts, tokens, strict=True):
                 longest[number] = max(longest[number], len(search))
         self.rows: list[Pair] = []
@@ -172,14 +173,18 @@ class Pairs:
         elif not self.passage_tokens:
             texts = [text for document in self.documents for text in document.passages]
             keys = range(len(texts))
-        self.passage_tokens.update(zip(keys, tokenize(self.retriever, texts, "passage"), strict=True))
+        tokens = tokenize(self.retriever, texts, "passage", self.whole["passages"])
+        self.passage_tokens.update(zip(keys, tokens, strict=True))
 
     def describe(self) -> str:
-        """How many pairs there are, and where their positives come from."""
+        """How many pairs there are, and where their positives come from; in a second line, what is cut, if anything."""
         marked = sum(is_marked(pair.example, self.args.supervision) for pair in self.rows)
         others = "the teacher" if self.args.teacher else "the ROUGE oracle"
         sources = {"gold evidence": marked, others: len(self.rows) - marked}
-        return "positives from " + ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
+        text = "positives from " + ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
+        limit = self.retriever.max_seq_length or self.retriever.tokenizer.model_max_length
+        cut = describe_cut("max_seq_length", limit, self.whole)
+        return f"{text}\n{cut}" if cut else text
 
     def digest(self) -> str:
         """A checksum of the training data."""
