@@ -4,7 +4,7 @@
 
 Without data flags it trains a small BART from scratch on the embedded data set. `--retriever` says where passages come
 from: bm25, lead, oracle, random, the run folder of train_retrieve.py, or a TREC run of any tool. The run folder then
-holds a model that Transformers loads, `metrics.jsonl`, and `predictions.validation.jsonl` with the passages read.
+holds a model that Transformers loads, `metrics.jsonl`, and `predictions.<split>.jsonl` with the passages read.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,6 @@ import functools
 import itertools
 import math
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,26 +58,21 @@ from torch.profiler import record_function
 from transformers import get_scheduler
 
 from utils.cli.script import end_run, precision, record_run, run_script, start
-from utils.data.hand_over import given_rankings, write_predictions
-from utils.data.loading import load_splits
-from utils.data.trec import run_rankings
+from utils.data.hand_over import write_predictions
+from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.extracts import score_extracts
 from utils.files import digest
 from utils.models import encoder_decoder
-from utils.models.settings import saved_settings, write_settings
+from utils.models.settings import write_settings
 from utils.models.sources import Sources, collate, count_targets, count_tokens, halves
 from utils.models.tokenizer import train_tokenizer
-from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
-from utils.retrieval.bm25 import bm25_rankings
-from utils.retrieval.dense import retriever_rankings
+from utils.retrieval.splits import rank_splits
 from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns
 from utils.training.checkpoint_files import publish
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
 from utils.training.run import Run
 from utils.training.step import average_gradients, is_sharded, local_gradients, parameter_groups
-
-BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ranking}
 
 
 def make_model(train: list, args, accelerator) -> tuple:
@@ -103,24 +97,6 @@ def make_model(train: list, args, accelerator) -> tuple:
 # ---- what is read: the query and the passages retrieved for it
 
 
-def rank(train: list, validation: list, args, accelerator) -> list[list]:
-    """Ranks the passages of each example of both splits, by `--retriever`."""
-    name, splits = args.retriever, (train, validation)
-    if name in BASELINES:
-        seed = {"seed": args.seed} if name == "random" else {}
-        return [[BASELINES[name](example, **seed) for example in examples] for examples in splits]
-    if name in (None, "bm25"):
-        given = given_rankings(splits) if name is None else None
-        return given or [bm25_rankings(examples) for examples in splits]
-    if Path(name).is_file():
-        ranked = run_rankings(name, train + validation)  # in one call, which refuses ids that both splits have
-        return [ranked[: len(train)], ranked[len(train) :]]
-    from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
-
-    encode_texts = partial(encode, load_retriever(name).to(accelerator.device), accelerator=accelerator)
-    return [retriever_rankings(examples, encode_texts, saved_settings(name)) for examples in splits]
-
-
 def read(examples: list, rankings: list, sources: Sources, args) -> list[dict]:
     """A row for each example: its source, the passages in the source, the sources of all hops, and the targets."""
     sources.read(example.document for example in examples)
@@ -132,8 +108,8 @@ def read(examples: list, rankings: list, sources: Sources, args) -> list[dict]:
             for ranked in (*earlier, ranking)
         ]
         source, passages = of_hops[-1]
-        targets = sources.tokenizer(text_target=example.summaries, truncation=True, max_length=args.max_target_length)
-        rows.append({"example": example, "source": source, "passages": passages, "targets": targets["input_ids"],
+        targets = sources.tokenize_targets(example.summaries, args.max_target_length)
+        rows.append({"example": example, "source": source, "passages": passages, "targets": targets,
                      "sources": [source for source, _ in of_hops]})  # fmt: skip
     return rows
 
@@ -172,8 +148,11 @@ def train_micro_batch(batch: dict, target_tokens: int, *, accelerator, model, su
     return {"loss": loss.detach(), "nll": nll, "count": count_targets(batch), **tokens}
 
 
-def validate(summarizer, rows: list[dict], sources: Sources, extract_scores, *, args, accelerator, poll) -> tuple:
-    """Predictions, and scores beside those of extracts, on all processes. Raises Interrupted on a signal."""
+def validate(summarizer, sources: Sources, rows: list[dict], extract_scores, *, args, accelerator, poll) -> tuple:
+    """Predictions, and scores beside those of extracts, on all processes. Raises Interrupted on a signal.
+
+    Examples without a reference are not scored; without any reference, there are no scores.
+    """
     from utils.evaluation.rouge import mean_of_each, rouge_of_each  # imports `evaluate`, which takes seconds
 
     tokenizer = sources.tokenizer
@@ -185,7 +164,8 @@ def validate(summarizer, rows: list[dict], sources: Sources, extract_scores, *, 
         if is_extra and not is_sharded(accelerator):
             continue
         own = [rows[i] for i in batches[number]]
-        batch = collate([row["source"] for row in own], [row["targets"][0] for row in own], tokenizer.pad_token_id)
+        targets = [row["targets"][0] if row["targets"] else [-100] for row in own]
+        batch = collate([row["source"] for row in own], targets, tokenizer.pad_token_id)
         batch = batch.to(accelerator.device)
         with torch.no_grad(), accelerator.autocast():
             loss, nll = summarizer(**batch, label_smoothing_factor=args.label_smoothing_factor)
@@ -201,6 +181,8 @@ def validate(summarizer, rows: list[dict], sources: Sources, extract_scores, *, 
     if accelerator.num_processes > 1:  # every process gets all, each example once
         generated, sums = gather_object(generated), gather_object(sums)
     _, predictions, rouge = zip(*sorted(generated, key=lambda row: row[0]), strict=True)
+    if not any(rouge):
+        return predictions, {}
     # sorted by batch: the sum is then the same for any number of processes
     loss, nll, tokens = (math.fsum(column) for column in list(zip(*sorted(sums), strict=True))[1:])
     nll /= tokens * math.log(2)
@@ -238,18 +220,18 @@ def main():
     )  # fmt: skip
     run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
-    train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
+    splits = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
 
-    summarizer, tokenizer = make_model(train, args, accelerator)
+    summarizer, tokenizer = make_model(splits["train"], args, accelerator)
     log.say_model(summarizer)
 
     sources = Sources(tokenizer, args.fusion, args.max_source_length, args.passage_order)
-    train_rankings, validation_rankings = rank(train, validation, args, accelerator)
-    source = args.retriever or ("bm25" if train[0].retrieved is None else "the rankings in the files")
-    log.say(f"{len(train)} training and {len(validation)} validation examples; passages from {source}")
-    train_rows = read(train, train_rankings, sources, args)
-    validation_rows = read(validation, validation_rankings, sources, args)
-    pairs = [(row["sources"], target) for row in train_rows for target in row["targets"]]  # one for each reference
+    rankings = rank_splits(splits, args.retriever, seed=args.seed, accelerator=accelerator)
+    source = args.retriever or ("bm25" if splits["train"][0].retrieved is None else "the rankings in the files")
+    log.say(f"{describe_splits(splits)}; passages from {source}")
+    rows = {split: read(examples, rankings[split], sources, args) for split, examples in splits.items()}
+    log.say(sources.cuts(args.max_target_length))
+    pairs = [(row["sources"], target) for row in rows["train"] for target in row["targets"]]  # one for each reference
 
     # ---- batches, optimizer, schedule
 
@@ -273,9 +255,9 @@ def main():
 
     # ---- training
 
-    extract_scores = functools.cache(partial(score_extracts, train, validation, accelerator))  # at the first validation
-    validate_now = partial(validate, summarizer, validation_rows, sources, extract_scores, args=args,
-                           accelerator=accelerator, poll=run.poll)  # fmt: skip
+    extract_scores = partial(score_extracts, splits["train"], accelerator=accelerator)
+    score = partial(validate, summarizer, sources, args=args, accelerator=accelerator, poll=run.poll)
+    validate_now = partial(score, rows["validation"], functools.cache(partial(extract_scores, splits["validation"])))
     model.train()
     numbered = [(number, *pair) for number, pair in enumerate(pairs)]
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, summarizer=summarizer, args=args)
@@ -318,11 +300,19 @@ def main():
     predictions, scores = (run.predictions, run.scores) if run.scores else validate_now()
     weights = accelerator.get_state_dict(model)  # whole, where it is sharded
     if accelerator.is_main_process:
-        rows = {"lead extract": scores["lead"], "oracle extract": scores["oracle"], "summarizer": scores}
-        log.say(score_table(rows, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
         publish(run_folder, lambda folder: save(summarizer, tokenizer, folder, weights, args))
-        write_predictions(run_folder / "predictions.validation.jsonl", validation_rows, predictions)
-        log.say(f"wrote {run_folder / 'predictions.validation.jsonl'}")
+        log.say(f"wrote {write_predictions(run_folder, 'validation', rows['validation'], predictions)}")
+    table = {"lead extract": scores["lead"], "oracle extract": scores["oracle"], "summarizer": scores}
+    if "test" in splits:  # scored once, with the final model
+        predictions, scores = score(rows["test"], partial(extract_scores, splits["test"]))
+        if accelerator.is_main_process:
+            log.say(f"wrote {write_predictions(run_folder, 'test', rows['test'], predictions)}")
+        scored = sum(bool(example.summaries) for example in splits["test"])
+        run.note_test(scores, scored=scored, of=len(predictions), need="a reference")
+        if scored:
+            table |= {"test: lead extract": scores["lead"], "test: oracle extract": scores["oracle"],
+                      "test: summarizer": scores}  # fmt: skip
+    log.say(score_table(table, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
     end_run(accelerator)
 
 

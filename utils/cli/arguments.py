@@ -104,6 +104,8 @@ class DataArguments(ReadingArguments):
     validation_documents_file: str | None = flag(
         None, "--documents_file of the validation examples (default: --documents_file)"
     )
+    test_file: str | None = flag(None, "test examples, in any of the same forms; scored once, with the final model")
+    test_documents_file: str | None = flag(None, "--documents_file of the test examples (default: --documents_file)")
     corpus_file: str | None = flag(
         None, "for train_retrieve.py: a corpus that all examples search, as records of `_id`, `title`, `text` (BEIR)"
     )
@@ -111,8 +113,10 @@ class DataArguments(ReadingArguments):
         None, "evidence of the training queries in the corpus, in BEIR's or TREC's format"
     )
     validation_qrels_file: str | None = flag(None, "evidence of the validation queries in the corpus")
+    test_qrels_file: str | None = flag(None, "evidence of the test queries in the corpus")
     max_train_examples: int | None = flag(None, "use only the first N training examples (debugging)", at_least=1)
     max_eval_examples: int | None = flag(None, "use only the first N validation examples (debugging)", at_least=1)
+    max_test_examples: int | None = flag(None, "use only the first N test examples (debugging)", at_least=1)
     sample_documents: int = flag(
         1500, "size of the embedded training set in transcripts, with six examples each", at_least=1
     )
@@ -266,10 +270,10 @@ GROUPS = {
         max_source_length num_beams max_new_tokens seed
     """,
     "data": """
-        documents_file validation_documents_file corpus_file train_qrels_file validation_qrels_file split
-        dataset_config_name id_column query_column document_column passages_column summary_column evidence_column
-        passage_words merge_passages skip_bad_examples max_examples max_train_examples max_eval_examples
-        sample_documents
+        test_file documents_file validation_documents_file test_documents_file corpus_file train_qrels_file
+        validation_qrels_file test_qrels_file split dataset_config_name id_column query_column document_column
+        passages_column summary_column evidence_column passage_words merge_passages skip_bad_examples max_examples
+        max_train_examples max_eval_examples max_test_examples sample_documents
     """,
     "positives and negatives": """
         num_positives negatives_pool mine_negatives_every negatives_margin group_by_document supervision oracle_passages
@@ -341,6 +345,7 @@ ELSEWHERE = {  # what other training scripts call a flag
     "--save_total_limit": "--checkpoints_total_limit",
     "--grad_clip": "--max_grad_norm",
     "--label_smoothing": "--label_smoothing_factor",
+    "--max_predict_samples": "--max_test_examples",
 }
 
 

@@ -54,38 +54,42 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
     return found
 
 
-def given_rankings(splits: Sequence[Sequence[Example]]) -> list[list[Ranking]] | None:
+def given_rankings(splits: dict[str, Sequence[Example]]) -> dict[str, list[Ranking]] | None:
     """The rankings that the examples of all splits bring along, or None if no example does.
 
-    Raises DataError if only some do: they would be trained on passages from two sources.
+    Raises DataError if only some do: the summarizer would read passages from two sources.
     """
-    examples = list(itertools.chain(*splits))
+    examples = list(itertools.chain(*splits.values()))
     without = [example.id for example in examples if example.retrieved is None]
     if 0 < len(without) < len(examples):
         raise DataError(
-            f"{len(without)} of {len(examples)} training and validation examples have no 'retrieved', such as "
+            f"{len(without)} of {len(examples)} examples ({', '.join(splits)}) have no 'retrieved', such as "
             f"'{without[0]}': rank all of them, or choose where passages come from with --retriever"
         )
-    return None if without else [[example.retrieved for example in of_split] for of_split in splits]
+    if without:
+        return None
+    return {split: [example.retrieved for example in of_split] for split, of_split in splits.items()}
 
 
 def write_hand_over(
-    folder: Path, split: str, examples: Sequence[Example], hops: Sequence[Sequence[Hop]], *, top_k: int, with_trec: bool
-) -> None:
+    folder: Path, split: str, examples: Sequence[Example], hops: Sequence[Sequence[Hop]], top_k: int, with_trec: bool
+) -> Path:
     """Writes `retrieved.<split>.jsonl` and, with `with_trec`, a TREC run and qrels, each of the `top_k` best passages.
 
     Their rankings are those of the last hop. If there is more than one hop, the records hold all of them: stage 2 then
-    trains on what each hop found.
+    trains on what each hop found. Returns the path of the first file.
     """
     hops = [[Hop(hop.draft, hop.read, hop.retrieved[:top_k]) for hop in of_example] for of_example in hops]
     rankings = [of_example[-1].retrieved for of_example in hops]
+    path = folder / f"retrieved.{split}.jsonl"
     if all(len(of_example) == 1 for of_example in hops):
-        write_retrieved(folder / f"retrieved.{split}.jsonl", examples, rankings)
+        write_retrieved(path, examples, rankings)
     else:
-        write_jsonl(folder / f"retrieved.{split}.jsonl", map(hops_record, examples, hops))
+        write_jsonl(path, map(hops_record, examples, hops))
     if with_trec:
         write_run(folder / f"run.{split}.trec", examples, rankings, tag="train_retrieve")
         write_qrels(folder / f"qrels.{split}.trec", examples)
+    return path
 
 
 def write_retrieved(path: str | os.PathLike, examples: Sequence[Example], rankings: Sequence[Ranking]) -> None:
@@ -113,11 +117,12 @@ def write_retrieved(path: str | os.PathLike, examples: Sequence[Example], rankin
         logger.warning("%s is without %d examples, for which nothing was found: %s", path, len(left_out), names)
 
 
-def write_predictions(path: str | os.PathLike, rows: Iterable[dict], predictions: Iterable[str]) -> None:
-    """Writes each prediction with its example and the passages that it was written from.
+def write_predictions(folder: Path, split: str, rows: Iterable[dict], predictions: Iterable[str]) -> Path:
+    """Writes `predictions.<split>.jsonl`: each with its example and the passages that it was written from.
 
-    A row holds an `example` and the numbers of the `passages` that the summarizer read.
+    Returns the path. A row holds an `example` and the numbers of the `passages` that the summarizer read.
     """
+    path = folder / f"predictions.{split}.jsonl"
     write_jsonl(path, (
         {
             "id": row["example"].id,
@@ -129,6 +134,7 @@ def write_predictions(path: str | os.PathLike, rows: Iterable[dict], predictions
         }
         for row, prediction in zip(rows, predictions, strict=True)
     ))  # fmt: skip
+    return path
 
 
 def hops_record(example: Example, hops: Sequence[Hop], prediction: str | None = None) -> dict:
