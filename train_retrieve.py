@@ -3,7 +3,7 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml train_retrieve.py --output_dir outputs/retrieve
 
 Without data flags it trains a small encoder from scratch on the embedded data set. The run folder then holds a
-sentence-transformers model and `retrieved.train.jsonl` and `retrieved.validation.jsonl`, the hand-over to stage 2.
+sentence-transformers model and `retrieved.<split>.jsonl` of each split, the hand-over to stage 2.
 """
 
 from dataclasses import dataclass
@@ -80,7 +80,8 @@ from transformers import get_scheduler
 from utils.cli.script import end_run, precision, record_run, run_script, start
 from utils.data.hand_over import read_drafts, write_hand_over
 from utils.data.kept import content_key
-from utils.data.loading import load_splits
+from utils.data.loading import describe_splits, load_splits
+from utils.evaluation.hops import score_beside_bm25, score_hops, score_one_hop
 from utils.models import contrastive, encoder
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import Imitations, first_drafts
@@ -116,9 +117,8 @@ def collate_pairs(batch: list[Pair], dummy: bool, *, epoch: int, pairs: Pairs, r
 def plan_steps(lengths: list, groups: list, args, shape_of, epoch: int, without=(), shape: dict | None = None) -> list:
     """The pairs of each step of an epoch. A resumed epoch may have the batch `shape` of an earlier run."""
     shuffle = 0 if args.overfit_one_batch else epoch
-    steps = plan_epoch(
-        lengths, seed=args.seed, epoch=shuffle, without=without, groups=groups, **(shape or shape_of(epoch))
-    )
+    shape = shape or shape_of(epoch)
+    steps = plan_epoch(lengths, seed=args.seed, epoch=shuffle, without=without, groups=groups, **shape)
     return [steps[0]] * len(steps) if args.overfit_one_batch else steps
 
 
@@ -171,18 +171,11 @@ def make_retriever(documents: list, examples: list, args):
     return retriever
 
 
-def score(examples: list, rankings: list, gold: list) -> dict:
-    from utils.evaluation.retrieval import score_rankings  # imports `evaluate`, which takes seconds
-
-    return score_rankings(examples, rankings, gold)
-
-
 def validate(examples: list, gold: list, bm25_scores: dict, search_now, *, poll) -> dict:
     """Scores of the first hop, of the second (if any) as `hop2`, and of BM25. Raises Interrupted on a signal."""
-    hops = zip(*search_now(examples), strict=True)
+    hops = list(search_now(examples))
     poll()
-    first, *second = [score(examples, [hop.retrieved for hop in of_hop], gold) for of_hop in hops]
-    return {**first, **({"hop2": second[0]} if second else {}), "bm25": bm25_scores}
+    return {**score_hops(examples, hops, gold), "bm25": bm25_scores}
 
 
 def between_steps(run: Run, validate_now, args) -> None:
@@ -211,7 +204,8 @@ def main():
     if args.gradient_cache_tokens and is_sharded(accelerator):  # whose processes must run the model equally often
         raise UsageError("--gradient_cache_tokens is not supported with FSDP")
     log = RunLog(accelerator, run_folder, args.log_format)
-    train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
+    splits = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
+    train, validation = splits["train"], splits["validation"]
     documents = list(dict.fromkeys(values(train, "document")))  # or the one corpus of all examples
     retriever = make_retriever(documents, train, args)
     log.say_model(retriever)
@@ -219,10 +213,10 @@ def main():
     index = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
                         language=args.language, log=log, accelerator=accelerator)  # fmt: skip
     pairs = Pairs(args, train, documents, retriever, lexical=index.bm25_rankings, accelerator=accelerator)
-    log.say(f"{len(train)} training examples, {len(validation)} validation examples; {pairs.describe()}")
+    log.say(f"{describe_splits(splits)}; {pairs.describe()}")
     gold = gold_passages(validation, args)
     bm25_rankings = index.bm25_rankings(validation, args.top_k if args.corpus_file else KEPT, say=log.say)
-    bm25_scores = score(validation, bm25_rankings, gold)
+    bm25_scores = score_one_hop(validation, bm25_rankings, gold)
     # what writes the drafts of a second hop in training and validation; without a summarizer, an imitation
     imitate = partial(Imitations, seed=args.seed) if args.draft_share and not args.corpus_file else None
     given = args.validation_drafts_file and partial(first_drafts, read_drafts(args.validation_drafts_file, validation))
@@ -250,8 +244,7 @@ def main():
     # ---- training
 
     encode_texts = partial(encoder.encode, retriever, accelerator=accelerator, poll=run.poll)
-    rank_by = partial(index.retriever_rankings, settings=vars(args))
-    search_now = partial(search_hops, rank_by=rank_by, encode_texts=encode_texts)
+    search_now = partial(search_hops, partial(index.retriever_rankings, settings=vars(args)), encode_texts)
     validation_search = partial(search_now, write_drafts=given or (imitate and imitate(validation)))
     validate_now = partial(validate, validation, gold, bm25_scores, validation_search, poll=run.poll)
     model.train()
@@ -301,23 +294,23 @@ def main():
     scores = run.scores or validate_now()  # a finished run that is started again has no scores yet
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        rows = {"BM25": bm25_scores, "retriever": scores}
-        name = f"hop 2, {'given' if given else 'imitated'} drafts"
-        rows |= {name: scores["hop2"]} if "hop2" in scores else {}
-        log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))
         if whole is not retriever:
             whole.load_state_dict(weights)
         publish(run_folder, lambda folder: encoder.save_pretrained(whole, folder, args))
-    for split, examples, write_drafts in (
-        ("train", train, imitate and imitate(train)),
-        ("validation", validation, given),
-    ):
-        hops = search_now(examples, write_drafts=write_drafts)
+    rows = {"BM25": scores["bm25"], "retriever": scores}
+    rows |= {f"hop 2, {'given' if given else 'imitated'} drafts": scores["hop2"]} if "hop2" in scores else {}
+    write_drafts = {"train": imitate and imitate(train), "validation": given}
+    for split, examples in splits.items():
+        hops = search_now(examples, write_drafts=write_drafts.get(split))  # block by block
+        hops = list(hops) if split == "test" else hops
         if accelerator.is_main_process:
-            write_hand_over(run_folder, split, examples, hops, top_k=args.top_k, with_trec=args.trec_run)
-            log.say(f"wrote {run_folder / f'retrieved.{split}.jsonl'}")
-        else:
-            collections.deque(hops, maxlen=0)  # every process takes part in the search
+            log.say(f"wrote {write_hand_over(run_folder, split, examples, hops, args.top_k, args.trec_run)}")
+        collections.deque(hops, maxlen=0)  # every process takes part in the search
+        if split == "test":  # scored once, with the final model
+            scores = score_beside_bm25(examples, hops, index, args)
+            run.note_test(scores, scored=scores["examples"], of=len(examples), need="gold passages")
+            rows |= {"test: BM25": scores["bm25"], "test: retriever": scores} if scores["examples"] else {}
+    log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))
     end_run(accelerator)
 
 

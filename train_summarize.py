@@ -4,7 +4,7 @@
 
 Without data flags it trains a small BART from scratch on the embedded data set. `--retriever` says where passages come
 from: bm25, lead, oracle, random, the run folder of train_retrieve.py, or a TREC run of any tool. The run folder then
-holds a model that Transformers loads, `metrics.jsonl`, and `predictions.validation.jsonl` with the passages read.
+holds a model that Transformers loads, `metrics.jsonl`, and `predictions.<split>.jsonl` with the passages read.
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,7 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 
 import itertools
 import math
-from collections.abc import Sequence
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,19 +51,16 @@ from torch.profiler import record_function
 from transformers import get_scheduler
 
 from utils.cli.script import end_run, precision, record_run, run_script, start
-from utils.data.hand_over import have_rankings, write_predictions
+from utils.data.hand_over import write_predictions
 from utils.data.kept import content_key
-from utils.data.loading import load_splits
-from utils.data.trec import run_rankings
+from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.extracts import score_extracts
 from utils.models import encoder_decoder
 from utils.models.generation import describe_generation
-from utils.models.settings import saved_settings, write_settings
+from utils.models.settings import write_settings
 from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, decode, halves
 from utils.models.tokenizer import train_tokenizer
-from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
-from utils.retrieval.bm25 import bm25_rankings, check_language
-from utils.retrieval.dense import retriever_rankings
+from utils.retrieval.splits import rank_splits
 from utils.tables import lengths, values
 from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns
 from utils.training.checkpoint_files import publish
@@ -73,8 +68,6 @@ from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
 from utils.training.run import Run
 from utils.training.step import average_gradients, is_sharded, local_gradients, parameter_groups
-
-BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ranking}
 
 
 def make_model(train: list, args, accelerator) -> tuple:
@@ -101,36 +94,6 @@ def make_model(train: list, args, accelerator) -> tuple:
 
 
 # ---- what is read: the query and the passages retrieved for it
-
-
-def rank(train: Sequence, validation: Sequence, args, accelerator, say) -> list[list[list[tuple[int, ...]]]]:
-    """For each example of both splits: the best passages at each hop, by `--retriever`."""
-    name, splits = args.retriever, (train, validation)
-    is_trained = name not in (None, "bm25", *BASELINES) and not Path(name).is_file()
-    settings = args.ranking_settings(saved_settings(name) if is_trained else None)
-    if name is None and have_rankings(splits):
-        of_splits = [((*example.hops[:-1], example) for example in examples) for examples in splits]
-        return [[[best(hop.retrieved, args) for hop in of_example] for of_example in split] for split in of_splits]
-    if name in BASELINES:
-        seed = {"seed": args.seed} if name == "random" else {}
-        of_splits = [map(partial(BASELINES[name], **seed), examples) for examples in splits]
-    elif name in (None, "bm25"):
-        of_splits = [bm25_rankings(examples, args.top_k, language=args.language, say=say) for examples in splits]
-    elif Path(name).is_file():
-        ranked = run_rankings(name, [*train, *validation])  # in one call, which refuses ids that both splits have
-        of_splits = [ranked[: len(train)], ranked[len(train) :]]
-    else:
-        from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
-
-        retriever = load_retriever(name, trust_remote_code=args.trust_remote_code).to(accelerator.device)
-        rank_by = partial(retriever_rankings, settings=settings, top_k=args.top_k)
-        of_splits = [rank_by(examples, partial(encode, retriever, accelerator=accelerator)) for examples in splits]
-    return [[[best(ranking, args)] for ranking in rankings] for rankings in of_splits]
-
-
-def best(ranking: list, args) -> tuple[int, ...]:
-    """The passages that are read."""
-    return tuple(passage for passage, _ in ranking[: args.top_k])
 
 
 def collate_targets(targets: list[int], dummy: bool, *, rows: Rows, epoch: int, seed: int, pad_token_id: int) -> dict:
@@ -170,8 +133,11 @@ def train_micro_batch(batch: dict, target_tokens: int, *, accelerator, model, su
     return {"loss": loss.detach(), "nll": nll, "count": count_targets(batch), **tokens}
 
 
-def validate(summarizer, rows: Rows, sources: Sources, extract_scores, *, args, accelerator, poll) -> tuple:
-    """Predictions, and scores beside those of extracts, on all processes. Raises Interrupted on a signal."""
+def validate(summarizer, sources: Sources, rows: Rows, extract_scores, *, args, accelerator, poll) -> tuple:
+    """Predictions, and scores beside those of extracts, on all processes. Raises Interrupted on a signal.
+
+    Examples without a reference are not scored; without any reference, there are no scores.
+    """
     from utils.evaluation.rouge import mean_of_each, rouge_of_each  # imports `evaluate`, which takes seconds
 
     tokenizer = sources.tokenizer
@@ -183,7 +149,8 @@ def validate(summarizer, rows: Rows, sources: Sources, extract_scores, *, args, 
         if is_extra and not is_sharded(accelerator):
             continue
         own = [rows[i] for i in batches[number]]
-        batch = collate([row["source"] for row in own], [row["targets"][0] for row in own], tokenizer.pad_token_id)
+        targets = [row["targets"][0] if row["targets"] else [-100] for row in own]
+        batch = collate([row["source"] for row in own], targets, tokenizer.pad_token_id)
         batch = batch.to(accelerator.device)
         with torch.no_grad(), accelerator.autocast():
             loss, nll = summarizer(**batch, label_smoothing_factor=args.label_smoothing_factor)
@@ -199,6 +166,8 @@ def validate(summarizer, rows: Rows, sources: Sources, extract_scores, *, args, 
     if accelerator.num_processes > 1:  # every process gets all, each example once
         generated, sums = gather_object(generated), gather_object(sums)
     _, predictions, rouge = zip(*sorted(generated, key=lambda row: row[0]), strict=True)
+    if not any(rouge):
+        return predictions, {}
     # sorted by batch: the sum is then the same for any number of processes
     loss, nll, tokens = (math.fsum(column) for column in list(zip(*sorted(sums), strict=True))[1:])
     loss, nll = (value / (tokens * math.log(2)) for value in (loss, nll))
@@ -235,24 +204,23 @@ def main():
     )  # fmt: skip
     run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
-    train, validation = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
+    splits = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
 
-    summarizer, tokenizer = make_model(train, args, accelerator)
+    summarizer, tokenizer = make_model(splits["train"], args, accelerator)
     log.say_model(summarizer)
     log.say(describe_generation(summarizer.model, args.source_prefix))
     sources = Sources(tokenizer, args.fusion, args.max_source_length, args.passage_order, args.source_prefix or "",
                       summarizer.has_global_attention)  # fmt: skip
-    source = args.retriever or ("bm25" if train[0].retrieved is None else "the rankings in the files")
-    check_language(args.language, source, saved_settings(source))
-    train_hops, validation_hops = rank(train, validation, args, accelerator, log.say)
-    log.say(f"{len(train)} training and {len(validation)} validation examples; passages from {source}")
-    train_rows = Rows(train, train_hops, sources, args.max_target_length)
-    validation_rows = Rows(validation, validation_hops, sources, args.max_target_length)
+    hops, source = rank_splits(splits, args, accelerator=accelerator, say=log.say)
+    log.say(f"{describe_splits(splits)}; passages from {source}")
+    rows = {split: Rows(examples, hops[split], sources, args.max_target_length) for split, examples in splits.items()}
+    train_rows = rows["train"]
+    log.say(sources.cuts(args.max_target_length))
 
     # ---- batches, optimizer, schedule
 
     sequences = args.top_k if args.fusion == "fid" else 1
-    source_lengths = sequences * train_rows.source_lengths()[train_rows.number_of_target]
+    source_lengths = sequences * train_rows.source_lengths[train_rows.number_of_target]
     side_lengths = np.stack([source_lengths, lengths(train_rows.target_tokens)], axis=1)
     shape_of = partial(batch_shape, args, accelerator.num_processes)
     plan = partial(plan_steps, side_lengths, args, shape_of)
@@ -269,9 +237,9 @@ def main():
 
     # ---- training
 
-    extract_scores = cache(partial(score_extracts, train, validation, accelerator))  # at the first validation
-    validate_now = partial(validate, summarizer, validation_rows, sources, extract_scores, args=args,
-                           accelerator=accelerator, poll=run.poll)  # fmt: skip
+    extract_scores = partial(score_extracts, splits["train"], accelerator=accelerator)
+    score = partial(validate, summarizer, sources, args=args, accelerator=accelerator, poll=run.poll)
+    validate_now = partial(score, rows["validation"], cache(partial(extract_scores, splits["validation"])))
     model.train()
     targets = range(len(side_lengths))  # one for each reference
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, summarizer=summarizer, args=args)
@@ -315,11 +283,19 @@ def main():
     predictions, scores = (run.predictions, run.scores) if run.scores else validate_now()
     weights = accelerator.get_state_dict(model)  # whole, where it is sharded
     if accelerator.is_main_process:
-        rows = {"lead extract": scores["lead"], "oracle extract": scores["oracle"], "summarizer": scores}
-        log.say(score_table(rows, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
         publish(run_folder, lambda folder: save(summarizer, tokenizer, folder, weights, args))
-        write_predictions(run_folder / "predictions.validation.jsonl", validation_rows, predictions)
-        log.say(f"wrote {run_folder / 'predictions.validation.jsonl'}")
+        log.say(f"wrote {write_predictions(run_folder, 'validation', rows['validation'], predictions)}")
+    table = {"lead extract": scores["lead"], "oracle extract": scores["oracle"], "summarizer": scores}
+    if "test" in splits:  # scored once, with the final model
+        predictions, scores = score(rows["test"], partial(extract_scores, splits["test"]))
+        if accelerator.is_main_process:
+            log.say(f"wrote {write_predictions(run_folder, 'test', rows['test'], predictions)}")
+        scored = sum(bool(example.summaries) for example in splits["test"])
+        run.note_test(scores, scored=scored, of=len(predictions), need="a reference")
+        if scored:
+            table |= {"test: lead extract": scores["lead"], "test: oracle extract": scores["oracle"],
+                      "test: summarizer": scores}  # fmt: skip
+    log.say(score_table(table, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
     end_run(accelerator)
 
 

@@ -147,3 +147,69 @@ def test_fsdp2_settings_reach_the_plugin(monkeypatch):
     assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
     assert plugin.activation_checkpointing is False
+
+
+# ---- threads
+
+THREADS = """
+import os
+import sys
+
+sys.path.insert(0, {root!r})
+import torch
+from accelerate import Accelerator
+
+from utils.cli.arguments import RunArguments
+from utils.cli.script import run_script, start
+
+
+def main():
+    accelerator = Accelerator()
+    start(accelerator, RunArguments(output_dir=sys.argv[1]))
+    os.write(1, f"threads: {{torch.get_num_threads()}} {{os.environ['OMP_NUM_THREADS']}}\\n".encode())
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+run_script(main)
+"""
+ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+WAYS = {  # how a script is started, and by how many processes
+    "python": ([], 1),
+    "cpu": ([*ACCELERATE, "accelerate_configs/cpu.yaml"], 1),
+    "multi_cpu": ([*ACCELERATE, "accelerate_configs/multi_cpu.yaml"], 2),
+    "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 2),
+}
+
+
+def threads(way: str, folder: Path, more=(), **variables) -> tuple[list[str], str]:
+    """What each process printed of its threads when it was started in a `way`, and the errors."""
+    script = folder / "threads.py"
+    script.write_text(THREADS.format(root=str(ROOT)))
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "OMP_", "MKL_"))}
+    words, _ = WAYS[way]
+    done = subprocess.run([sys.executable, *words, *more, str(script), str(folder / "run")], cwd=ROOT, text=True,
+                          env=clean | {"ACCELERATE_USE_CPU": "1", **variables}, capture_output=True,
+                          timeout=120)  # fmt: skip
+    return [line for line in done.stdout.splitlines() if line.startswith("threads: ")], done.stderr
+
+
+@pytest.mark.parametrize("way", ["python", "cpu", "multi_cpu", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_threads_are_those_that_the_user_set_else_the_cores_shared_by_the_processes(way, tmp_path):
+    processes = WAYS[way][1]
+    cores = len(os.sched_getaffinity(0))
+    default, asked = max(1, cores // processes), cores + 1  # which no default is
+    assert threads(way, tmp_path)[0] == [f"threads: {default} {default}"] * processes
+    assert threads(way, tmp_path, OMP_NUM_THREADS=str(asked))[0] == [f"threads: {asked} {asked}"] * processes
+
+
+def test_mkl_threads_and_the_launchers_flag_hold_and_a_contradiction_is_refused(tmp_path):
+    asked = str(len(os.sched_getaffinity(0)) + 1)
+    assert threads("python", tmp_path, MKL_NUM_THREADS=asked)[0] == [f"threads: {asked} {asked}"]
+    flag = ["--num_cpu_threads_per_process", asked]
+    assert threads("cpu", tmp_path, flag)[0] == [f"threads: {asked} {asked}"]
+    printed, errors = threads("python", tmp_path, OMP_NUM_THREADS="1", MKL_NUM_THREADS="2")
+    assert not printed and "OMP_NUM_THREADS=1 and MKL_NUM_THREADS=2 in the environment" in errors
+    printed, errors = threads("python", tmp_path, OMP_NUM_THREADS="all")
+    assert not printed and "OMP_NUM_THREADS=all in the environment: must be a whole number of at least 1" in errors
+    assert "Traceback" not in errors

@@ -306,11 +306,13 @@ def test_rankings_are_those_of_all_examples_or_of_none(tmp_path):
     ranked = {**GOOD, "retrieved": [{"passage": 1, "score": 2.0}]}
     (bare,) = load_examples(write(tmp_path / "b.jsonl", GOOD))
     first, second = load_examples(write(tmp_path / "d.jsonl", ranked, {**ranked, "id": "b"}))
-    assert not have_rankings([[bare], [bare]])
-    assert have_rankings([[first, second], [first]])
-    for splits in ([[first, bare], [second]], [[first, second], [bare]], [[bare], [first, second]]):
-        with pytest.raises(DataError, match="1 of 3 training and validation examples have no 'retrieved', such as 'a'"):
-            have_rankings(splits)
+    assert not have_rankings({"train": [bare], "validation": [bare]})
+    assert have_rankings({"train": [first, second], "validation": [first]})
+    for train, validation in (([first, bare], [second]), ([first, second], [bare]), ([bare], [first, second])):
+        with pytest.raises(DataError, match=r"1 of 3 examples \(train, validation\) have no 'retrieved', such as 'a'"):
+            have_rankings({"train": train, "validation": validation})
+    with pytest.raises(DataError, match=r"1 of 3 examples \(train, validation, test\) have no 'retrieved'"):
+        have_rankings({"train": [first], "validation": [second], "test": [bare]})
 
 
 def test_hops_are_read_back_as_they_were_written(tmp_path):
@@ -599,15 +601,52 @@ def test_hand_over_leaves_out_examples_for_which_nothing_was_found(tmp_path, cor
 
 def test_splits_share_one_corpus(tmp_path):
     write(tmp_path / "c.jsonl", *ROWS)
-    for split, gold in (("train", "d1"), ("validation", "2")):
+    for split, gold in (("train", "d1"), ("validation", "2"), ("test", "2")):
         write(tmp_path / f"{split}.jsonl", {"_id": split, "text": "who?"})
         write(tmp_path / f"{split}.tsv", "query-id\tcorpus-id\tscore", f"{split}\t{gold}\t1")
-    files = {f"{split}_file": str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
-    qrels = {f"{split}_qrels_file": str(tmp_path / f"{split}.tsv") for split in ("train", "validation")}
+    files = {f"{split}_file": str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    qrels = {f"{split}_qrels_file": str(tmp_path / f"{split}.tsv") for split in ("train", "validation", "test")}
     args = CorpusArguments(corpus_file=str(tmp_path / "c.jsonl"), **files, **qrels, **BEIR)
-    (train,), (validation,) = load_splits(args)
-    assert train.document is validation.document and isinstance(train.document, Corpus)
-    assert (train.evidence, validation.evidence) == ([0], [1])
+    (train,), (validation,), (test,) = load_splits(args).values()
+    assert train.document is validation.document is test.document and isinstance(train.document, Corpus)
+    assert (train.evidence, validation.evidence, test.evidence) == ([0], [1], [1])
+
+
+def test_test_examples_may_lack_a_summary_and_come_from_a_folder_with_their_own_documents(tmp_path):
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder/train.jsonl", {"id": "r", "doc_id": "d", "summary": "s"})
+    write(
+        tmp_path / "folder/test.jsonl",
+        {"id": "t", "doc_id": "d", "summary": None},
+        {"id": "u", "doc_id": "d", "summary": "s"},
+    )
+    write(tmp_path / "docs.jsonl", {"doc_id": "d", "passages": ["one"]})
+    write(tmp_path / "test_docs.jsonl", {"doc_id": "d", "passages": ["two"]})
+    folder = str(tmp_path / "folder")
+    options = {"documents_file": str(tmp_path / "docs.jsonl"), "test_documents_file": str(tmp_path / "test_docs.jsonl")}
+    files = {"train_file": folder, "validation_file": f"{folder}/train.jsonl", "test_file": folder}
+    splits = load_splits(CorpusArguments(**files, **options))
+    assert list(splits) == ["train", "validation", "test"]
+    assert [(e.id, e.summaries, e.document.passages) for e in splits["test"]] == [
+        ("t", [], ["two"]),
+        ("u", ["s"], ["two"]),
+    ]
+    assert [e.id for e in load_splits(CorpusArguments(**files, **options, max_test_examples=1))["test"]] == ["t"]
+    assert "test" not in load_splits(
+        CorpusArguments(**files | {"test_file": None}, documents_file=options["documents_file"])
+    )
+
+
+def test_test_examples_that_are_training_examples_too_are_counted_in_one_warning(tmp_path, caplog):
+    copy, other = {**GOOD, "id": "t", "summary": "x"}, {**GOOD, "id": "u", "query": "other?"}
+    same_id = {**GOOD, "id": "v", "doc_id": "d", "passages": ["Other text.", "of it"]}
+    write(tmp_path / "train.jsonl", GOOD, {**GOOD, "id": "b", "doc_id": "d"})
+    write(tmp_path / "test.jsonl", copy, other, same_id)
+    files = {f"{split}_file": str(tmp_path / "train.jsonl") for split in ("train", "validation")}
+    load_splits(CorpusArguments(**files))
+    assert not caplog.messages
+    load_splits(CorpusArguments(**files, test_file=str(tmp_path / "test.jsonl")))
+    assert caplog.messages == ["1 of 3 test examples are training examples too, with the same query and document"]
 
 
 @pytest.mark.parametrize(
@@ -620,6 +659,10 @@ def test_splits_share_one_corpus(tmp_path):
             {"corpus_file": "c.jsonl", "validation_documents_file": "d"},
             "--validation_documents_file cannot be used with",
         ),
+        ({"test_file": "t.jsonl", "test_qrels_file": "q.tsv"}, "--test_qrels_file needs --corpus_file"),
+        ({"test_documents_file": "d.jsonl"}, "--test_documents_file needs --test_file"),
+        ({"max_test_examples": 3}, "--max_test_examples needs --test_file"),
+        ({"train_file": None, "validation_file": None, "test_file": "t.jsonl"}, "--test_file needs --train_file"),
         ({"corpus_file": "c.jsonl", "train_file": None}, "--corpus_file needs --train_file"),
         ({"corpus_file": "c.jsonl", "merge_passages": True}, "--merge_passages cannot be used with --corpus_file"),
     ],

@@ -193,7 +193,7 @@ def test_examples_without_lines_and_unknown_passages_are_all_named(tmp_path):
     path.write_text("q1 Q0 m1#4 1 4 t\nq1 Q0 m2#0 1 3 t\nq1 Q0 4 1 2 t\nq1 Q0 m1#2 1 1 t\nq1 Q0 2 1 0 t\n")
     lines = error_of(run_rankings, path, [make_example(id) for id in ("q1", "q2", "q3")])
     assert lines[:2] == [f"{path}: no line for example '{id}'" for id in ("q2", "q3")]
-    assert "training and validation" in lines[2]
+    assert "of all splits" in lines[2]
     lines = error_of(run_rankings, path, [make_example("q1")])
     for line, docid in zip(lines, ("m1#4", "m2#0", "4"), strict=False):
         assert line.startswith(f"{path}: query 'q1': '{docid}' is none of the 4 passages")
@@ -250,7 +250,7 @@ def test_stage_2_refuses_a_run_of_one_split_in_words(tmp_path):
     _, result = stage_2(tmp_path, of_validation)
     assert result.returncode == 2
     assert result.stderr.count(f"{tmp_path / 'a.run'}: no line for example 'train ") == 6
-    assert "a run must rank passages for every example, training and validation" in result.stderr
+    assert "a run must rank passages for every example of all splits" in result.stderr
     assert "Traceback" not in result.stderr
 
 

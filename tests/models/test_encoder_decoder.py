@@ -346,6 +346,43 @@ def test_a_long_query_takes_half_of_the_source_at_most(tokenizer, fusion):
     assert sequences[0][17:-1] == bare(tokenizer, DOCUMENT.passages[0])[: len(sequences[0]) - 18]
 
 
+@pytest.mark.parametrize("fusion", ["concat", "fid"])
+def test_what_is_cut_of_references_and_sources_is_told_and_nothing_where_all_fits(tokenizer, fusion):
+    lengths = [len(bare(tokenizer, text)) for text in DOCUMENT.passages]
+    query = len(bare(tokenizer, "May"))
+    each = [2 + query + 1 + length for length in lengths]  # with query, separator and special tokens
+    needed = max(each) if fusion == "fid" else 2 + query + sum(length + 1 for length in lengths)
+    references = ["The committee saw the mill.", "Old mill", "May"]
+    targets = [whole(tokenizer, text) for text in references]
+    longest = max(map(len, targets))
+
+    fits = Sources(tokenizer, fusion, needed, "document")
+    fits.build("May", DOCUMENT, [2, 0, 3, 1])
+    assert fits.tokenize_targets(references, longest) == targets
+    assert fits.tokenize_targets([], longest) == []
+    assert fits.cuts(longest) == ""
+
+    cut = Sources(tokenizer, fusion, needed - 1, "document")
+    sequences, read = cut.build("May", DOCUMENT, [2, 0, 3, 1])
+    assert max(map(len, sequences)) == needed - 1 and len(read) == 4
+    short = Sources(tokenizer, fusion, needed, "document")
+    short.build("May " * 300, DOCUMENT, [0])
+    assert cut.cuts(longest) == (
+        f"cut to {needed - 1} tokens by --max_source_length: 1 of 1 sources (100.0%, the longest has {needed}); "
+        f"of their 4 passages, 0 are left out and {sum(n == needed for n in each) if fusion == 'fid' else 1} shortened"
+    )
+    assert short.cuts(longest).endswith("1 queries shortened to half a source")
+    options = {"truncation": True, "max_length": longest - 1}
+    other = Sources(tokenizer, fusion, needed, "document")
+    assert other.tokenize_targets(references, longest - 1) == tokenizer(text_target=references, **options)["input_ids"]
+    told = f"cut to {longest - 1} tokens by --max_target_length: 1 of 3 references (33.3%, the longest has {longest})"
+    assert other.cuts(longest - 1) == told
+    if fusion == "concat":
+        tight = Sources(tokenizer, fusion, 2 + query + 1 + lengths[2], "document")
+        assert tight.build("May", DOCUMENT, [2, 0, 3, 1])[1] == [2]
+        assert "of their 4 passages, 3 are left out and 0 shortened" in tight.cuts(longest)
+
+
 def test_a_document_is_tokenized_once_however_many_its_queries(tokenizer):
     calls = Counter()
 

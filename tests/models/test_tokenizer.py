@@ -1,9 +1,10 @@
 """Token ids that are kept on disk: the same as without, made once, and remade where a file is damaged."""
 
+import numpy as np
 import pytest
 
 from utils.models import tokenizer
-from utils.models.tokenizer import tokenize, train_tokenizer
+from utils.models.tokenizer import describe_cut, tokenize, train_tokenizer
 
 TEXTS = [f"The committee saw {number} mills, and mended {number % 7}." for number in range(300)]
 
@@ -56,3 +57,39 @@ def test_where_nothing_can_be_written_the_ids_are_kept_for_this_run_only(bpe, ca
         assert tokenize(bpe, TEXTS) == expected
     assert len(calls) == 1
     assert "--cache_dir" in caplog.text and len(caplog.records) <= 1
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_lengths_before_the_cut_are_those_without_it_and_cost_no_other_call(bpe, calls, monkeypatch, is_cached, side):
+    monkeypatch.setattr(bpe, "truncation_side", side)
+    texts = [*TEXTS, "", "mills " * 40]
+    whole, cut = bpe(texts)["input_ids"], bpe(texts, truncation=True, max_length=7)["input_ids"]
+    monkeypatch.setattr(tokenizer, "CACHED_FROM", 0 if is_cached else 10**9)
+    calls.clear()
+    for made in (1, 1 if is_cached else 2):
+        lengths = []
+        assert tokenize(bpe, texts, whole=lengths, truncation=True, max_length=7) == cut
+        assert np.concatenate(lengths).tolist() == list(map(len, whole))
+        assert len(calls) == made
+
+
+def test_a_tokenizer_that_forgets_what_it_cut_is_asked_again_about_full_texts_only(bpe, monkeypatch):
+    asked = []
+
+    class Slow:
+        def __call__(self, text, **options):
+            asked.append(len(text))
+            return {"input_ids": bpe(text, **options)["input_ids"]}
+
+    texts, lengths = ["a mill", *TEXTS[:3]], []
+    assert tokenize(Slow(), texts, whole=lengths, truncation=True, max_length=7)
+    assert np.concatenate(lengths).tolist() == [len(ids) for ids in bpe(texts)["input_ids"]]
+    assert asked == [4, 3]
+
+
+def test_a_cut_is_described_with_its_share_and_flag_and_none_is_not():
+    lengths = {"references": [3, 9, 1200, 5], "others": [8], "none": []}
+    told = "cut to 8 tokens by --max_target_length: 2 of 4 references (50.0%, the longest has 1,200)"
+    assert describe_cut("max_target_length", 8, lengths) == told
+    assert describe_cut("max_target_length", 1200, lengths) == ""

@@ -63,6 +63,21 @@ def test_positives_are_marked_evidence_or_what_the_oracle_chooses(encoder):
     assert positives(example, "rouge", 1) == ([3], [1])
 
 
+def test_queries_drafts_and_passages_that_are_cut_are_told_and_nothing_where_all_fits(encoder, monkeypatch):
+    fits = "positives from gold evidence: 2, the ROUGE oracle: 1"
+    assert make_pairs(encoder, draft_share=0.5).describe() == fits
+    query = len(encoder.tokenizer("the bridge")["input_ids"])
+    passages = [len(encoder.tokenizer(text)["input_ids"]) for text in PASSAGES + SECOND]
+    limit = sorted(passages)[-2]
+    monkeypatch.setattr(encoder, "max_seq_length", limit)
+    pairs = make_pairs(encoder)
+    assert pairs.describe() == (
+        f"{fits}\ncut to {limit} tokens by --max_seq_length: 1 of 8 passages (12.5%, the longest has {max(passages)})"
+    )
+    monkeypatch.setattr(encoder, "max_seq_length", query)
+    assert " of 4 queries with a draft (100.0%, " in make_pairs(encoder, draft_share=0.5).describe()
+
+
 def test_each_epoch_draws_positives_by_their_gold_words_and_negatives_that_are_no_evidence(encoder):
     pairs = make_pairs(encoder)
     drawn = draws(pairs, 0)

@@ -97,7 +97,7 @@ class ReadingArguments:
 class DataArguments(ReadingArguments):
     """What is trained on and validated with."""
 
-    corpus_file = train_qrels_file = validation_qrels_file = None  # flags of `CorpusArguments` only
+    corpus_file = train_qrels_file = validation_qrels_file = test_qrels_file = None  # flags of `CorpusArguments` only
 
     train_file: str | None = flag(
         None,
@@ -108,8 +108,11 @@ class DataArguments(ReadingArguments):
     validation_documents_file: str | None = flag(
         None, "--documents_file of the validation examples (default: --documents_file)"
     )
+    test_file: str | None = flag(None, "test examples, in any of the same forms; scored once, with the final model")
+    test_documents_file: str | None = flag(None, "--documents_file of the test examples (default: --documents_file)")
     max_train_examples: int | None = flag(None, "use only the first N training examples (debugging)", at_least=1)
     max_eval_examples: int | None = flag(None, "use only the first N validation examples (debugging)", at_least=1)
+    max_test_examples: int | None = flag(None, "use only the first N test examples (debugging)", at_least=1)
     sample_documents: int = flag(
         1500, "size of the embedded training set in transcripts, with six examples each", at_least=1
     )
@@ -126,6 +129,7 @@ class CorpusArguments(DataArguments):
         None, "evidence of the training queries in the corpus, in BEIR's or TREC's format"
     )
     validation_qrels_file: str | None = flag(None, "evidence of the validation queries in the corpus")
+    test_qrels_file: str | None = flag(None, "evidence of the test queries in the corpus")
 
 
 @dataclass
@@ -358,10 +362,10 @@ GROUPS = {
         max_source_length num_beams max_new_tokens seed
     """,
     "data": """
-        documents_file validation_documents_file corpus_file train_qrels_file validation_qrels_file split
-        dataset_config_name id_column query_column document_column passages_column summary_column evidence_column
-        passage_words merge_passages skip_bad_examples max_examples max_train_examples max_eval_examples
-        sample_documents cache_dir
+        test_file documents_file validation_documents_file test_documents_file corpus_file train_qrels_file
+        validation_qrels_file test_qrels_file split dataset_config_name id_column query_column document_column
+        passages_column summary_column evidence_column passage_words merge_passages skip_bad_examples max_examples
+        max_train_examples max_eval_examples max_test_examples sample_documents cache_dir
     """,
     "positives and negatives": """
         num_positives negatives_pool mine_negatives_every negatives_margin group_by_document supervision oracle_passages
@@ -435,6 +439,7 @@ ELSEWHERE = {  # what other training scripts call a flag
     "--save_total_limit": "--checkpoints_total_limit",
     "--grad_clip": "--max_grad_norm",
     "--label_smoothing": "--label_smoothing_factor",
+    "--max_predict_samples": "--max_test_examples",
 }
 
 

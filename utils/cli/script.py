@@ -89,9 +89,8 @@ def start(accelerator, args) -> Path:
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             raise UsageError("fp16 needs a GPU: use --mixed_precision bf16 or no")
-        # `accelerate launch` without a configuration starts PyTorch with a single thread
         here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        threads = max(1, len(os.sched_getaffinity(0)) // here)
+        threads = _user_threads() or max(1, len(os.sched_getaffinity(0)) // here)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for libraries that are imported later, such as faiss
         keep_memory()
@@ -125,6 +124,35 @@ def start(accelerator, args) -> Path:
     if broadcast_object_list(problem)[0]:
         raise UsageError(f"--output_dir {folder}: {problem[0]}")
     return folder
+
+
+def _user_threads() -> int | None:
+    """The number of threads that the user asked for by OMP_NUM_THREADS or MKL_NUM_THREADS; None if by neither.
+
+    Launchers set OMP_NUM_THREADS for the processes that they start, often to 1: `accelerate launch` always, and torch's
+    for several processes. What the user set is then in the launcher's own environment. Raises UsageError for a value
+    that is no number of threads, and for two values that differ.
+    """
+    own = os.environ
+    if any(name in own for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")):  # a launcher started this
+        try:
+            launcher = Path(f"/proc/{os.getppid()}")
+            words = launcher.joinpath("cmdline").read_text(errors="replace").split("\0")
+            lines = launcher.joinpath("environ").read_text(errors="replace").split("\0")
+        except OSError:  # hidden: the environment of this process is all that is known
+            words, lines = [], []
+        is_launcher = any("accelerate" in word or "torch" in word for word in words)
+        if is_launcher and not any(word.startswith("--num_cpu_threads_per_process") for word in words):
+            own = dict(line.split("=", 1) for line in lines if "=" in line)
+    values = {name: own[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if own.get(name)}
+    for name, value in values.items():
+        if not value.split(",")[0].isdecimal() or int(value.split(",")[0]) < 1:  # "4,2": 4, and 2 in nested regions
+            raise UsageError(f"{name}={value} in the environment: must be a whole number of at least 1")
+    threads = {int(value.split(",")[0]) for value in values.values()}
+    if len(threads) > 1:
+        shown = " and ".join(f"{name}={value}" for name, value in values.items())
+        raise UsageError(f"{shown} in the environment: PyTorch needs one number for both; unset one of them")
+    return next(iter(threads), None)
 
 
 def _claim(folder: Path) -> str | None:

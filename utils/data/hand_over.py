@@ -55,31 +55,31 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
     return found
 
 
-def have_rankings(splits: Sequence[Sequence[Example]]) -> bool:
+def have_rankings(splits: dict[str, Sequence[Example]]) -> bool:
     """Whether the examples of all splits bring their rankings along.
 
-    Raises DataError if only some do: they would be trained on passages from two sources.
+    Raises DataError if only some do: the summarizer would read passages from two sources.
     """
-    given = itertools.chain(*(zip(values(split, "id"), values(split, "retrieved"), strict=True) for split in splits))
-    without = [example_id for example_id, ranking in given if ranking is None]
-    examples = sum(map(len, splits))
+    with_ids = (zip(values(split, "id"), values(split, "retrieved"), strict=True) for split in splits.values())
+    without = [example_id for example_id, ranking in itertools.chain.from_iterable(with_ids) if ranking is None]
+    examples = sum(map(len, splits.values()))
     if 0 < len(without) < examples:
         raise DataError(
-            f"{len(without)} of {examples} training and validation examples have no 'retrieved', such as "
+            f"{len(without)} of {examples} examples ({', '.join(splits)}) have no 'retrieved', such as "
             f"'{without[0]}': rank all of them, or choose where passages come from with --retriever"
         )
     return not without
 
 
 def write_hand_over(
-    folder: Path, split: str, examples: Sequence[Example], hops: Iterable[Sequence[Hop]], *, top_k: int, with_trec: bool
-) -> None:
+    folder: Path, split: str, examples: Sequence[Example], hops: Iterable[Sequence[Hop]], top_k: int, with_trec: bool
+) -> Path:
     """Writes `retrieved.<split>.jsonl` and, with `with_trec`, a TREC run and qrels, each of the `top_k` best passages.
 
     Their rankings are those of the last hop. If there is more than one hop, the records hold all of them: stage 2 then
-    trains on what each hop found.
+    trains on what each hop found. Returns the path of the first file.
     """
-    rankings = []  # for TREC's files
+    path, rankings = folder / f"retrieved.{split}.jsonl", []  # rankings for TREC's files
 
     def cut() -> Iterator[list[Hop]]:
         for of_example in hops:
@@ -88,10 +88,11 @@ def write_hand_over(
                 rankings.append(of_example[-1].retrieved)
             yield of_example
 
-    write_retrieved(folder / f"retrieved.{split}.jsonl", examples, cut())
+    write_retrieved(path, examples, cut())
     if with_trec:
         write_run(folder / f"run.{split}.trec", examples, rankings, tag="train_retrieve")
         write_qrels(folder / f"qrels.{split}.trec", examples)
+    return path
 
 
 def write_retrieved(path: str | os.PathLike, examples: Sequence[Example], hops: Iterable[Sequence[Hop]]) -> None:
@@ -120,11 +121,12 @@ def write_retrieved(path: str | os.PathLike, examples: Sequence[Example], hops: 
         logger.warning("%s is without %d examples, for which nothing was found: %s", path, len(left_out), names)
 
 
-def write_predictions(path: str | os.PathLike, rows: Iterable[dict], predictions: Iterable[str]) -> None:
-    """Writes each prediction with its example and the passages that it was written from.
+def write_predictions(folder: Path, split: str, rows: Iterable[dict], predictions: Iterable[str]) -> Path:
+    """Writes `predictions.<split>.jsonl`: each with its example and the passages that it was written from.
 
-    A row holds an `example` and the numbers of the `passages` that the summarizer read.
+    Returns the path. A row holds an `example` and the numbers of the `passages` that the summarizer read.
     """
+    path = folder / f"predictions.{split}.jsonl"
     write_jsonl(path, (
         {
             "id": row["example"].id,
@@ -136,6 +138,7 @@ def write_predictions(path: str | os.PathLike, rows: Iterable[dict], predictions
         }
         for row, prediction in zip(rows, predictions, strict=True)
     ))  # fmt: skip
+    return path
 
 
 def hops_record(example: Example, hops: Sequence[Hop], prediction: str | None = None) -> dict:

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,34 +26,40 @@ from utils.data.rows import (
 )
 from utils.data.trec import read_qrels
 from utils.errors import BadRecord, DataError
-from utils.files import size_and_digest, write_json
-from utils.tables import cached
+from utils.files import digest, size_and_digest, write_json
+from utils.tables import cached, values
 
 PROBLEMS = "problems.json"
+logger = logging.getLogger(__name__)
 
 
-def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[Examples, Examples]:
-    """Training and validation examples, as selected by `args` (`DataArguments`); without files, the embedded data set.
+def load_splits(args, rejected_file: str | os.PathLike | None = None) -> dict[str, Examples]:
+    """The examples of each split, as selected by `args` (`DataArguments`); without files, the embedded data set.
 
-    If `train_file` is a folder or a Hub name, it may hold the validation split too. With `corpus_file` all examples of
-    both splits share one `Corpus`. `rejected_file` is as in `load_examples`.
+    The splits are "train", "validation" and, with `test_file`, "test". If `train_file` is a folder or a Hub name, it
+    may hold the validation split too. Only test examples may lack a summary. With `corpus_file` all examples share one
+    `Corpus`. `rejected_file` is as in `load_examples`.
     """
-    for name in ("train_qrels_file", "validation_qrels_file"):
-        if getattr(args, name) and not args.corpus_file:
-            raise DataError(f"--{name} needs --corpus_file, whose passages it names")
-    for name in ("documents_file", "validation_documents_file"):
+    for split in ("train", "validation", "test"):
+        if getattr(args, f"{split}_qrels_file") and not args.corpus_file:
+            raise DataError(f"--{split}_qrels_file needs --corpus_file, whose passages it names")
+    for name in ("documents_file", "validation_documents_file", "test_documents_file"):
         if getattr(args, name) and args.corpus_file:
             raise DataError(f"--{name} cannot be used with --corpus_file; leave one of them out")
+    for name in ("test_documents_file", "test_qrels_file", "max_test_examples"):
+        if getattr(args, name) and not args.test_file:
+            raise DataError(f"--{name} needs --test_file")
     if args.corpus_file and not args.train_file:
         raise DataError("--corpus_file needs --train_file, whose queries search it")
     if not args.train_file:
-        if args.validation_file:
-            raise DataError("--validation_file needs --train_file")
+        for name in ("validation_file", "test_file"):
+            if getattr(args, name):
+                raise DataError(f"--{name} needs --train_file")
         from utils.data.sample import sample_examples
 
         train = sample_examples("train", args.sample_documents, args.max_train_examples)
         validation = sample_examples("validation", max(1, min(50, args.sample_documents // 10)), args.max_eval_examples)
-        return train, validation
+        return {"train": train, "validation": validation}
     has_splits = Path(args.train_file).is_dir() or not Path(args.train_file).exists()
     if not args.validation_file and not has_splits:
         raise DataError("--train_file needs --validation_file")
@@ -62,23 +70,54 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> tuple[E
         options["corpus"] = load_corpus(
             args.corpus_file, skip_bad_examples=args.skip_bad_examples, rejected_file=rejected_file
         )
-    train = load_examples(
-        args.train_file,
-        split="train",
-        documents_file=args.documents_file,
-        qrels_file=args.train_qrels_file,
-        max_examples=args.max_train_examples,
-        **options,
+    parts = {
+        "train": (args.train_file, args.documents_file, args.max_train_examples),
+        "validation": (
+            args.validation_file or args.train_file,
+            args.validation_documents_file or args.documents_file,
+            args.max_eval_examples,
+        ),
+    }
+    if args.test_file:
+        parts["test"] = (args.test_file, args.test_documents_file or args.documents_file, args.max_test_examples)
+    splits = {
+        split: load_examples(
+            path,
+            split=split,
+            documents_file=documents_file,
+            qrels_file=getattr(args, f"{split}_qrels_file"),
+            require_summary=split != "test",
+            max_examples=max_examples,
+            **options,
+        )
+        for split, (path, documents_file, max_examples) in parts.items()
+    }
+    is_main = os.environ.get("RANK", "0") == "0"  # warns once, however many processes were started
+    if "test" in splits and is_main and (repeated := count_repeated(splits["train"], splits["test"])):
+        logger.warning(
+            "%d of %d test examples are training examples too, with the same query and document",
+            repeated, len(splits["test"]),
+        )  # fmt: skip
+    return splits
+
+
+def count_repeated(train: Sequence[Example], test: Sequence[Example]) -> int:
+    """Number of test examples whose query and document are also those of a training example."""
+    documents = dict.fromkeys(itertools.chain(values(train, "document"), values(test, "document")))
+    # the text itself: two files may give the same doc_id to different documents
+    keys = {doc: doc.id if isinstance(doc, Corpus) else digest(doc.passages) for doc in documents}
+    train_pairs, test_pairs = (
+        zip(values(examples, "query"), (keys[document] for document in values(examples, "document")), strict=True)
+        for examples in (train, test)
     )
-    validation = load_examples(
-        args.validation_file or args.train_file,
-        split="validation",
-        documents_file=args.validation_documents_file or args.documents_file,
-        qrels_file=args.validation_qrels_file,
-        max_examples=args.max_eval_examples,
-        **options,
-    )
-    return train, validation
+    known = set(train_pairs)
+    return sum(pair in known for pair in test_pairs)
+
+
+def describe_splits(splits: dict[str, Sequence[Example]]) -> str:
+    """How many examples each split has, for the log."""
+    names = {split: "training" if split == "train" else split for split in splits}
+    return ", ".join(f"{len(examples)} {names[split]} examples" for split, examples in splits.items())
 
 
 def load_examples(

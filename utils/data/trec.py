@@ -128,7 +128,7 @@ def run_rankings(path: str | os.PathLike, examples: Sequence[Example]) -> list[R
             problems.append(f"{path}: no line for example '{example.id}'")
         elif (other.query, other.document.id) != (example.query, example.document.id):
             problems.append(f"{path}: two different examples have the id '{example.id}', so that its lines fit both")
-    raise_all(problems, "a run must rank passages for every example, training and validation, each with an id its own")
+    raise_all(problems, "a run must rank passages for every example of all splits, each with an id its own")
     return by_passage_number(path, run, examples)
 
 

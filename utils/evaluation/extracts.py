@@ -10,17 +10,18 @@ from utils.data.words import count_words
 from utils.retrieval.baselines import oracle_ranking
 
 
-def score_extracts(train: Sequence[Example], validation: Sequence[Example], accelerator) -> dict[str, dict[str, float]]:
-    """Returns ROUGE of two extracts of each validation document: {"lead": scores, "oracle": scores}.
+def score_extracts(train: Sequence[Example], scored: Sequence[Example], accelerator) -> dict[str, dict[str, float]]:
+    """Returns ROUGE of two extracts of the document of each example in `scored`: {"lead": scores, "oracle": scores}.
 
     "lead" is the beginning of the document, as long as the average training reference. "oracle" is the passages that
-    `oracle_ranking` chooses; it sees the reference. Called on all processes: each scores a part.
+    `oracle_ranking` chooses; it sees the reference. Examples without a reference are left out. Called on all processes:
+    each scores a part.
     """
     from utils.evaluation.rouge import mean_of_each, rouge_of_each  # imports `evaluate`, which takes seconds
 
     lengths = [count_words(text) for example in train for text in example.summaries]
     words = sum(lengths) / len(lengths)
-    mine = validation[accelerator.process_index :: accelerator.num_processes]
+    mine = [example for example in scored if example.summaries][accelerator.process_index :: accelerator.num_processes]
     extracts = {"lead": [], "oracle": []}
     for example in mine:
         passages = example.document.passages

@@ -2,7 +2,34 @@
 
 from collections.abc import Sequence
 
-from utils.data.examples import Example
+from utils.data.examples import Example, Hop, Ranking
+from utils.retrieval.pairs import gold_passages
+from utils.retrieval.ranking import KEPT
+
+
+def score_one_hop(examples: Sequence[Example], rankings: Sequence[Ranking], gold: Sequence) -> dict:
+    """Scores of one ranking for each example against `gold`, a list of passages or None for each."""
+    from utils.evaluation.retrieval import score_rankings  # imports `evaluate`, which takes seconds
+
+    return score_rankings(examples, rankings, gold)
+
+
+def score_hops(examples: Sequence[Example], hops: Sequence[Sequence[Hop]], gold: Sequence) -> dict:
+    """Scores of the first hop of each example and, as `hop2`, of the second if there is one (see `score_one_hop`)."""
+    of_hops = [[hop.retrieved for hop in of_hop] for of_hop in zip(*hops, strict=True)]
+    first, *second = [score_one_hop(examples, rankings, gold) for rankings in of_hops]
+    return {**first, "hop2": second[0]} if second else first
+
+
+def score_beside_bm25(examples: Sequence[Example], hops: Sequence[Sequence[Hop]], index, args) -> dict:
+    """`score_hops` against the gold passages of the examples, and the scores of BM25's rankings as `bm25`.
+
+    `index` searches the documents (see `make_search`), `args` are the flags of train_retrieve.py. Without any gold
+    passages there is nothing but the number 0 of `examples`.
+    """
+    gold = gold_passages(examples, args, required=False)
+    bm25_rankings = index.bm25_rankings(examples, args.top_k if args.corpus_file else KEPT)
+    return {**score_hops(examples, hops, gold), "bm25": score_one_hop(examples, bm25_rankings, gold)}
 
 
 def score_hop(examples: Sequence[Example], records: Sequence[dict], number: int) -> dict[str, float]:

@@ -55,13 +55,14 @@ class LocalMetric(evaluate.Metric):
             super().__init__(keep_in_memory=True, cache_dir=folder, **kwargs)
 
 
-def rouge_of_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """`rouge_scores` of each prediction."""
-    return [rouge_scores(*texts) for texts in zip(predictions, references, strict=True)]
+def rouge_of_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float] | None]:
+    """`rouge_scores` of each prediction; None for one without references."""
+    return [rouge_scores(*texts) if texts[1] else None for texts in zip(predictions, references, strict=True)]
 
 
-def mean_of_each(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of each score, the same in any order."""
+def mean_of_each(scores: Sequence[dict[str, float] | None]) -> dict[str, float]:
+    """Mean of each score over the predictions that have scores, the same in any order."""
+    scores = [of_one for of_one in scores if of_one]
     return {name: math.fsum(of_one[name] for of_one in scores) / len(scores) for name in scores[0]}
 
 

@@ -209,20 +209,19 @@ def weights_key(model: torch.nn.Module) -> str:
 # ---- texts to batches of tokens
 
 
-def tokenize(model: SentenceTransformer, texts: Iterable[str], kind: str, *, keep: bool = True) -> Sequence[list[int]]:
+def tokenize(
+    model: SentenceTransformer, texts: Iterable[str], kind: str, *, keep: bool = True, whole: list | None = None
+) -> Sequence[list[int]]:
     """Token ids of each text after the prompt of its `kind` ("query" or "passage"), cut at the maximum length.
 
     A text without any token, which has no vector, becomes one padding token. With `keep`, the ids of large collections
-    are kept on disk; `texts` must then be iterable twice.
+    are kept on disk; `texts` must then be iterable twice. `whole` is as in the tokenizer's `tokenize`.
     """
     prompt = prompt_of(model, kind)
     options = {"truncation": True, "max_length": _longest(model, kind)}
     instead = [model.tokenizer.pad_token_id]
-    if keep:
-        texts_with_prompt = Texts(lambda: (prompt + text for text in texts))
-        return tokenize_cached(model.tokenizer, texts_with_prompt, if_empty=instead, **options)
-    texts = [prompt + text for text in texts]
-    return [ids or instead for ids in model.tokenizer(texts, **options)["input_ids"]] if texts else []
+    with_prompt = Texts(lambda: (prompt + text for text in texts))
+    return tokenize_cached(model.tokenizer, with_prompt, keep=keep, if_empty=instead, whole=whole, **options)
 
 
 def tokens_key(model: SentenceTransformer) -> list:

@@ -5,6 +5,7 @@ A source is one or more token sequences. With fusion "concat", all passages are 
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from transformers import BatchEncoding
 
 from utils.errors import UsageError
 from utils.files import digest
-from utils.models.tokenizer import pad, tokenize, tokenizer_key
+from utils.models.tokenizer import describe_cut, pad, tokenize, tokenizer_key
 from utils.tables import Texts, lengths, values
 
 # ---- from passages to token sequences
@@ -40,6 +41,8 @@ class Sources:
 
     def __post_init__(self):
         self.passage_tokens: dict = {}  # by document: the tokens of all documents of a call, and its first passage
+        self.references, self.sources = [], []  # numbers of tokens before any cut
+        self.cut = Counter()  # passages asked for, left out and shortened; queries shortened
         tokenizer = self.tokenizer
         self.separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         # the special tokens that this tokenizer puts around a text
@@ -89,10 +92,12 @@ class Sources:
         return sequences, [number for number, _ in kept]
 
     def length(self, query_length: int, document, passage_numbers: Sequence[int]) -> int:
-        """Tokens of the longest sequence of the source of a query of so many tokens."""
+        """Tokens of the longest sequence of the source of a query of so many tokens; counts what is cut of it."""
         query = min(query_length, self.room // 2)
         query += self.marks_query and query > 0
-        kept = [size for _, size in self._choose(query, document, passage_numbers)]
+        chosen = self._choose(query, document, passage_numbers)
+        self._count_cut(query_length, document, passage_numbers, chosen)
+        kept = [size for _, size in chosen]
         texts = [[query, *kept]] if self.fusion == "concat" or not kept else [[query, size] for size in kept]
         special = len(self.prefix) + len(self.suffix)
         return special + max(sum(sizes) + max(0, sum(map(bool, sizes)) - 1) for sizes in texts)
@@ -110,6 +115,28 @@ class Sources:
                 free = room - kept[-1][1]
         return sorted(kept) if self.passage_order == "document" else kept
 
+    def cuts(self, max_target_length: int) -> str:
+        """What of the references and sources made so far is cut, in one line; "" if nothing is."""
+        parts = [describe_cut("max_target_length", max_target_length, {"references": np.concatenate(self.references)})]
+        parts += [describe_cut("max_source_length", self.max_source_length, {"sources": self.sources})]
+        if self.cut["left out"] or self.cut["shortened"]:
+            asked, left_out, shortened = (f"{self.cut[name]:,}" for name in ("passages", "left out", "shortened"))
+            parts += [f"of their {asked} passages, {left_out} are left out and {shortened} shortened"]
+        if self.cut["queries"]:
+            parts += [f"{self.cut['queries']:,} queries shortened to half a source"]
+        return "; ".join(part for part in parts if part)
+
+    def _count_cut(self, query_length: int, document, passage_numbers: Sequence[int], kept: list) -> None:
+        """Counts what a source lacks: `kept` are passages and how many tokens of each are read."""
+        _, sizes, first = self.passage_tokens[document]
+        whole = [int(sizes[first + number]) + 1 for number in passage_numbers]  # with the separator
+        longest = max(whole, default=0) if self.fusion == "fid" else sum(whole)
+        self.sources.append(len(self.prefix) + query_length + longest + len(self.suffix))
+        self.cut["passages"] += len(whole)
+        self.cut["left out"] += len(whole) - len(kept)
+        self.cut["shortened"] += sum(size < sizes[first + number] for number, size in kept)
+        self.cut["queries"] += query_length > self.room // 2
+
     def _join(self, texts: list[list[int]]) -> list[int]:
         """One sequence of several texts, with separators and special tokens; empty texts are left out."""
         body = [token for text in texts if text for token in (self.separator, *text)][1:]
@@ -121,7 +148,7 @@ class Rows(Sequence):
 
     `hops` has, for each example, the numbers of the passages to read at each hop: the last one is that of validation.
     A row has the `example`, its `source`, the `passages` in the source, and its `targets`. `number_of_target` has the
-    number of the example of each target.
+    number of the example of each target, `source_lengths` the tokens of the longest sequence of each example.
     """
 
     def __init__(self, examples: Sequence, hops: list[list[tuple[int, ...]]], sources: Sources, max_target_length: int):
@@ -130,11 +157,16 @@ class Rows(Sequence):
         sources.read(self.documents)
         self.queries = sources.tokenize(values(examples, "query"))
         references = Texts(lambda: (text for of_example in summaries for text in of_example))
-        self.target_tokens = tokenize(sources.tokenizer, references, as_target=True, truncation=True,
-                                      max_length=max_target_length)  # fmt: skip
+        self.target_tokens = tokenize(sources.tokenizer, references, as_target=True, whole=sources.references,
+                                      truncation=True, max_length=max_target_length)  # fmt: skip
         counts = lengths(summaries)
         self.first_target = np.cumsum([0, *counts])
         self.number_of_target = np.repeat(np.arange(len(counts)), counts)
+        sizes = lengths(self.queries).tolist()
+        self.source_lengths = np.array([
+            max(sources.length(size, document, passages) for passages in of_hops)
+            for size, document, of_hops in zip(sizes, self.documents, hops, strict=True)
+        ])  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -150,14 +182,6 @@ class Rows(Sequence):
 
     def _build(self, number: int, passages: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         return self.sources.build_from_tokens(self.queries[number], self.documents[number], passages)
-
-    def source_lengths(self) -> np.ndarray:
-        """(examples,) Tokens of the longest sequence of each example, of all hops."""
-        sizes = lengths(self.queries)
-        return np.array([
-            max(self.sources.length(size, document, passages) for passages in of_hops)
-            for size, document, of_hops in zip(sizes.tolist(), self.documents, self.hops, strict=True)
-        ])  # fmt: skip
 
     def digest(self) -> str:
         """A checksum of what is read and written."""

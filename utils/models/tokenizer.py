@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import tokenizers
 import torch
@@ -118,37 +119,89 @@ def tokenizer_key(tokenizer) -> str | None:
 
 
 def tokenize(
-    tokenizer, texts: Iterable[str], *, as_target: bool = False, if_empty: list[int] | None = None, **options
+    tokenizer,
+    texts: Iterable[str],
+    *,
+    keep: bool = True,
+    as_target: bool = False,
+    if_empty: list[int] | None = None,
+    whole: list[np.ndarray] | None = None,
+    **options,
 ) -> Sequence[list[int]]:
-    """Token ids of each text; `options` are those of the tokenizer's call, `as_target` for texts to be generated.
+    """Token ids of each text; `options` are those of the tokenizer's call.
 
-    `if_empty` takes the place of no tokens.
+    With `keep`, the ids of large collections are kept in the cache (see `cached`) under a checksum of texts, tokenizer
+    and options, for later runs and other processes. They are mapped into memory, so that memory does not grow with
+    them. `texts` must be iterable several times.
 
-    The ids of large collections are kept in the cache (see `cached`) under a checksum of texts, tokenizer and options,
-    for later runs and other processes. They are mapped into memory, so that memory does not grow with them. `texts`
-    must be iterable twice.
+    Args:
+        as_target: texts to be generated, which some tokenizers treat differently.
+        if_empty: takes the place of no tokens.
+        whole: this list grows by an array (texts,) with the number of tokens of each text before truncation.
     """
     side = "text_target" if as_target else "text"
 
-    def tokenize_now(some: list[str]) -> list[list[int]]:
-        return [ids or if_empty or [] for ids in tokenizer(**{side: some}, **options)["input_ids"]]
+    def tokenize_now(some: list[str]) -> tuple[list[list[int]], list[int]]:
+        encoded = tokenizer(**{side: some}, **options)
+        lengths = whole_lengths(tokenizer, some, encoded, options)
+        return [ids or if_empty or [] for ids in encoded["input_ids"]], lengths
 
     sizes = itertools.accumulate(map(len, texts), initial=0)
-    rules = tokenizer_key(tokenizer) if any(size >= CACHED_FROM for size in sizes) else None
+    rules = tokenizer_key(tokenizer) if keep and any(size >= CACHED_FROM for size in sizes) else None
     if rules is None:
         texts = list(texts)
-        return tokenize_now(texts) if texts else []
+        ids, lengths = tokenize_now(texts) if texts else ([], [])
+        if whole is not None:
+            whole.append(np.array(lengths, dtype=np.int64))
+        return ids
     checksum = hashlib.blake2b(digest_size=16)
     for text in texts:
         checksum.update(json.dumps(text).encode())
 
     def write(folder: Path) -> None:
         number = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
-        with table_writer(folder / "ids.arrow", pa.schema([("ids", pa.large_list(number))])) as add:
+        schema = pa.schema([("ids", pa.large_list(number)), ("whole", pa.int32())])
+        with table_writer(folder / "ids.arrow", schema) as add:
             remaining = iter(texts)
             while block := list(itertools.islice(remaining, TOKENIZED_AT_ONCE)):
-                for ids in tokenize_now(block):
-                    add({"ids": ids})
+                for ids, length in zip(*tokenize_now(block), strict=True):
+                    add({"ids": ids, "whole": length})
 
     folder = cached("tokens", [checksum.hexdigest(), rules, side, if_empty, options], write)
-    return Table(folder / "ids.arrow").column("ids")
+    table = Table(folder / "ids.arrow")
+    if whole is not None:
+        whole.append(table.array("whole"))
+    return table.column("ids")
+
+
+def whole_lengths(tokenizer, texts: list[str], encoded, options: dict) -> list[int]:
+    """Number of tokens that each text has before truncation, special tokens included.
+
+    `encoded` is what the tokenizer made of the texts with `options`. A fast tokenizer keeps what it cut off.
+    """
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    if not options.get("truncation"):
+        return lengths
+    if getattr(encoded, "encodings", None):
+        special = tokenizer.num_special_tokens_to_add()  # each part that was cut off has its own
+        parts = [encoding.overflowing for encoding in encoded.encodings]
+        return [n + sum(len(part) - special for part in of_text) for n, of_text in zip(lengths, parts, strict=True)]
+    cut = [i for i, length in enumerate(lengths) if length == options["max_length"]]
+    again = tokenizer([texts[i] for i in cut])["input_ids"] if cut else []
+    for i, ids in zip(cut, again, strict=True):
+        lengths[i] = len(ids)
+    return lengths
+
+
+def describe_cut(flag: str, limit: int, lengths: dict[str, Sequence[int]]) -> str:
+    """How many texts of each kind have more than `limit` tokens, with the flag that sets it; "" if none has.
+
+    `lengths` holds, for each kind, the number of tokens of each text before it is cut.
+    """
+    parts = []
+    for name, of_each in lengths.items():
+        of_each = np.asarray(of_each)
+        if count := int((of_each > limit).sum()):
+            share = f"{100 * count / len(of_each):.1f}%"
+            parts.append(f"{count:,} of {len(of_each):,} {name} ({share}, the longest has {of_each.max():,})")
+    return f"cut to {limit} tokens by --{flag}: {', '.join(parts)}" if parts else ""

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable
 
 from utils.data.examples import Example, Ranking
+from utils.errors import DataError
 from utils.retrieval.oracle import greedy_rouge_oracle
 
 
@@ -20,9 +21,15 @@ def random_ranking(example: Example, top_k: int | None = None, seed: int = 42) -
 
 
 def oracle_ranking(example: Example, top_k: int | None = None) -> Ranking:
-    """Ranks only the evidence, in document order, or without evidence the choice of the greedy ROUGE oracle."""
+    """Ranks only the evidence, in document order, or without evidence the choice of the greedy ROUGE oracle.
+
+    Raises DataError if the example has neither evidence nor a reference.
+    """
     if example.evidence:
         return _in_order(sorted(example.evidence), top_k)
+    if not example.summaries:
+        reason = "has neither evidence nor a reference, which the oracle needs"
+        raise DataError(f"example '{example.id}' {reason}: choose another --retriever")
     return _in_order(greedy_rouge_oracle(example.document.passages, example.summaries, max_passages=top_k), top_k)
 
 

@@ -19,6 +19,7 @@ from utils.data.kept import content_key
 from utils.errors import UsageError
 from utils.files import digest, write_json
 from utils.models.encoder import tokenize, tokens_key
+from utils.models.tokenizer import describe_cut
 from utils.retrieval.bm25 import say_unmatched, unmatched
 from utils.retrieval.drafts import READ, imitate_draft, without_last_word
 from utils.retrieval.oracle import greedy_rouge_oracle
@@ -45,15 +46,15 @@ def positives(example: Example, supervision: str, oracle_passages: int) -> tuple
     return sorted(chosen), [1] * len(chosen)
 
 
-def gold_passages(examples: Sequence[Example], args) -> list[list[int] | None]:
+def gold_passages(examples: Sequence[Example], args, required: bool = True) -> list[list[int] | None]:
     """The passages that rankings are scored against: gold evidence, or the ROUGE oracle's choice if no example has any.
 
-    Raises UsageError if there are none, or no others.
+    If there are none at all, or no others, raises UsageError where they are `required`.
     """
     gold = [example.evidence for example in examples]
     if not any(gold) and not args.corpus_file:
-        gold = [positives(example, args.supervision, args.oracle_passages)[0] for example in examples]
-    if not any(gold):
+        gold = [e.summaries and positives(e, args.supervision, args.oracle_passages)[0] for e in examples]
+    if required and not any(gold):
         remedy = "its summaries share no word with their documents"
         remedy = "give --validation_qrels_file" if args.corpus_file else remedy
         raise UsageError(f"no validation example has evidence: nothing to score; {remedy}")
@@ -127,7 +128,8 @@ class Pairs(Sequence):
         places = np.cumsum([0, *(len(document.passages) for document in documents)]).tolist()
         self.place = dict(zip(documents, places, strict=False))
         self.drafts = read_drafts(args.drafts_file, examples) if args.drafts_file else None
-        self.query_tokens = tokenize(retriever, values(examples, "query"), "query")
+        self.whole = {kind: [] for kind in ("queries", "queries with a draft", "passages")}  # tokens before any cut
+        self.query_tokens = tokenize(retriever, values(examples, "query"), "query", whole=self.whole["queries"])
         taught = self._ask_teacher(accelerator) if args.teacher else {}
 
         names = ("negatives_pool", "supervision", "oracle_passages", "teacher")
@@ -138,14 +140,16 @@ class Pairs(Sequence):
         ]  # fmt: skip
 
         def write(folder: Path) -> None:
-            without_words: list[str] = []
+            without_words, with_draft = [], [np.empty(0, np.int64)]
             self.keys = passage_keys(documents)
             np.save(folder / "keys.npy", self.keys)
-            write_table(folder / "pairs.arrow", PAIRS, self._make(taught, without_words))
+            write_table(folder / "pairs.arrow", PAIRS, self._make(taught, without_words, with_draft))
+            np.save(folder / "with_draft.npy", np.concatenate(with_draft))
             write_json(folder / "unmatched.json", without_words)
 
         folder, self.warnings = cached("pairs", key, write), []
         self.keys = np.load(folder / "keys.npy")
+        self.whole["queries with a draft"] = [np.load(folder / "with_draft.npy")]
         without_words = json.loads((folder / "unmatched.json").read_text(encoding="utf-8"))
         say_unmatched(without_words, len(examples), args.language, self.warnings.append)
         self.table = Table(folder / "pairs.arrow")
@@ -183,10 +187,11 @@ class Pairs(Sequence):
         draft = ["", *example.summaries[:1], *(text for text, _ in drafts)][-1]
         return [example.query, search_text(example.query, draft)]
 
-    def _make(self, taught: dict[int, tuple], without_words: list[str]) -> Iterator[dict]:
+    def _make(self, taught: dict[int, tuple], without_words: list, with_draft: list) -> Iterator[dict]:
         """The rows of the table, block by block, so that few rankings are held in memory.
 
-        Adds to `without_words` the ids of examples whose question shares no word with any passage.
+        Adds to `without_words` the ids of examples whose question shares no word with any passage, and to `with_draft`
+        the lengths of queries with a draft, before they are cut.
         """
         args, top_k = self.args, self.args.negatives_pool + 100 if self.is_corpus else None
         for start in range(0, len(self.examples), RANKED_AT_ONCE):
@@ -198,7 +203,7 @@ class Pairs(Sequence):
             ranked = self.lexical([e for e in examples for _ in range(hops)], top_k, list(itertools.chain(*searches)))
             ranked = [ranked[hop::hops] for hop in range(hops)]
             without_words += unmatched(examples, ranked[0])
-            longest = self._longest_searches(examples, drafts)
+            longest = self._longest_searches(examples, drafts, with_draft)
             for place, example in enumerate(examples):
                 number, first = start + place, self.place[example.document]
                 evidence, weights = taught.get(number) or positives(example, args.supervision, args.oracle_passages)
@@ -220,15 +225,17 @@ class Pairs(Sequence):
                     "negatives": [self._negatives(of_hop[place], first, weight_of) for of_hop in ranked],
                 }
 
-    def _longest_searches(self, examples: Sequence[Example], drafts: Sequence[list]) -> list[int]:
+    def _longest_searches(self, examples: Sequence[Example], drafts: Sequence[list], with_draft: list) -> list[int]:
         """The most tokens of a search text of each example: of its query alone, or with a reference or draft."""
-        texts = [[example.query] for example in examples]
+        longest = list(map(len, tokenize(self.retriever, [e.query for e in examples], "query", keep=False)))
         if self.args.draft_share:
-            for example, of_file, own in zip(examples, drafts, texts, strict=True):
-                more = (*example.summaries, *(text for text, _ in of_file))
-                own += [search_text(example.query, text) for text in more]
-        sizes = iter(map(len, tokenize(self.retriever, list(itertools.chain(*texts)), "query", keep=False)))
-        return [max(itertools.islice(sizes, len(own))) for own in texts]
+            texts = [[*e.summaries, *(text for text, _ in own)] for e, own in zip(examples, drafts, strict=True)]
+            of_texts = [(number, text) for number, of_example in enumerate(texts) for text in of_example]
+            searches = [search_text(examples[number].query, text) for number, text in of_texts]
+            tokens = tokenize(self.retriever, searches, "query", keep=False, whole=with_draft)
+            for (number, _), search in zip(of_texts, tokens, strict=True):
+                longest[number] = max(longest[number], len(search))
+        return longest
 
     def _keys(self, first: int, passages: Sequence[int]) -> list[int]:
         """The keys of passages of the document whose first passage is at `first`."""
@@ -261,11 +268,12 @@ class Pairs(Sequence):
         if self.is_corpus:
             wanted = {key for row in self._rows() for key in sum(row["negatives"], row["evidence"])}
             if keys := sorted(wanted - self.passage_tokens.keys()):
-                texts = tokenize(self.retriever, self.documents[0].passages[keys], "passage")
+                texts = self.documents[0].passages[keys]
+                texts = tokenize(self.retriever, texts, "passage", whole=self.whole["passages"])
                 self.passage_tokens.update(zip(keys, texts, strict=True))
         elif not self.passage_tokens:
             texts = Texts(lambda: (text for document in self.documents for text in document.passages))
-            self.passage_tokens = tokenize(self.retriever, texts, "passage")
+            self.passage_tokens = tokenize(self.retriever, texts, "passage", whole=self.whole["passages"])
 
     def _rows(self) -> Iterator[dict]:
         """The rows of the table, with the hard negatives that were mined, if any."""
@@ -273,12 +281,16 @@ class Pairs(Sequence):
             yield row | {"negatives": self.mined[number]} if self.mined else row
 
     def describe(self) -> str:
-        """How many pairs there are, where their positives come from, and what is wrong with their negatives."""
+        """How many pairs there are, and where their positives come from; in further lines, what is cut or amiss."""
         marked = int(self.table.array("is_marked").sum())
         others = "the teacher" if self.args.teacher else "the ROUGE oracle"
         sources = {"gold evidence": marked, others: len(self) - marked}
         positives_from = ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
-        return "\n".join([f"positives from {positives_from}", *self.warnings])
+        limit = self.retriever.max_seq_length or self.retriever.tokenizer.model_max_length
+        cut = describe_cut(
+            "max_seq_length", limit, {kind: np.concatenate(of_kind) for kind, of_kind in self.whole.items()}
+        )
+        return "\n".join([f"positives from {positives_from}", *self.warnings, *([cut] if cut else [])])
 
     def digest(self) -> str:
         """A checksum of the training data."""

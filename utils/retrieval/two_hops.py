@@ -10,7 +10,7 @@ from utils.retrieval.ranking import KEPT, fuse_hops, search_text
 
 
 def search_hops(
-    examples: Sequence, rank_by: Callable, encode_texts: Callable, write_drafts: Callable | None = None
+    rank_by: Callable, encode_texts: Callable, examples: Sequence, write_drafts: Callable | None = None
 ) -> Iterator[list[Hop]]:
     """Ranks the passages of each example: with one hop or, with `write_drafts(examples, read, first)`, with two.
 

@@ -33,22 +33,23 @@ class RunLog:
         self.bar = None
         self.lock = threading.RLock()
 
-    def begin(self, step: int, validates: bool = False) -> None:
+    def begin(self, step: int, validates: bool = False, tests: bool = False) -> None:
         """Drops the lines of the file after the step that the run resumes from; 0 drops all.
 
         With `validates`, the run first validates this step: a kill came after its validation was logged, but before
-        that was saved. The logged one is dropped.
+        that was saved. The logged one is dropped. With `tests`, the run scores a test split at its end, and drops what
+        it logged about it before.
         """
         if not self.accelerator.is_main_process:
             return
-        kept = []
+        kept, dropped = [], ("stop", "done", *(["test"] if tests else []))
         for line in self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []:
             try:
                 event = json.loads(line)
             except ValueError:
                 continue  # an incomplete line: the run was killed
             is_repeated = validates and event["event"] == "validation" and event["step"] == step
-            if event["step"] <= step and event["event"] not in ("stop", "done") and not is_repeated:
+            if event["step"] <= step and event["event"] not in dropped and not is_repeated:
                 kept.append(line)
         write_lines(self.path, kept)
 
@@ -63,11 +64,14 @@ class RunLog:
                 print(line, flush=True)
             elif event != "done":  # the run says that in words
                 self.say(_readable(event, values))
-        if self.accelerator.trackers and event in ("train", "epoch", "validation"):
+        if self.accelerator.trackers and event in ("train", "epoch", "validation", "test"):
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(numbers, step=values.get("step"))
 
     def say(self, text: str) -> None:
+        """Shows a text to the user, unless it is empty."""
+        if not text:
+            return
         with self.lock:
             if self.log_format == "tqdm":
                 tqdm.write(text)  # above the bar, if there is one
@@ -128,7 +132,7 @@ def _readable(event: str, values: dict) -> str:
     line = event
     for name, value in values.items():
         part = f" | {NAMES.get(name, name)} {_shown(name, value)}"
-        if event in ("train", "epoch", "validation") and len(line + part) > WIDTH:
+        if event in ("train", "epoch", "validation", "test") and len(line + part) > WIDTH:
             break
         line += part
     return line

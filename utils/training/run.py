@@ -58,7 +58,7 @@ class Run:
         if old_shape:  # the epoch continues with the examples that were not yet read with the old shape
             self.state.leave_out(plan(self.state.epoch, without=self.state.done_before, shape=old_shape))
         self.meters = {name: Meters(accelerator, self.state.meters.get(name)) for name in ("train", "epoch")}
-        log.begin(self.state.step, self.state.validation_due)
+        log.begin(self.state.step, self.state.validation_due, tests=bool(args.test_file))
         if resumed_from:
             log("resume", step=self.state.step, checkpoint=str(resumed_from))
         self.profile = profiler(accelerator, args, folder)
@@ -66,6 +66,7 @@ class Run:
         self.is_culprit_named = False
         self.scores: dict | None = None
         self.predictions: list[str] | None = None
+        self.model_step: int | None = None  # of the best weights, if they were loaded
         self.first_step = self.state.step
         if self.state.step_in_epoch or self.state.done_before:
             self._plan_epoch(self.state.epoch)
@@ -246,6 +247,18 @@ class Run:
         """Puts the best checkpoint's weights into the model, which then has no scores; warns if there is none."""
         if self.checkpoints.load_best(self.state):
             self.scores = self.predictions = None
+            self.model_step = self.state.best_step
+
+    def note_test(self, scores: dict, *, scored: int, of: int, need: str) -> None:
+        """Logs the scores of the test split, which decide nothing, with the step of the weights, as `model_step`.
+
+        Says how many `scored` examples have what scores `need`, if not all do.
+        """
+        if scored < of:
+            rest = "only these are scored" if scored else "nothing is scored"
+            self.log.say(f"test: {scored} of {of} examples have {need}; {rest}")
+        if scored:
+            self.log("test", step=self.state.step, model_step=self.model_step or self.state.step, **scores)
 
     def finish(self) -> None:
         """Waits for the last checkpoint and logs why the run ended."""

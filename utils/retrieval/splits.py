@@ -1,0 +1,93 @@
+"""Ranks the passages of all splits from one source, as the summarizer reads them."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from utils.data.examples import Example, Ranking
+from utils.data.hand_over import have_rankings
+from utils.data.kept import content_key
+from utils.data.trec import run_rankings
+from utils.models.settings import saved_settings
+from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
+from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched
+from utils.retrieval.dense import retriever_rankings
+from utils.tables import Table, cached, values, write_table
+
+BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ranking}
+RANKINGS = pa.schema([("passages", pa.large_list(pa.int64())), ("is_matched", pa.bool_())])
+Hops = list[list[tuple[int, ...]]]  # for each example, the passages to read at each hop
+
+
+def rank_splits(
+    splits: dict[str, Sequence[Example]], args, *, accelerator, say: Callable[[str], None]
+) -> tuple[dict[str, Hops], str]:
+    """The `--top_k` best passages of each example of each split at each hop, and where they come from.
+
+    `--retriever` is bm25, lead, oracle, random, a TREC run file, or a retriever's folder or Hub name. Without it the
+    rankings are those in the examples, or BM25's if no example has one. Called on all processes.
+    """
+    name, top_k = args.retriever, args.top_k
+    is_trained = name not in (None, "bm25", *BASELINES) and not Path(name).is_file()
+    saved = saved_settings(name) if is_trained else None
+    settings = args.ranking_settings(saved)
+    given = name is None and have_rankings(splits)
+    source = name or ("the rankings in the files" if given else "bm25")
+    check_language(args.language, source, saved or {})
+    if given:
+        return {split: _given(examples, top_k) for split, examples in splits.items()}, source
+    if source == "bm25" or source in BASELINES:
+        return {split: _kept(examples, source, args, say) for split, examples in splits.items()}, source
+    if Path(source).is_file():
+        # in one call, which refuses ids that two splits have
+        ranked = iter(run_rankings(source, list(itertools.chain(*splits.values()))))
+        of_splits = {split: itertools.islice(ranked, len(examples)) for split, examples in splits.items()}
+    else:
+        from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
+
+        retriever = load_retriever(source, trust_remote_code=args.trust_remote_code).to(accelerator.device)
+        encode_texts = partial(encode, retriever, accelerator=accelerator)
+        of_splits = {
+            split: retriever_rankings(examples, encode_texts, settings, top_k=top_k)
+            for split, examples in splits.items()
+        }
+    return {split: [[_best(ranking, top_k)] for ranking in rankings] for split, rankings in of_splits.items()}, source
+
+
+def _best(ranking: Ranking, top_k: int) -> tuple[int, ...]:
+    return tuple(passage for passage, _ in ranking[:top_k])
+
+
+def _given(examples: Sequence[Example], top_k: int) -> Hops:
+    """The rankings that the examples bring along; a file of hops has those of earlier hops too."""
+    return [[_best(hop.retrieved, top_k) for hop in (*example.hops[:-1], example)] for example in examples]
+
+
+def _kept(examples: Sequence[Example], source: str, args, say: Callable[[str], None]) -> Hops:
+    """Rankings of BM25 or of a baseline, computed once and kept on disk."""
+
+    def rank() -> Iterable[Ranking]:
+        if source == "bm25":
+            return bm25_rankings(examples, args.top_k, language=args.language)
+        seed = {"seed": args.seed} if source == "random" else {}
+        return (BASELINES[source](example, **seed) for example in examples)
+
+    def write(folder: Path) -> None:
+        write_table(folder / "rankings.arrow", RANKINGS, (
+            {"passages": _best(ranking, args.top_k), "is_matched": any(score for _, score in ranking)}
+            for ranking in rank()
+        ))  # fmt: skip
+
+    key = [source, content_key(examples), args.top_k, args.language, args.seed if source == "random" else None]
+    table = Table(cached("rankings", key, write) / "rankings.arrow")
+    hops, without_words = [], []
+    queries = zip(values(examples, "id"), values(examples, "query"), table.read(), strict=True)
+    for example_id, query, row in queries:
+        hops.append([tuple(row["passages"])])
+        if source == "bm25" and query.strip() and not row["is_matched"]:
+            without_words.append(example_id)
+    say_unmatched(without_words, len(examples), args.language, say)
+    return hops
