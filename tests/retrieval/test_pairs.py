@@ -64,15 +64,16 @@ def test_positives_are_marked_evidence_or_what_the_oracle_chooses(encoder):
 
 
 def test_queries_drafts_and_passages_that_are_cut_are_told_and_nothing_where_all_fits(encoder, monkeypatch):
-    fits = "positives from gold evidence: 2, the ROUGE oracle: 1"
-    assert make_pairs(encoder, draft_share=0.5).describe() == fits
+    fits, unmatched = make_pairs(encoder, draft_share=0.5).describe().split("\n")
+    assert fits == "positives from gold evidence: 2, the ROUGE oracle: 1"
+    assert unmatched.startswith("warning: BM25 finds no passage for 1 of 4 questions, such as that of 'c'")
     query = len(encoder.tokenizer("the bridge")["input_ids"])
     passages = [len(encoder.tokenizer(text)["input_ids"]) for text in PASSAGES + SECOND]
     limit = sorted(passages)[-2]
     monkeypatch.setattr(encoder, "max_seq_length", limit)
     pairs = make_pairs(encoder)
     assert pairs.describe() == (
-        f"{fits}\ncut to {limit} tokens by --max_seq_length: 1 of 8 passages (12.5%, the longest has {max(passages)})"
+        f"{fits}\n{unmatched}\ncut to {limit} tokens by --max_seq_length: 1 of 8 passages (12.5%, the longest has {max(passages)})"
     )
     monkeypatch.setattr(encoder, "max_seq_length", query)
     assert " of 4 queries with a draft (100.0%, " in make_pairs(encoder, draft_share=0.5).describe()
