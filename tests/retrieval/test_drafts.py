@@ -71,6 +71,8 @@ def test_extracted_drafts_of_a_script_without_spaces_are_whole_sentences_side_by
     passages = ["是。委员会修理mill。天气很好。mill在河边。", "然后他们走了。"]
     (draft,) = extract_drafts([make_example("a", "mill？", passages)], [[0, 1]], bag_of_words, max_words=10)
     assert draft == "委员会修理mill。mill在河边。"  # 6 and 4 words
+    (draft,) = extract_drafts([make_example("a", "mill？", ["Yes.", "是。"])], [[0, 1]], bag_of_words, max_words=10)
+    assert draft == "Yes. 是。"  # short ones, if there are no others
 
 
 def test_each_sentence_is_encoded_once_for_all_questions():

@@ -178,7 +178,7 @@ class Pairs:
         self.passage_tokens.update(zip(keys, tokenize(self.retriever, texts, "passage"), strict=True))
 
     def describe(self) -> str:
-        """How many pairs there are, where their positives come from, and what is wrong with their negatives."""
+        """How many pairs there are, where their positives come from, and a warning if BM25 finds none for some."""
         marked = sum(is_marked(pair.example, self.args.supervision) for pair in self.rows)
         others = "the teacher" if self.args.teacher else "the ROUGE oracle"
         sources = {"gold evidence": marked, others: len(self.rows) - marked}
