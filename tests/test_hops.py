@@ -18,6 +18,7 @@ from utils.evaluation.hops import score_hop
 from utils.evaluation.retrieval import retrieval_scores
 from utils.evaluation.rouge import rouge_scores
 from utils.files import write_jsonl
+from utils.models.settings import saved_settings
 from utils.retrieval.dense import retriever_rankings
 
 SCRIPT = "retrieve_and_summarize.py"
@@ -213,6 +214,35 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path, flags, message):
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+# ---- the language of BM25's words
+
+HOUSES = ["Der Ausschuss sprach über das Dach.", "Sie beschlossen, die Brücken im Mai zu reparieren.", "Das war alles."]
+
+
+def test_a_retrievers_language_is_saved_and_questions_without_a_word_in_a_passage_are_counted(tmp_path):
+    file, retriever = tmp_path / "de.jsonl", tmp_path / "retrieve"
+    questions = ["Wann wird die Brücke repariert?", "Welche Dächer?", "Zebra?"]
+    write_jsonl(file, [{"id": f"q{number}", "query": query, "passages": HOUSES, "summary": "Im Mai.", "evidence": [1]}
+                       for number, query in enumerate(questions)])  # fmt: skip
+    counted = "no passage for 1 of 3 questions, such as that of 'q2': they share no word with a passage"
+    result = launch("train_retrieve.py", "--train_file", file, "--validation_file", file, "--language", "de",
+                    "--max_train_steps", 1, "--output_dir", retriever)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(counted) == 2  # training and validation
+    assert saved_settings(retriever)["language"] == "de"
+    flags = ["--input_file", file, "--summarizer", "extract", "--drafter", retriever, "--output_dir", tmp_path / "hops"]
+    result = launch(SCRIPT, *flags, "--retriever", "bm25", "--language", "german")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(counted) == 1 and "--language (now german)" in result.stdout
+    first, second, _ = read_jsonl(tmp_path / "hops" / "predictions.validation.jsonl")
+    assert first["hops"][0]["retrieved"][0]["passage"] == 1 and second["hops"][0]["retrieved"][0]["passage"] == 0
+    result = launch(SCRIPT, *flags, "--retriever", retriever, "--language", "fr")
+    assert result.returncode == 2 and "was trained with --language german" in result.stderr
+    result = launch("train_summarize.py", "--train_file", file, "--validation_file", file, "--retriever", "lead",
+                    "--language", "de", "--output_dir", tmp_path / "summarize")  # fmt: skip
+    assert result.returncode == 2 and "--language de has no effect on passages from lead" in result.stderr
 
 
 # ---- the draft finds what the question could not

@@ -123,6 +123,7 @@ def test_a_run_that_nothing_would_end_is_refused(monkeypatch, capsys, script):
     (["--learning_rate", "inf"], "--learning_rate inf: must be a finite number"),
     (["--dropout", "1.5"], "--dropout 1.5: must be less than 1"),
     (["--adam_beta1", "1.5"], "--adam_beta1 1.5: must be less than 1"),
+    (["--language", "xx"], "--language xx: there is no stemmer for it; use none, or one of ar (arabic)"),
     (["--min_new_tokens", "9", "--max_new_tokens", "8"], "--min_new_tokens 9: must be at most --max_new_tokens 8"),
 ])  # fmt: skip
 def test_values_that_make_no_sense_are_refused_by_name(monkeypatch, capsys, flags, message):

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from utils.data.passages import merge_passages, split_document, split_sentences
+from utils.data.words import count_words
 
 
 @pytest.mark.parametrize(
@@ -57,9 +58,23 @@ def test_text_is_split_at_sentence_and_line_ends_only(text, sentences):
         ("It is 3.5.2 here。And there.", ["It is 3.5.2 here。", "And there."]),
     ],
 )
-def test_a_full_width_stop_ends_a_sentence_without_white_space_but_no_passage(text, sentences):
+def test_a_full_width_stop_ends_a_sentence_without_white_space(text, sentences):
     assert split_sentences(text) == sentences
-    assert [word for passage in split_document(text, 1) for word in passage.split()] == text.split()
+    passages = split_document(text, max(map(count_words, sentences)))
+    assert "".join(passages).replace(" ", "") == text.replace(" ", "")
+    assert all(any(passage.endswith(sentence) for sentence in sentences) for passage in passages)
+
+
+def test_a_chinese_document_is_split_at_its_sentence_ends():
+    sentences = [f"第{number}次会议讨论了旧磨坊的屋顶。" for number in range(1, 99)]
+    passages = split_document("".join(sentences), 40)  # a sentence has 14 words
+    assert passages == ["".join(sentences[start : start + 2]) for start in range(0, 98, 2)]
+
+
+def test_a_long_sentence_without_spaces_is_cut_at_a_pause_or_a_space_in_the_second_half_of_a_passage():
+    assert split_document("一二三，四五六七八九十", 4) == ["一二三，", "四五六七", "八九十"]
+    assert split_document("一，二三四五六", 4) == ["一，二三四", "五六"]
+    assert split_document("ซ่อม สะพาน", 5) == ["ซ่อม", "สะพาน"]
 
 
 def test_passages_are_filled_and_a_line_is_kept_whole_when_it_costs_little():
@@ -83,7 +98,26 @@ def test_no_word_is_lost_and_no_passage_is_too_long():
         assert all(0 < len(passage.split()) <= size for passage in passages)
 
 
+def test_text_without_spaces_is_neither_lost_nor_spaced_and_no_passage_is_too_long():
+    generator = random.Random(0)
+    tokens = [*"第1次会，。！？」「（）的 A.\n　・ー々カﾊﾞ”\"😀", "ซ่", "မြ", "န်", "။", "ភា", "។", " Mr.", " (x) ",
+              "\u0301", "\ufe0f", "１２", "한국 ", "v2.0"]  # fmt: skip
+    for _ in range(500):
+        text = "".join(generator.choices(tokens, k=generator.randint(0, 60)))
+        size = generator.randint(1, 9)
+        passages = split_document(text, size)
+        spaced = " ".join(text.split())
+        for pieces in (passages, split_sentences(text)):
+            assert "".join("".join(pieces).split()) == "".join(text.split())
+            assert all(" ".join(piece.split()) in spaced for piece in pieces)
+        assert all(0 < count_words(passage) <= size for passage in passages)
+        if passages:
+            chunks, placed = merge_passages(passages, 20)
+            assert sum(sum(words.values()) for words in placed) == sum(map(count_words, chunks))
+
+
 def test_merging_keeps_all_words_and_says_where_they_went():
     chunks, placed = merge_passages(["a b", "c", "D e f. G h i.", "j k"], 4)
     assert chunks == ["a b\nc", "D e f.", "G h i.", "j k"]
     assert placed == [{0: 2}, {0: 1}, {1: 3, 2: 3}, {3: 2}]
+    assert merge_passages(["一二", "三", "四五"], 3) == (["一二\n三", "四五"], [{0: 2}, {0: 1}, {1: 2}])

@@ -141,6 +141,14 @@ def test_beir_qrels_are_read_like_those_of_trec(tmp_path):
     assert read_qrels(tmp_path / "qrels") == {"PLAIN-2": {"MED 10": 1, "x": -1}, "q": {"d": 2}}
 
 
+def test_only_ascii_white_space_separates_the_columns_of_runs_and_qrels(tmp_path):
+    name = "a\u00a0b\u3000c\u2003"
+    (tmp_path / "qrels").write_text(f"{name}\t0 {name}\v1\n", encoding="utf-8")
+    (tmp_path / "a.run").write_text(f"{name}\tQ0 {name}\v1 2.5 t\n", encoding="utf-8")
+    assert read_qrels(tmp_path / "qrels") == {name: {name: 1}}
+    assert read_run(tmp_path / "a.run") == {name: [(name, 2.5)]}
+
+
 def test_malformed_lines_are_all_named_with_what_is_wanted(tmp_path):
     path = tmp_path / "a.run"
     path.write_bytes(b"q Q0 d 1 2.5 t\nq Q0 d2 1\n\nq Q0 d3 1 high t\nq Q0 d4 1 nan t\nq Q0 d 9 1 t\nq Q0 \xff 1 1 t\n")

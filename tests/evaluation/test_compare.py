@@ -173,6 +173,7 @@ def test_misuse_as_users_meet_it_is_one_line_and_exit_code_2(files):
         (["bm25", "a.run", "--metric", "mrr@10", "--qrels", "q"], "bm25 ranks the passages of a hand-over file"),
         (["a.run", "b.run", "--qrels", "q"], "gold_words@1024 counts words of passages"),
         (["a.run", "b.run", "--metric", "mrr@10"], "give --qrels"),
+        (["a.jsonl", "--language", "de"], "--language de has no effect without bm25"),
         ([], "required: A"),
     ],
 )

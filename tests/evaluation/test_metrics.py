@@ -71,6 +71,10 @@ def test_rouge_without_words_is_zero(prediction, reference):
     assert rouge_scores(prediction, reference) == dict.fromkeys(ROUGE_TYPES, 0.0)
 
 
+def test_rouge_of_hindi_sentences_without_a_common_word_is_zero():
+    assert set(rouge_scores("समिति ने पुरानी चक्की की छत पर चर्चा", "उन्होंने मई में पुल").values()) == {0}
+
+
 def test_rouge_counts_words_of_other_scripts():
     assert rouge_scores("Совет принял решение", "Совет принял закон")["rouge1"] == pytest.approx(200 / 3)
     assert rouge_scores("el niño", "el nino")["rouge1"] == pytest.approx(50)
@@ -192,6 +196,12 @@ def test_retrieval_by_hand():
     assert scores["ndcg@10"] == pytest.approx(100 * (1 / np.log2(3) + 1 / np.log2(6)) / (1 + 1 / np.log2(3)))
     # 300 words of passage 4, then the first 100 of the 200 of passage 0, with half of its 80 gold words
     assert scores["gold_words@400"] == pytest.approx(100 * 40 / 130)
+
+
+def test_letters_of_a_script_without_spaces_are_gold_words():
+    document = Document("d", ["修" * 1000, "好" * 100])
+    example = Example("e", "", document, ["s"], [1], [100], None)
+    assert score_rankings([example], [[(0, 1.0), (1, 0.5)]], [[1]])["gold_words@1024"] == pytest.approx(24)
 
 
 def test_evidence_counts_whole_without_gold_words():

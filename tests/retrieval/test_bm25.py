@@ -10,7 +10,16 @@ import pytest
 from retrieval_cases import COLOURS, MONEY, make_corpus, make_example, random_text, random_texts
 
 from utils.data.examples import Document
-from utils.retrieval.bm25 import _build_index, _index_cache, bm25_index, bm25_rankings, bm25_scores, bm25_search
+from utils.errors import UsageError
+from utils.retrieval.bm25 import (
+    _build_index,
+    _index_cache,
+    bm25_index,
+    bm25_rankings,
+    bm25_scores,
+    bm25_search,
+    check_language,
+)
 from utils.retrieval.ranking import rank
 
 
@@ -108,6 +117,71 @@ def test_search_texts_given_replace_the_queries():
     assert [ranking[0][0] for ranking in rankings] == [1, 3]
     with pytest.raises(ValueError, match="1 queries for 2 examples"):
         bm25_rankings(examples, queries=["budgets"])
+
+
+# ---- languages
+
+ZH = ["第7次会议讨论了屋顶。", "委员会决定在5月修理桥梁。", "秘书整理了会议记录。"]
+HI = ["समिति ने छत पर चर्चा की", "उन्होंने मई में पुल की मरम्मत का निर्णय लिया", "सचिव ने कार्यवृत्त तैयार किया"]
+TH = ["คณะกรรมการหารือเรื่องหลังคา", "พวกเขาจะซ่อมสะพานในเดือนพฤษภาคม", "เลขานุการเขียนรายงาน"]
+KO = ["위원회는 지붕을 논의했다.", "다리를 5월에 수리하기로 했다.", "서기가 회의록을 썼다."]
+
+
+@pytest.mark.parametrize(
+    "passages, query",
+    [
+        (ZH, "什么时候修理桥？"),
+        (["屋根について話した。", "橋は五月に修理される。", "秘書が議事録を作った。"], "橋の修理はいつですか？"),
+        (HI, "पुल की मरम्मत कब होगी?"),
+        (TH, "จะซ่อมสะพานเมื่อไร"),
+        (KO, "다리는 언제 수리합니까?"),
+        (["عَنِ السَّقْفِ", "سَيُصْلَحُ الجِسْرُ", "كَتَبَ المَحْضَرَ"], "متى سَيُصْلَحُ الجِسْرُ؟"),
+        (["עַל הַגַּג", "הַגֶּשֶׁר יְתֻקַּן", "כָּתַב"], "מָתַי יְתֻקַּן הַגֶּשֶׁר?"),
+    ],
+)
+def test_bm25_finds_the_passage_in_scripts_with_marks_or_without_spaces(passages, query):
+    (scores,) = bm25_scores(passages, [query])
+    assert scores.argmax() == 1 and scores[1] > 0
+
+
+def test_the_language_decides_what_bm25_matches(tmp_path):
+    passages = ["Und wann wird das repariert, fragte er.", "Die Brücken sind aus Stein.", "Wird das Haus verkauft?"]
+    examples = [make_example("d", "Wann wird das mit der Brücke?", Document("d", passages))]
+    # the index that is kept for a document has one language
+    best = [bm25_rankings(examples, language=language)[0][0][0] for language in ("en", "de", None, "german")]
+    assert best == [0, 1, 0, 1]
+    corpus = make_corpus(tmp_path, passages)
+    for language, passage in (("en", 0), ("de", 1)):  # each language has an index of its own on disk
+        index = bm25_index(corpus, language=language)
+        assert bm25_search(index, [examples[0].query], 3, language)[0][0][0] == passage
+
+
+def test_questions_without_a_word_in_a_passage_are_reported_in_one_line():
+    said = []
+    examples = [
+        make_example("1", "yellow"),
+        make_example("2", "zebra"),
+        make_example("3", ""),
+        make_example("4", "gnu"),
+    ]
+    bm25_rankings(examples, language="de", say=said.append)
+    (line,) = said
+    assert "no passage for 2 of 4 questions, such as that of '2'" in line and "--language (now german)" in line
+    bm25_rankings(examples[:1], say=said.append)
+    assert len(said) == 1
+
+
+def test_a_language_without_effect_or_other_than_the_saved_one_is_refused():
+    check_language("de", "bm25", {})
+    check_language(None, "lead", {})
+    check_language("german", "folder", {"ranking": "hybrid", "language": "de"})
+    check_language("en", "folder", {"ranking": "hybrid", "language": None})
+    with pytest.raises(UsageError, match="--language de has no effect on passages from lead"):
+        check_language("de", "lead", {})
+    with pytest.raises(UsageError, match="has no effect on passages from folder"):
+        check_language("de", "folder", {"ranking": "dense", "language": None})
+    with pytest.raises(UsageError, match="--language fr: the retriever folder was trained with --language german"):
+        check_language("fr", "folder", {"ranking": "dense", "language": "de"})
 
 
 # ---- in a corpus

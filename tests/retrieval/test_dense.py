@@ -63,5 +63,7 @@ def test_a_retriever_ranks_as_its_settings_say():
     smoothed = [combine(*both, bm25_weight=0.7, smooth_window=1, smooth_decay=0.5)
                 for both in zip(dense, lexical, strict=True)]  # fmt: skip
     assert retriever_rankings(examples, encode, {**hybrid, "smooth_window": 1}) == smoothed != fused
+    plain = retriever_rankings([make_example("1", "budgeting", MONEY)], encode, hybrid | {"language": "none"})
+    assert plain != retriever_rankings([make_example("1", "budgeting", MONEY)], encode, hybrid)  # which stems it
     other = retriever_rankings(examples, encode, hybrid, queries=["bye", "paint"])
     assert other != fused

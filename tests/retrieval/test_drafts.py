@@ -8,7 +8,7 @@ import pytest
 from utils.data.examples import Document, Example
 from utils.data.hand_over import read_drafts
 from utils.errors import DataError
-from utils.retrieval.drafts import Imitations, extract_drafts, imitate_draft
+from utils.retrieval.drafts import Imitations, extract_drafts, imitate_draft, without_last_word
 
 
 def make_example(id, query, passages):
@@ -27,6 +27,11 @@ def test_an_imitated_draft_keeps_the_words_that_were_read_and_invents_the_others
     assert (
         imitate_draft("\u4ed6\u5356\u78e8\u574a", ["\u78e8\u574a"], "\u5979\u4e70\u8239") == "\u5979\u4e70\u78e8\u574a"
     )
+
+
+def test_words_of_scripts_without_spaces_keep_their_marks_and_are_cut_off_one_by_one():
+    assert imitate_draft("ที่นี่", ["ที่"], "มี") == "ที่มี"
+    assert [without_last_word(text) for text in ("a b  c", "a", "修好 了吗。", "")] == ["a b ", "", "修好 了", ""]
 
 
 def test_imitated_drafts_know_what_each_example_read_and_depend_on_the_seed_alone():
@@ -60,6 +65,14 @@ def test_extracted_drafts_are_the_sentences_nearest_the_query_in_the_documents_o
     one, _ = extract_drafts(examples, [[0, 1], []], bag_of_words, max_words=3)
     assert one == "Bob: Our mill burned down, the mill."  # one sentence at least
     assert _ == ""
+
+
+def test_extracted_drafts_of_a_script_without_spaces_are_whole_sentences_side_by_side():
+    passages = ["是。委员会修理mill。天气很好。mill在河边。", "然后他们走了。"]
+    (draft,) = extract_drafts([make_example("a", "mill？", passages)], [[0, 1]], bag_of_words, max_words=10)
+    assert draft == "委员会修理mill。mill在河边。"  # 6 and 4 words
+    (draft,) = extract_drafts([make_example("a", "mill？", ["Yes.", "是。"])], [[0, 1]], bag_of_words, max_words=10)
+    assert draft == "Yes. 是。"  # short ones, if there are no others
 
 
 def test_each_sentence_is_encoded_once_for_all_questions():

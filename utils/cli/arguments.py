@@ -83,7 +83,11 @@ class ReadingArguments:
     evidence_column: str = flag(
         "evidence", "field with the numbers of the gold passages, from 0; with a corpus, their ids"
     )
-    passage_words: int = flag(100, "maximum words per passage when documents are split or passages merged", at_least=1)
+    passage_words: int = flag(
+        100,
+        "maximum words (in Chinese, Thai and the like: characters) of a passage that is split off or merged",
+        at_least=1,
+    )
     merge_passages: bool = flag(False, "merge consecutive passages into chunks of up to --passage_words words")
     skip_bad_examples: bool = flag(False, "skip unusable examples and list them in rejected.jsonl")
 

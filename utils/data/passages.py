@@ -66,24 +66,25 @@ def split_sentences(text: str) -> list[str]:
 
 def _sentences(line: str, any_case: bool) -> Iterator[list[str]]:
     """The sentences of one line, as lists of words; a word after white space begins with a space."""
+    is_unspaced = has_unspaced(line)
     segments = [line] if line.isascii() else _FULL_WIDTH_END.sub(r"\g<0>\n", line).split("\n")
     for number, segment in enumerate(segments):
         words, start = segment.split(), 0
         space = " " if number and segment[:1].isspace() else ""
         for end in range(1, len(words) + 1):
             if end == len(words) or _ends_sentence(words, start, end - 1, any_case):
-                yield _with_spaces(words[start:end], space)
+                sentence = [" " + word for word in words[start:end]]
+                if is_unspaced:
+                    sentence = [word for run in sentence for word in _words_of(run)]
+                sentence[0] = space + sentence[0][1:]
+                yield sentence
                 start, space = end, " "
 
 
-def _with_spaces(runs: list[str], space: str) -> list[str]:
-    """The words of runs between white space, each run after a space; the first comes after `space` instead."""
-    if has_unspaced("".join(runs)):
-        words = [("" if number else " ") + word for run in runs for number, word in enumerate(split_words(run))]
-    else:
-        words = [" " + run for run in runs]
-    words[0] = space + words[0][1:]
-    return words
+def _words_of(run: str) -> list[str]:
+    """The words of a run between white space, which begins with a space; the first of them keeps it."""
+    first, *others = split_words(run)
+    return [" " + first, *others]
 
 
 def _parts(sentence: list[str], most: int) -> Iterator[list[str]]:

@@ -90,17 +90,20 @@ def say_unmatched(ids: Sequence[str], examples: int, language: str | None, say: 
         )
 
 
-def check_language(language: str | None, retriever: str, settings: dict) -> None:
-    """Raises UsageError if `--language` could have no effect, or is not that of a saved retriever's `settings`."""
-    if language is None or retriever == "bm25":
+def check_language(language: str | None, source: str, settings: dict) -> None:
+    """Raises UsageError if `--language` has no effect on passages from `source`, or another one was saved with it.
+
+    `settings` are those of the retriever's folder, if `source` is one; they decide how it ranks.
+    """
+    if language is None or source == "bm25":
         return
     own = settings.get("language")
     if own is None and settings.get("ranking") != "hybrid":
-        raise UsageError(f"--language {language} has no effect: {retriever} ranks without BM25; leave it out")
+        raise UsageError(f"--language {language} has no effect on passages from {source}, without BM25; leave it out")
     if language_name(own) != language_name(language):
         raise UsageError(
-            f"--language {language}: the retriever {retriever} was trained with --language {language_name(own)}, "
-            "which it goes on with; leave it out, or train another one"
+            f"--language {language}: the retriever {source} was trained with --language {language_name(own)} and "
+            "ranks with it; leave the flag out, or train another retriever"
         )
 
 

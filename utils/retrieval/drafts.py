@@ -78,13 +78,11 @@ def extract_drafts(
     The nearest sentences are taken until `max_words` is reached (always at least one), and put in document order.
     `encode(texts, kind)` is a retriever's, with kind "query" or "passage"; the retriever may be trained on sentences.
     """
-    sentences = [
-        list(dict.fromkeys(
-            sentence for passage in sorted(passages) for sentence in split_sentences(example.document.passages[passage])
-            if count_words(sentence) >= MIN_SENTENCE_WORDS
-        ))
-        for example, passages in zip(examples, read, strict=True)
-    ]  # fmt: skip
+    sentences = []
+    for example, passages in zip(examples, read, strict=True):
+        texts = (split_sentences(example.document.passages[passage]) for passage in sorted(passages))
+        of_example = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
+        sentences.append([text for text in of_example if count_words(text) >= MIN_SENTENCE_WORDS] or of_example)
     texts = list(dict.fromkeys(sentence for group in sentences for sentence in group))
     vectors = dict(zip(texts, encode(texts, "passage") if texts else (), strict=True))
     queries = encode([example.query for example in examples], "query")
