@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from train_retrieve import RetrieveArguments
+from train_summarize import SummarizeArguments
 from utils.cli.arguments import DataArguments
 from utils.data.corpus import load_corpus
 from utils.data.examples import Corpus, Document, Hop, blocks
@@ -704,10 +706,7 @@ PAIRS = {
 
 
 def without_drafts(path, **flags):
-    args = {"train_file": str(path), "validation_file": str(path), **flags}
-    args = DataArguments(**args)
-    args.supervision, args.draft_share = "evidence", 0.0  # flags of train_retrieve.py
-    return args
+    return RetrieveArguments(train_file=str(path), validation_file=str(path), **{"draft_share": 0.0, **flags})
 
 
 @pytest.mark.parametrize("layout", PAIRS)
@@ -754,14 +753,12 @@ def test_records_of_several_layouts_may_be_mixed(tmp_path):
     assert example.document.passages == GOOD["passages"] and example.evidence == [1]
 
 
-@pytest.mark.parametrize("flags", [{"supervision": "rouge"}, {"draft_share": 0.5}, {}])
+@pytest.mark.parametrize("flags", [{"supervision": "rouge"}, {"draft_share": 0.5}, None])
 @pytest.mark.parametrize("layout", ["Tevatron", "MS MARCO"])
 def test_positives_without_a_summary_are_refused_where_summaries_are_needed(tmp_path, layout, flags):
-    """`{}`: train_summarize.py."""
-    args = without_drafts(write(tmp_path / "d.jsonl", PAIRS[layout], {**PAIRS[layout], "query_id": 2}))
-    if not flags:
-        del args.supervision, args.draft_share
-    vars(args).update(flags)
+    path = write(tmp_path / "d.jsonl", PAIRS[layout], {**PAIRS[layout], "query_id": 2})
+    files = {"train_file": str(path), "validation_file": str(path)}
+    args = SummarizeArguments(**files) if flags is None else without_drafts(path, **flags)
     with pytest.raises(DataError, match=r"no record has 'summary'.*only for train_retrieve.py, with --draft_share 0"):
         load_splits(args)
     write(tmp_path / "d.jsonl", {**GOOD, "id": "b"}, PAIRS[layout])
