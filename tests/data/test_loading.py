@@ -96,6 +96,12 @@ def test_a_folder_is_read_by_split(tmp_path):
     assert [e.id for e in load_examples(tmp_path, split="validation")] == ["v"]
 
 
+def test_a_folder_with_another_delimiter_is_named_with_the_remedy(tmp_path):
+    write(tmp_path / "train.csv", "document;summary", "x;s", "y;t")
+    assert "in a folder the delimiter must be a comma" in error_of(tmp_path)
+    assert len(load_examples(tmp_path / "train.csv")) == 2
+
+
 def test_column_flags_adapt_other_names(tmp_path):
     path = write(tmp_path / "d.jsonl", {"article": "Some text.", "highlights": "h", "key": 1})
     (example,) = load_examples(path, document_column="article", summary_column="highlights", id_column="key")
