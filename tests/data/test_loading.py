@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import one_hop
 
+from train_retrieve import RetrieveArguments
+from train_summarize import SummarizeArguments
 from utils.cli.arguments import CorpusArguments
 from utils.data.corpus import load_corpus
 from utils.data.examples import Corpus, Document, Hop, blocks
@@ -93,6 +95,12 @@ def test_a_folder_is_read_by_split(tmp_path):
     write(tmp_path / "train.jsonl", GOOD)
     write(tmp_path / "validation.jsonl", {**GOOD, "id": "v"})
     assert [e.id for e in load_examples(tmp_path, split="validation")] == ["v"]
+
+
+def test_a_folder_with_another_delimiter_is_named_with_the_remedy(tmp_path):
+    write(tmp_path / "train.csv", "document;summary", "x;s", "y;t")
+    assert "in a folder the delimiter must be a comma" in error_of(tmp_path)
+    assert len(load_examples(tmp_path / "train.csv")) == 2
 
 
 def test_column_flags_adapt_other_names(tmp_path):
@@ -751,10 +759,7 @@ PAIRS = {
 
 
 def without_drafts(path, **flags):
-    args = {"train_file": str(path), "validation_file": str(path), **flags}
-    args = CorpusArguments(**args)
-    args.supervision, args.draft_share = "evidence", 0.0  # flags of train_retrieve.py
-    return args
+    return RetrieveArguments(train_file=str(path), validation_file=str(path), **{"draft_share": 0.0, **flags})
 
 
 @pytest.mark.parametrize("layout", PAIRS)
@@ -801,14 +806,12 @@ def test_records_of_several_layouts_may_be_mixed(tmp_path):
     assert example.document.passages == GOOD["passages"] and example.evidence == [1]
 
 
-@pytest.mark.parametrize("flags", [{"supervision": "rouge"}, {"draft_share": 0.5}, {}])
+@pytest.mark.parametrize("flags", [{"supervision": "rouge"}, {"draft_share": 0.5}, None])
 @pytest.mark.parametrize("layout", ["Tevatron", "MS MARCO"])
 def test_positives_without_a_summary_are_refused_where_summaries_are_needed(tmp_path, layout, flags):
-    """`{}`: train_summarize.py."""
-    args = without_drafts(write(tmp_path / "d.jsonl", PAIRS[layout], {**PAIRS[layout], "query_id": 2}))
-    if not flags:
-        del args.supervision, args.draft_share
-    vars(args).update(flags)
+    path = write(tmp_path / "d.jsonl", PAIRS[layout], {**PAIRS[layout], "query_id": 2})
+    files = {"train_file": str(path), "validation_file": str(path)}
+    args = SummarizeArguments(**files) if flags is None else without_drafts(path, **flags)
     with pytest.raises(DataError, match=r"no record has 'summary'.*only for train_retrieve.py, with --draft_share 0"):
         load_splits(args)
     write(tmp_path / "d.jsonl", {**GOOD, "id": "b"}, PAIRS[layout])

@@ -72,9 +72,8 @@ def test_queries_drafts_and_passages_that_are_cut_are_told_and_nothing_where_all
     limit = sorted(passages)[-2]
     monkeypatch.setattr(encoder, "max_seq_length", limit)
     pairs = make_pairs(encoder)
-    assert pairs.describe() == (
-        f"{fits}\n{unmatched}\ncut to {limit} tokens by --max_seq_length: 1 of 8 passages (12.5%, the longest has {max(passages)})"
-    )
+    cut = f"1 of 8 passages (12.5%, the longest has {max(passages)})"
+    assert pairs.describe() == f"{fits}\n{unmatched}\ncut to {limit} tokens by --max_seq_length: {cut}"
     monkeypatch.setattr(encoder, "max_seq_length", query)
     assert " of 4 queries with a draft (100.0%, " in make_pairs(encoder, draft_share=0.5).describe()
 
@@ -103,10 +102,10 @@ def test_given_negatives_are_the_hard_negatives(encoder, tmp_path):
     examples = load_examples(tmp_path / "d.jsonl", require_summary=False)
     pairs = make_pairs(encoder, examples=examples, negatives_pool=3)
     texts = [text for example in examples for text in example.document.passages]
-    negatives = [[texts[key] for key in pair.negatives[0]] for pair in pairs.rows]
+    negatives = [[texts[key] for key in pair.negatives[0]] for pair in pairs]
     assert negatives[0][0] == PASSAGES[3]  # best by BM25
     assert list(map(sorted, negatives)) == [sorted(PASSAGES[1:4]), SECOND[2:]]
-    assert [sorted(texts[key] for key in pair.evidence) for pair in pairs.rows] == [[PASSAGES[0]], sorted(SECOND[:2])]
+    assert [sorted(texts[key] for key in pair.evidence) for pair in pairs] == [[PASSAGES[0]], sorted(SECOND[:2])]
 
 
 def test_validation_in_which_every_ranking_is_perfect_is_refused():
@@ -196,12 +195,12 @@ TWINS = ["the mill was sold", "a bridge", "the mill was sold", "the mill burned"
 
 def least_loss(pairs) -> float:
     """The loss of a batch of all pairs whose queries are as near to their positives as vectors can be."""
-    *_, drawn = zip(*(pairs.draw(pair, 0) for pair in pairs.rows), strict=True)
+    *_, drawn = zip(*(pairs.draw(pair, 0) for pair in pairs), strict=True)
     keys = list(dict.fromkeys(itertools.chain(*drawn)))
     texts = {tuple(pairs.passage_tokens[key]): None for key in keys}  # a vector for each different text
     vectors = torch.eye(len(texts))[[list(texts).index(tuple(pairs.passage_tokens[key])) for key in keys]]
     queries = vectors[[keys.index(of_pair[0]) for of_pair in drawn]]
-    evidence = torch.nn.utils.rnn.pad_sequence([torch.tensor(pair.evidence) for pair in pairs.rows], True, -1.0)
+    evidence = torch.nn.utils.rnn.pad_sequence([torch.tensor(pair.evidence) for pair in pairs], True, -1.0)
     loss, _ = contrastive_loss(
         queries, vectors, passage_keys=torch.tensor(keys), evidence_keys=evidence.long(), temperature=0.01
     )
@@ -220,7 +219,7 @@ def test_a_passage_with_the_text_of_the_evidence_is_no_negative(encoder, tmp_pat
 
     example = Example("a", "the mill", document, ["It was sold."], [2], [4], None)
     pairs = make_pairs(encoder, [document], [example], lexical, negatives_pool=5, num_hard_negatives=5)
-    pair = pairs.rows[0]
+    pair = pairs[0]
     assert pair.evidence == [0]  # the first passage with this text stands for all
     assert pair.negatives[0] == ([3] if is_corpus else [3, 1])  # each text once; BM25 finds no word of 1 in a corpus
     assert least_loss(pairs) < 1e-6
@@ -236,7 +235,7 @@ def test_equal_texts_of_other_documents_are_no_negatives_of_each_other(encoder):
         Example("b", "what was sold?", documents[1], ["A mill."], [0], [4], None),
     ]
     pairs = make_pairs(encoder, documents, examples)
-    assert [pair.evidence for pair in pairs.rows] == [[1], [1]]
+    assert [pair.evidence for pair in pairs] == [[1], [1]]
     assert least_loss(pairs) < 1e-6
 
 
@@ -245,10 +244,10 @@ def test_evidence_with_equal_texts_is_drawn_once_with_the_weight_of_both(encoder
     document = Document("d", TWINS)
     example = Example("a", "the mill was sold", document, ["The mill burned."], [0, 2, 3], [1, 2, 3], None)
     pairs = make_pairs(encoder, [document], [example], num_positives=3, num_hard_negatives=0, draft_share=0.5)
-    assert pairs.rows[0].evidence == [0, 3]
-    assert pairs.rows[0].weights == pytest.approx([0.5, 0.5])
+    assert pairs[0].evidence == [0, 3]
+    assert pairs[0].weights == pytest.approx([0.5, 0.5])
     drawn = draws(pairs, 0, 40)
     assert all(sorted(keys) == [0, 3] for *_, keys in drawn)
     # a draft that was written from the twin of evidence has used it
-    assert pairs.rows[0].read[0] in (0, 2)
+    assert pairs[0].read[0] in (0, 2)
     assert {tuple(weights.round(3)) for _, weights, _ in drawn} == {(0.5, 0.5), (0.333, 0.667)}

@@ -146,6 +146,8 @@ def _check_columns(
         remedy = f"name the right one with {' or '.join(flags)}"
         if "doc_id" in found and "document" in missing[0]:
             remedy += "; for documents in a file of their own give --documents_file"
+        if len(found) == 1 and re.search("[;\t]", *found):
+            remedy += "; in a folder the delimiter must be a comma, but in a file that is given itself it is recognized"
         if "summary" in missing[0] and not found.isdisjoint({*POSITIVES, "query_id"}):
             remedy += f"; {WITHOUT_SUMMARY}"
     raise DataError(f"{file}: no record has {names}; the columns found are {', '.join(sorted(found))}: {remedy}")
@@ -360,7 +362,7 @@ def _csv_rows(
     with io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="") as file:  # any kind of line end
         lines = enumerate(file, 1)
         first = next((line for line in lines if line[1].strip()), (1, ""))
-        if given := re.fullmatch('"?sep=(.)"?[\r\n]*', first[1]):  # written by and for Excel
+        if given := re.fullmatch(r'"?sep=([^\w"\r\n])"?[\r\n]*', first[1]):  # written by and for Excel
             delimiter, first = given[1], next(lines, (2, ""))
         else:
             unquoted = re.sub('"(?:[^"]|"")*"', "", first[1])
@@ -423,7 +425,7 @@ def _open_quotation(lines: list[tuple[int, str]], delimiter: str) -> int:
     while match := cell.match(text, position):
         position = match.end()
     ends = itertools.accumulate(len(line) for _, line in lines)
-    return next(number for (number, _), end in zip(lines, ends, strict=True) if position < end)
+    return next((number for (number, _), end in zip(lines, ends, strict=True) if position < end), lines[-1][0])
 
 
 def _check_header(place: str, header: list[str], problem: str) -> None:
