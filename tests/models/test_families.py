@@ -359,6 +359,8 @@ def nllb(folder):
 
 
 def m2m(folder):
+    from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
+
     texts = [f"{a} {b} {c}" for a in "abcdefgh" for b in "hgfedcba" for c in "abcd"]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(folder / "spm"), vocab_size=20, hard_vocab_limit=False,
@@ -366,7 +368,8 @@ def m2m(folder):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
     names = ["<s>", "<pad>", "</s>", "<unk>", *(pieces.id_to_piece(i) for i in range(3, len(pieces)))]
     (folder / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
-    return M2M100Tokenizer(str(folder / "vocab.json"), str(folder / "spm.model"))
+    codes = [f"__{code}__" for code in FAIRSEQ_LANGUAGE_CODES["m2m100"]]  # as in its files on the Hub
+    return M2M100Tokenizer(str(folder / "vocab.json"), str(folder / "spm.model"), additional_special_tokens=codes)
 
 
 MULTILINGUAL = {
