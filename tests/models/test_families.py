@@ -188,6 +188,17 @@ def test_the_layers_that_fsdp_shards_are_those_of_the_model():
     assert policy(summarizer.model.model.encoder.layers[0]) and not policy(summarizer.model)
 
 
+@pytest.mark.parametrize("kind", ["bart", "t5", "t5gemma", "bert to gpt2"])
+def test_dropout_reaches_every_layer(kind, tmp_path):
+    FAMILIES[kind]().save_pretrained(tmp_path)
+    build(FAMILIES[kind]()).save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    model, _ = load_model_and_tokenizer(str(tmp_path), dropout=0.3)
+    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    rates |= {module.dropout for module in model.modules() if isinstance(getattr(module, "dropout", None), float)}
+    assert 0.3 in rates and not rates - {0.3, 0.0, 0.1}  # the other two are of attention weights
+
+
 # ---- global attention
 
 
