@@ -339,3 +339,48 @@ def test_a_corpus_is_searched_with_its_own_ids_and_handed_over_to_stage_2(tmp_pa
     assert result.returncode == 0, result.stderr
     predictions = read_jsonl(tmp_path / "summarize" / "predictions.validation.jsonl")
     assert [entry["passage"] for entry in predictions[0]["passages"]] == [0, 1, 2, 3, 4]
+
+
+def test_a_multilingual_run_is_used_with_its_own_languages_prefix_and_generation_settings(tmp_path):
+    from transformers import MBart50Tokenizer, MBartConfig, MBartForConditionalGeneration
+    from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES
+
+    records = sample_records("train", 3)
+    for number, record in enumerate(records):
+        record["retrieved"] = [{"passage": 0, "score": 1.0}] if number % 3 else []  # read as the query alone
+    write_jsonl(tmp_path / "data.jsonl", records)
+    words = sorted({word for record in records for text in record["passages"] for word in text.split()})
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    languages = [(token, 0.0) for token in (*FAIRSEQ_LANGUAGE_CODES, "<mask>")]
+    tokenizer = MBart50Tokenizer(vocab=[*special, *((f"\u2581{word}", -5.0) for word in words), *languages])
+    model = MBartForConditionalGeneration(MBartConfig(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=128,
+        decoder_start_token_id=2))  # fmt: skip
+    model.generation_config.update(num_beams=3, max_length=6, no_repeat_ngram_size=2)  # five new tokens
+    model.save_pretrained(tmp_path / "mbart")
+    tokenizer.save_pretrained(tmp_path / "mbart")
+
+    flags = ["--train_file", tmp_path / "data.jsonl", "--validation_file", tmp_path / "data.jsonl", "--fusion", "fid",
+             "--model_name_or_path", tmp_path / "mbart", "--max_source_length", 64, "--max_train_steps", 2,
+             "--source_prefix", "summarize: ", "--output_dir", tmp_path / "run"]  # fmt: skip
+    result = launch("train_summarize.py", *flags)
+    assert result.returncode == 2 and "set --source_lang and --target_lang (ar_AR" in result.stderr
+    result = launch("train_summarize.py", *flags, "--source_lang", "de_DE", "--target_lang", "fr_XX")
+    assert result.returncode == 0, result.stderr
+    target = tokenizer.convert_tokens_to_ids("fr_XX")
+    said = "generation: max_length 6, num_beams 3, length_penalty 1.0, no_repeat_ngram_size 2, "
+    said += f"forced_bos_token_id {target}"
+    assert said in result.stdout
+    assert json.loads((tmp_path / "run/generation_config.json").read_text())["forced_bos_token_id"] == target
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert (settings["source_lang"], settings["target_lang"]) == ("de_DE", "fr_XX")
+
+    flags = ["--retriever", "bm25", "--summarizer", tmp_path / "run", "--input_file", tmp_path / "data.jsonl",
+             "--num_hops", 1, "--output_dir", tmp_path / "hops"]  # fmt: skip
+    for more, expected in (([], said), (["--max_new_tokens", 3], said.replace("max_length 6", "max_new_tokens 3"))):
+        result = launch("retrieve_and_summarize.py", *flags, *more)
+        assert result.returncode == 0, result.stderr
+        assert expected in result.stdout
+        (hop,) = json.loads((tmp_path / "hops/hops.validation.json").read_text())
+        assert hop["generated_tokens"] <= (3 if more else 5) * len(records)

@@ -192,6 +192,15 @@ def test_the_loss_without_kept_logits_and_its_gradients_are_those_with_them(monk
         )
 
 
+def test_a_second_backward_pass_adds_the_same_gradient_again():
+    hidden, weight = torch.randn(5, 8).requires_grad_(), torch.randn(11, 8).requires_grad_()
+    loss, _ = vocabulary_loss(hidden, torch.randint(11, (5,)), 0.1, weight)
+    first = torch.autograd.grad(loss, (hidden, weight), 2 * torch.ones(()), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    for gradient, half in zip(first, second, strict=True):
+        torch.testing.assert_close(gradient, 2 * half)
+
+
 def test_in_fp16_the_gradient_of_well_predicted_tokens_does_not_vanish():
     hidden, weight, targets = (8 * torch.eye(4)).requires_grad_(), (2 * torch.eye(4)).requires_grad_(), torch.arange(4)
     gradients = []

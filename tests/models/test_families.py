@@ -188,6 +188,17 @@ def test_the_layers_that_fsdp_shards_are_those_of_the_model():
     assert policy(summarizer.model.model.encoder.layers[0]) and not policy(summarizer.model)
 
 
+@pytest.mark.parametrize("kind", ["bart", "t5", "t5gemma", "bert to gpt2"])
+def test_dropout_reaches_every_layer(kind, tmp_path):
+    FAMILIES[kind]().save_pretrained(tmp_path)
+    build(FAMILIES[kind]()).save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    model, _ = load_model_and_tokenizer(str(tmp_path), dropout=0.3)
+    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    rates |= {module.dropout for module in model.modules() if isinstance(getattr(module, "dropout", None), float)}
+    assert 0.3 in rates and not rates - {0.3, 0.0, 0.1}  # the other two are of attention weights
+
+
 # ---- global attention
 
 
@@ -359,6 +370,8 @@ def nllb(folder):
 
 
 def m2m(folder):
+    from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
+
     texts = [f"{a} {b} {c}" for a in "abcdefgh" for b in "hgfedcba" for c in "abcd"]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(folder / "spm"), vocab_size=20, hard_vocab_limit=False,
@@ -366,7 +379,8 @@ def m2m(folder):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
     names = ["<s>", "<pad>", "</s>", "<unk>", *(pieces.id_to_piece(i) for i in range(3, len(pieces)))]
     (folder / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
-    return M2M100Tokenizer(str(folder / "vocab.json"), str(folder / "spm.model"))
+    codes = [f"__{code}__" for code in FAIRSEQ_LANGUAGE_CODES["m2m100"]]  # as in its files on the Hub
+    return M2M100Tokenizer(str(folder / "vocab.json"), str(folder / "spm.model"), additional_special_tokens=codes)
 
 
 MULTILINGUAL = {

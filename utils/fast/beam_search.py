@@ -74,7 +74,11 @@ def beam_search(model, hidden, mask, **generation) -> torch.Tensor:
             pass
         finally:
             decoder.set_attn_implementation(before)
-    return model.generate(**encoded, **generation)
+    return model.generate(**encoded, **generation, synced_gpus=_is_sharded(model) or None)
+
+
+def _is_sharded(model) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def is_supported(model, config) -> bool:
@@ -84,7 +88,7 @@ def is_supported(model, config) -> bool:
         and config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH)
         and all(getattr(config, name, None) in values for name, values in UNSUPPORTED.items())
         and not is_fsdp_managed_module(model)
-        and not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        and not _is_sharded(model)
     )
 
 

@@ -31,6 +31,8 @@ from utils.models.tokenizer import check_length, check_vocabulary
 
 # most tokens, padding included, that generation encodes at once; fewer on a CPU, to fit its cache
 ENCODED_ON_CPU, ENCODED_ON_GPU = 2048, 8192
+# the entries of a configuration that --dropout sets, as BART, T5, BERT and GPT-2 call it
+DROPOUTS = ("dropout", "dropout_rate", "hidden_dropout_prob", "resid_pdrop")
 # families of AutoModelForSeq2SeqLM whose own loss is another than cross entropy, or is computed otherwise
 REFUSED = {
     "fsmt": "it is for translation, and has no output layer of its own",
@@ -88,16 +90,20 @@ def load_model_and_tokenizer(
             f"{name} {name_or_path}: this folder holds no model; train_summarize.py writes it at the end of training"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        if config.model_type in REFUSED:
-            raise ValueError(f"models of type {config.model_type} are not supported: {REFUSED[config.model_type]}")
+        if why := REFUSED.get(config.model_type):
+            raise ValueError(f"models of type {config.model_type} are not supported: {why}; choose another model")
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         if getattr(config, "attention_type", "") == "block_sparse":
             # BigBird would attend to all tokens for good once it has read a short source
             config.attention_type = "original_full"
-        for entry in ("dropout", "dropout_rate"):  # as BART and T5 call it
-            if dropout is not None and hasattr(config, entry):
-                setattr(config, entry, dropout)
+        parts = [config, *(getattr(config, part) for part in ("encoder", "decoder") if hasattr(config, part))]
+        entries = [(part, entry) for part in parts for entry in DROPOUTS if hasattr(part, entry)]
+        if dropout is not None and not entries:
+            raise ValueError("its configuration has no dropout that --dropout could set")
+        for part, entry in entries:
+            if dropout is not None:
+                setattr(part, entry, dropout)
         model = AutoModelForSeq2SeqLM.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
@@ -158,15 +164,17 @@ class Summarizer(nn.Module):
         if gradient_checkpointing:
             checkpoint_layers(model, _same_contexts)
         use_fast_layers(model)
-        self.is_packed = remove_padding_of_both(model)
-        self._no_split_modules = getattr(model, "_no_split_modules", None)  # the layers that FSDP shards one by one
+        # Longformer has a mask of its own
+        self.has_global_attention = "global_attention_mask" in inspect.signature(model.get_encoder().forward).parameters
+        self.is_packed = not self.has_global_attention and remove_padding_of_both(model)
+        # the layers that FSDP shards one by one
+        self._no_split_modules = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules &= set(getattr(model, "_no_split_modules", None) or ())
         # vocabulary_loss knows a matrix product plus BART's bias
         head, scaled = model.get_output_embeddings(), ("final_logit_softcapping", "logits_scaling", "logit_scale")
         self.has_own_logits = type(head) is not Linear or head.bias is not None
         configs = [module.config for module in model.modules() if hasattr(module, "config")]  # of encoder and decoder
         self.has_own_logits |= any(getattr(config, name, None) for config in configs for name in scaled)
-        parameters = inspect.signature(model.get_encoder().forward).parameters
-        self.has_global_attention = "global_attention_mask" in parameters
         self._check_loss()
 
     def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):

@@ -30,7 +30,7 @@ def settle_generation(model, flags: dict, name: str) -> None:
     be repeated. Raises UsageError, which names `name`, for settings that this suite cannot follow.
     """
     config = model.generation_config
-    config._from_model_config = False  # it is no longer
+    config._from_model_config = None  # it is no longer
     for setting, off in REFUSED.items():
         if getattr(config, setting, None) not in off:
             raise UsageError(
