@@ -22,9 +22,8 @@ def test_weights_do_not_depend_on_how_the_batch_is_split(script, tmp_path):
     runs = []
     for processes, accumulation, batch in splits:
         folder = tmp_path / f"{processes}x{accumulation}x{batch}"
-        flags = ["--dropout", 0] if script == "train_summarize.py" else ["--attention_dropout", 0]
-        run(script, folder, *flags, "--gradient_accumulation_steps", accumulation, "--per_device_train_batch_size",
-            batch, "--max_train_steps", 3, "--max_train_examples", 42, processes=processes)  # fmt: skip
+        run(script, folder, "--dropout", 0, "--gradient_accumulation_steps", accumulation, "--max_train_steps", 3,
+            "--per_device_train_batch_size", batch, "--max_train_examples", 42, processes=processes)  # fmt: skip
         runs.append((weights(folder), events(folder, "train")))
     (first, history), *others = runs
     assert sorted(line["examples"] for line in history) == [10, 16, 16]  # a step smaller than the others
@@ -32,8 +31,11 @@ def test_weights_do_not_depend_on_how_the_batch_is_split(script, tmp_path):
         # a passage that two processes hold is encoded on both
         for name in ("lr", "examples", "tokens")[: None if script == "train_summarize.py" else 2]:
             assert [line[name] for line in other_history] == [line[name] for line in history]
-        if script == "train_summarize.py":  # the small encoder's dropout cannot be set
+        if script == "train_summarize.py":
             assert_close(first, other)
+        else:  # AdamW scales rounding up to a share of the learning rate; keys' biases have no other gradient
+            names = [name for name in first if not name.endswith("key.bias")]
+            assert max((first[name] - other[name]).abs().max() for name in names) <= 1e-4
 
 
 def test_a_checkpoint_of_another_shape_is_refused_or_resharded_without_losing_an_example(tmp_path):

@@ -286,6 +286,17 @@ def colbert(tmp_path):
     return model
 
 
+def chat(tmp_path) -> str:
+    make(tmp_path, "llama", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    return str(tmp_path / "plain")
+
+
+def euclidean(tmp_path):
+    model = SentenceTransformer(make(tmp_path), device="cpu")
+    model.similarity_fn_name = "euclidean"
+    return model
+
+
 def cut(tmp_path):
     model = SentenceTransformer(make(tmp_path), device="cpu")
     model.truncate_dim = 8
@@ -297,9 +308,11 @@ def cut(tmp_path):
     (lambda tmp_path: SentenceTransformer(modules=[StaticEmbedding(small().tokenizer, embedding_dim=16)]),
      "StaticEmbedding.*Transformer model"),
     (lambda tmp_path: SentenceTransformer(make(tmp_path, pad_token=None), device="cpu"), "pad_token"),
+    (lambda tmp_path: SentenceTransformer(chat(tmp_path), device="cpu"), "chat_template"),
+    (euclidean, "similarity is euclidean"),
     (cut, "truncate_dim"),
     (colbert, "ColBERT"),
-], ids=["router", "static", "no padding token", "cut dimensions", "query expansion"])  # fmt: skip
+], ids=["router", "static", "no padding", "chat template", "euclidean", "cut", "query expansion"])  # fmt: skip
 def test_models_that_cannot_be_trained_rightly_are_refused_in_one_line(build, message, tmp_path):
     build(tmp_path).save_pretrained(str(tmp_path / "saved"), create_model_card=False)
     with pytest.raises(UsageError, match=message) as error:

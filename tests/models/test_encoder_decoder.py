@@ -1,6 +1,7 @@
 """The summarizer against Transformers' own forward, loss and generation; sources; the tokenizer; saving."""
 
 import copy
+import json
 import shutil
 from collections import Counter
 
@@ -484,6 +485,29 @@ def test_an_error_names_the_flag_that_the_model_was_given_by(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=f"^--summarizer {tmp_path}: "):
         load_model_and_tokenizer(str(tmp_path), dropout=0.1, name="--summarizer")
+
+
+def test_code_of_a_model_runs_only_if_that_is_allowed(tokenizer, tmp_path):
+    build_small_bart(tokenizer, d_model=16, layers=1, heads=2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "from transformers import BartConfig, BartForConditionalGeneration\n"
+        "class OwnConfig(BartConfig):\n    model_type = 'own_bart'\n"
+        "class OwnModel(BartForConditionalGeneration):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own_bart", "architectures": ["OwnModel"],
+               "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForSeq2SeqLM": "own.OwnModel"}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"--summarizer .* --trust_remote_code") as error:
+        load_model_and_tokenizer(str(tmp_path), name="--summarizer")
+    assert "\n" not in str(error.value)
+    model, own_tokenizer = load_model_and_tokenizer(str(tmp_path), trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    summarizer = Summarizer(model)
+    save_pretrained(summarizer, own_tokenizer, tmp_path / "saved", summarizer.state_dict())
+    again, _ = load_model_and_tokenizer(str(tmp_path / "saved"), trust_remote_code=True)  # its code was saved with it
+    assert type(again).__name__ == "OwnModel"
 
 
 def test_cut_off_weights_are_refused_in_one_line(tokenizer, tmp_path):

@@ -107,6 +107,9 @@ def start(accelerator, args) -> Path:
             "DeepSpeed is not supported: use accelerate_configs/fsdp2.yaml, which shards the model as well"
         )
     choose_cache_folder(args.cache_dir)
+    by_fsdp = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
+    if by_fsdp and getattr(args, "gradient_checkpointing", False):
+        raise UsageError("--gradient_checkpointing: fsdp_activation_checkpointing does the same; set only one of them")
     if args.trust_remote_code and accelerator.is_main_process:
         print("--trust_remote_code: Python code that the models bring with them is run", file=sys.stderr)
     keep_outputs_exact(accelerator)

@@ -126,14 +126,22 @@ def _check_modules(retriever: SentenceTransformer, name: str) -> None:
     if not isinstance(retriever[0], Transformer):
         remedy = "save one of its encoders as a model of its own" if first == "Router" else "choose a Transformer model"
         raise UsageError(f"{name}: its first module is a {first}, which is not supported as a retriever; {remedy}")
+    if "message" in retriever[0].modality_config:
+        raise UsageError(f"{name}: texts would be put into its chat template; remove chat_template from its tokenizer")
     if retriever[0].modality_config.keys() != {"text"} or not callable(retriever.tokenizer):
-        raise UsageError(f"{name}: does not read plain texts, but {', '.join(map(str, retriever[0].modality_config))}")
+        others = ", ".join(map(str, retriever[0].modality_config))
+        raise UsageError(f"{name}: reads {others}, but only models of texts are supported; choose another")
     if retriever.tokenizer.pad_token_id is None:
         raise UsageError(f"{name}: the tokenizer has no padding token; set pad_token in its tokenizer_config.json")
     if retriever.truncate_dim is not None:
         raise UsageError(
             f"{name}: its embeddings are cut to {retriever.truncate_dim} dimensions, which is not supported; "
             "remove truncate_dim from its config_sentence_transformers.json"
+        )
+    if retriever.similarity_fn_name not in (SimilarityFunction.COSINE.value, SimilarityFunction.DOT_PRODUCT.value):
+        raise UsageError(
+            f"{name}: its similarity is {retriever.similarity_fn_name}, but only cosine and dot are supported; "
+            "choose another model"
         )
     if retriever[0].query_expansion is not None:
         raise UsageError(f"{name}: expands queries as ColBERT does, which is not supported; choose another model")
