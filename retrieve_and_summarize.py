@@ -151,7 +151,7 @@ def load_models(args, accelerator) -> Models:
     load = partial(load_retriever, trust_remote_code=args.trust_remote_code)
     is_trained = args.retriever != "bm25"
     ranking = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)
-    check_language(args.language, args.retriever, ranking)
+    check_language(args.language, args.retriever, ranking if is_trained else {})
     retriever = load(args.retriever).to(accelerator.device) if is_trained else None
     saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5,

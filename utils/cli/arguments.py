@@ -210,6 +210,8 @@ class RankingOverrides:
             raise UsageError("--bm25_weight has no effect without --ranking hybrid")
         if "smooth_decay" in given and not settings["smooth_window"]:
             raise UsageError("--smooth_decay has no effect without --smooth_window")
+        if saved == {} and settings["ranking"] == "hybrid":  # a retriever from elsewhere, which has no language of ours
+            settings["language"] = getattr(self, "language", None)
         return settings
 
 

@@ -32,11 +32,10 @@ def rank_splits(
     """
     name, top_k = args.retriever, args.top_k
     is_trained = name not in (None, "bm25", *BASELINES) and not Path(name).is_file()
-    saved = saved_settings(name) if is_trained else None
-    settings = args.ranking_settings(saved)
+    settings = args.ranking_settings(saved_settings(name) if is_trained else None)
     given = name is None and have_rankings(splits)
     source = name or ("the rankings in the files" if given else "bm25")
-    check_language(args.language, source, saved or {})
+    check_language(args.language, source, settings if is_trained else {})
     if given:
         return {split: _given(examples, top_k) for split, examples in splits.items()}, source
     if source == "bm25" or source in BASELINES:
