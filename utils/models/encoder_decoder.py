@@ -234,23 +234,31 @@ class Summarizer(nn.Module):
     @torch.no_grad()
     def _check_loss(self) -> None:
         """Raises UsageError if the loss of random examples is not the model's own: for models that were not tried."""
-        model, was_training, was_packed = self.model, self.model.training, self.is_packed
+        model, head, was_training, states = self.model, self.model.get_output_embeddings(), self.model.training, []
         ids = torch.randint(model.get_input_embeddings().weight.shape[0], (2, 6),
                             generator=torch.Generator().manual_seed(0)).to(model.device)  # fmt: skip
         mask, labels = torch.ones_like(ids), ids[:, :4].contiguous()
+        inputs = {"attention_mask": mask, "decoder_input_ids": self._shift_right(labels)}
         model.eval()
-        self.is_packed = False
         try:
             with warnings.catch_warnings(action="ignore"):  # an EncoderDecoderModel warns of its loss
-                own = model(input_ids=ids, attention_mask=mask, **self._global_attention(ids, mask),
-                            decoder_input_ids=self._shift_right(labels), labels=labels).loss  # fmt: skip
-            ours = self(ids, mask, torch.ones(2, dtype=torch.long), labels, 0.0)[0] / labels.numel()
+                own = model(input_ids=ids, **self._global_attention(ids, mask), **inputs, labels=labels).loss
+            handle = head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+            try:
+                encoded = BaseModelOutput(last_hidden_state=self._read(ids, mask))
+                logits = model(encoder_outputs=encoded, **inputs, use_cache=False).logits
+            finally:
+                handle.remove()
+            if states[0].dim() != 3:
+                raise ValueError("its output layer reads something else than (examples, tokens, hidden)")
+            if not self.has_own_logits:  # as vocabulary_loss computes them
+                logits = states[0] @ head.weight.T + getattr(model, "final_logits_bias", 0)
+            ours = label_smoothed_loss(logits.flatten(0, 1), labels.flatten(), 0.0)[0] / labels.numel()
             problem = "" if (own - ours).abs() <= 0.01 * own.abs() else f"its own loss is {own:.4f}, here {ours:.4f}"
         except Exception as error:  # models of others may raise anything
             problem = in_one_line(error)
         finally:
             model.train(was_training)
-            self.is_packed = was_packed
         if problem:
             name = model.config.name_or_path or "the model"
             raise UsageError(
