@@ -277,9 +277,9 @@ def test_the_embedded_data_set_prints_as_files_that_load(tmp_path):
 
 
 def write_beir(folder):
-    """The embedded transcripts as one corpus in BEIR's layout, with the questions and qrels of both splits."""
+    """The embedded transcripts as one corpus in BEIR's layout, with the questions and qrels of each split."""
     corpus = {}
-    for split, documents in (("train", 12), ("validation", 4)):
+    for split, documents in (("train", 12), ("validation", 4), ("test", 2)):
         examples = sample_examples(split, documents)
         queries = [{"_id": e.id, "text": e.query, "summary": e.summaries[0]} for e in examples]
         qrels = ["query-id\tcorpus-id\tscore\n"]
@@ -291,6 +291,17 @@ def write_beir(folder):
         (folder / f"qrels.{split}.tsv").write_text("".join(qrels))
     write_jsonl(folder / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in corpus.items()])
     return corpus
+
+
+def check_with_trec_eval(folder, split):
+    """trec_eval finds in the TREC files of a split what the log says."""
+    run, qrels = (read(folder / f"{name}.{split}.trec") for name, read in (("run", read_run), ("qrels", read_qrels)))
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"recall.5,20", "ndcg_cut.10"})
+    found = list(evaluator.evaluate({query: dict(ranking) for query, ranking in run.items()}).values())
+    logged = events(folder, split)[-1]
+    assert logged["examples"] == len(found)
+    for ours, theirs in (("recall@5", "recall_5"), ("recall@20", "recall_20"), ("ndcg@10", "ndcg_cut_10")):
+        assert 100 * np.mean([score[theirs] for score in found]) == pytest.approx(logged[ours], rel=1e-5)
 
 
 def test_a_corpus_is_searched_with_its_own_ids_and_handed_over_to_stage_2(tmp_path, monkeypatch):
@@ -310,25 +321,19 @@ def test_a_corpus_is_searched_with_its_own_ids_and_handed_over_to_stage_2(tmp_pa
         assert [corpus[key] for key in line["passage_ids"]] == line["passages"]
         assert [entry["passage"] for entry in line["retrieved"]] == list(range(20))
 
-    # trec_eval finds in the files what the log says
-    run, qrels = (
-        read(tmp_path / "run" / f"{name}.validation.trec") for name, read in (("run", read_run), ("qrels", read_qrels))
-    )
-    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"recall.5,20", "ndcg_cut.10"})
-    found = list(evaluator.evaluate({query: dict(ranking) for query, ranking in run.items()}).values())
-    logged = events(tmp_path / "run", "validation")[-1]
-    for ours, theirs in (("recall@5", "recall_5"), ("recall@20", "recall_20"), ("ndcg@10", "ndcg_cut_10")):
-        assert 100 * np.mean([score[theirs] for score in found]) == pytest.approx(logged[ours], rel=1e-5)
+    check_with_trec_eval(tmp_path / "run", "validation")
 
     # without judgements nothing could be scored, as is said before anything is trained
     result = launch("train_retrieve.py", *flags[:-2], "--output_dir", tmp_path / "unjudged")
     assert result.returncode == 2
     assert "no validation example has evidence" in result.stderr and "--validation_qrels_file" in result.stderr
 
-    # a second start trains nothing and encodes nothing again
+    # a second start trains nothing and encodes nothing again, also with a test split
     shard = tmp_path / "run" / "embeddings" / "00000000.npy"
     made, before = shard.stat().st_mtime_ns, (tmp_path / "run" / "run.validation.trec").read_text()
+    flags += ["--test_file", tmp_path / "queries.test.jsonl", "--test_qrels_file", tmp_path / "qrels.test.tsv"]
     assert launch("train_retrieve.py", *flags).returncode == 0
+    check_with_trec_eval(tmp_path / "run", "test")
     assert shard.stat().st_mtime_ns == made
     assert (tmp_path / "run" / "run.validation.trec").read_text() == before
 
