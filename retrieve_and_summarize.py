@@ -93,7 +93,6 @@ from utils.training.batching import eval_batches
 from utils.training.log import score_table
 from utils.training.signals import Signals
 
-DECIDE_NOTHING = ("output_dir", "cache_dir", "deterministic")
 RANKED = 100  # passages of a hop's ranking that are written out
 
 
@@ -160,8 +159,7 @@ def load_models(args, accelerator) -> Models:
         settings[name] = saved.get(name, default) if getattr(args, name) is None else getattr(args, name)
     summarizer = sources = scorer = None
     if args.summarizer != "extract":
-        model, tokenizer = load_model_and_tokenizer(args.summarizer, name="--summarizer",
-                                                    trust_remote_code=args.trust_remote_code)  # fmt: skip
+        model, tokenizer = load_model_and_tokenizer(args.summarizer, None, "--summarizer", args.trust_remote_code)
         set_up(model, tokenizer, {**settings, **args.generation(), "max_target_length": 0})
         summarizer = Summarizer(model).to(accelerator.device).eval()
         sources = Sources(tokenizer, settings["fusion"], settings["max_source_length"], settings["passage_order"],
@@ -281,15 +279,14 @@ def main():
     if models.summarizer:
         say(describe_generation(models.summarizer.model, models.sources.source_prefix))
     record_run(accelerator, args, run_folder)  # only now it is accepted
+    decide_nothing = ("output_dir", "cache_dir", "deterministic")
     key = digest([
-        sorted((name, value) for name, value in vars(args).items() if name not in DECIDE_NOTHING),
-        [*models.key(), accelerator.mixed_precision],
-        content_key(examples),
+        sorted((name, value) for name, value in vars(args).items() if name not in decide_nothing),
+        [*models.key(), accelerator.mixed_precision, content_key(examples)],
     ])  # fmt: skip
     blocks, parts = in_blocks(examples, args.per_device_eval_batch_size), run_folder / f"parts.{split}.{key}"
-    is_alone = accelerator.num_processes == 1  # several processes agree on signals between two blocks only
-    work = partial(run_hops, models=models, args=args, accelerator=accelerator,
-                      poll=poll if is_alone else lambda: None)  # fmt: skip
+    poll_within = poll if accelerator.num_processes == 1 else lambda: None  # several agree between two blocks only
+    work = partial(run_hops, models=models, args=args, accelerator=accelerator, poll=poll_within)
     show_bar = accelerator.is_main_process and sys.stderr.isatty() and not args.document
     write_parts(parts, examples, blocks, work, say=say, accelerator=accelerator, poll=poll, show_bar=show_bar)
 

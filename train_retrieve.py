@@ -66,6 +66,7 @@ import collections
 import copy
 import itertools
 import math
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -176,6 +177,19 @@ def validate(examples: list, gold: list, bm25_scores: dict, search_now, *, poll)
     hops = list(search_now(examples))
     poll()
     return {**score_hops(examples, hops, gold), "bm25": bm25_scores}
+
+
+def hand_over(run: Run, split: str, hops: Iterable, examples: Sequence, index) -> dict:
+    """Writes what was found for a split, for stage 2. Returns scores of the test split, which nothing else looks at."""
+    hops = list(hops) if split == "test" else hops  # made block by block
+    if run.accelerator.is_main_process:
+        run.log.say(f"wrote {write_hand_over(run.folder, split, examples, hops, run.args.top_k, run.args.trec_run)}")
+    collections.deque(hops, maxlen=0)  # every process takes part in the search
+    if split != "test":
+        return {}
+    scores = score_beside_bm25(examples, hops, index, run.args)
+    run.note_test(scores, scored=scores["examples"], of=len(examples), need="gold passages")
+    return {"test: BM25": scores["bm25"], "test: retriever": scores} if scores["examples"] else {}
 
 
 def between_steps(run: Run, validate_now, args) -> None:
@@ -301,15 +315,7 @@ def main():
     rows |= {f"hop 2, {'given' if given else 'imitated'} drafts": scores["hop2"]} if "hop2" in scores else {}
     write_drafts = {"train": imitate and imitate(train), "validation": given}
     for split, examples in splits.items():
-        hops = search_now(examples, write_drafts=write_drafts.get(split))  # block by block
-        hops = list(hops) if split == "test" else hops
-        if accelerator.is_main_process:
-            log.say(f"wrote {write_hand_over(run_folder, split, examples, hops, args.top_k, args.trec_run)}")
-        collections.deque(hops, maxlen=0)  # every process takes part in the search
-        if split == "test":  # scored once, with the final model
-            scores = score_beside_bm25(examples, hops, index, args)
-            run.note_test(scores, scored=scores["examples"], of=len(examples), need="gold passages")
-            rows |= {"test: BM25": scores["bm25"], "test: retriever": scores} if scores["examples"] else {}
+        rows |= hand_over(run, split, search_now(examples, write_drafts=write_drafts.get(split)), examples, index)
     log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))
     end_run(accelerator)
 

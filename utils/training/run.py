@@ -48,7 +48,7 @@ class Run:
 
     def __init__(self, accelerator, args, folder: Path, log: RunLog, *, model, optimizer, scheduler,
                  max_steps: int, warmup: int, plan, shape, data):  # fmt: skip
-        self.accelerator, self.args, self.log = accelerator, args, log
+        self.accelerator, self.args, self.folder, self.log = accelerator, args, folder, log
         self.model, self.optimizer, self.scheduler, self.plan = model, optimizer, scheduler, plan
         self.max_steps, self.warmup = max_steps, warmup
         self.signals, self.received = Signals(), None
