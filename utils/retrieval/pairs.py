@@ -295,7 +295,7 @@ class Pairs(Sequence):
     def digest(self) -> str:
         """A checksum of the training data."""
         return digest([
-            content_key(self.examples), tokens_key(self.retriever), digest([self.drafts]),
+            content_key(self.examples), self.documents[0].id, tokens_key(self.retriever), digest([self.drafts]),
             # rounded, because a teacher's likelihoods differ slightly between GPU models
             *(row | {"weights": [round(weight, 4) for weight in row["weights"]]} for row in self.table.read()),
         ])  # fmt: skip
