@@ -162,7 +162,7 @@ DEFAULTS = {"ranking": "dense", "bm25_weight": 0.5, "smooth_window": 0, "smooth_
     ({}, TRAINED, TRAINED),
     ({"bm25_weight": 0.9, "smooth_window": 0}, TRAINED, {**TRAINED, "bm25_weight": 0.9, "smooth_window": 0}),
     ({}, {}, DEFAULTS),
-    ({"ranking": "hybrid"}, {}, {**DEFAULTS, "ranking": "hybrid"}),
+    ({"ranking": "hybrid"}, {}, {**DEFAULTS, "ranking": "hybrid", "language": None}),
     ({"smooth_window": 2}, {}, {**DEFAULTS, "smooth_window": 2}),
     ({}, None, DEFAULTS),
     ({"ranking": "hybrid"}, None, "--ranking needs a --retriever that is a trained model"),

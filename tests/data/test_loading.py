@@ -778,7 +778,7 @@ def test_positives_and_negatives_become_passages_with_evidence(tmp_path, layout,
         with path.open("w", newline="") as file:
             cells = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()}
             csv.writer(file).writerows([cells, cells.values()])
-    (example,), _ = load_splits(without_drafts(path))
+    (example,) = load_splits(without_drafts(path))["train"]
     assert (example.id, example.query, example.summaries) == ("q7", "who?", [])
     assert sorted(example.document.passages) == ["Bakers.", "Mills Mills grind.", "Rivers."]
     assert [example.document.passages[number] for number in example.evidence] == ["Mills Mills grind."]
@@ -799,7 +799,7 @@ def test_the_order_of_passages_does_not_tell_the_positives(tmp_path):
 
 def test_records_of_several_layouts_may_be_mixed(tmp_path):
     path = write(tmp_path / "d.jsonl", TEVATRON, GOOD, {**PAIRS["MS MARCO"], "query_id": 8, "summary": "m"})
-    train, _ = load_splits(without_drafts(path))
+    train = load_splits(without_drafts(path))["train"]
     assert [(e.id, e.summaries) for e in train] == [("q7", []), ("a", ["short"]), ("8", ["m"])]
     # an unrelated field of an example with passages of its own
     (example,) = load_examples(write(path, {**GOOD, "positive": "yes", "pos": "NN"}))
@@ -818,7 +818,7 @@ def test_positives_without_a_summary_are_refused_where_summaries_are_needed(tmp_
     with pytest.raises(DataError, match=r"d.jsonl:2: no 'summary'; marked positives without summaries are only for"):
         load_splits(args)
     write(tmp_path / "d.jsonl", {**PAIRS[layout], "summary": "s"})
-    assert load_splits(args)[0][0].summaries == ["s"]
+    assert load_splits(args)["train"][0].summaries == ["s"]
 
 
 def test_positives_with_flags_that_contradict_them_are_refused(tmp_path, corpus):
@@ -857,7 +857,7 @@ def test_bad_positives_are_named_with_line_and_field_and_can_be_set_aside(tmp_pa
     with pytest.raises(DataError) as caught:
         load_splits(without_drafts(path))
     assert str(caught.value).startswith(f"{path}:2: {reason}")
-    train, _ = load_splits(without_drafts(path, skip_bad_examples=True), tmp_path / "r.jsonl")
+    train = load_splits(without_drafts(path, skip_bad_examples=True), tmp_path / "r.jsonl")["train"]
     assert [e.id for e in train] == ["1"]
     assert json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8"))["record"] == record
 

@@ -1,6 +1,7 @@
 """The summarizer against Transformers' own forward, loss and generation; sources; the tokenizer; saving."""
 
 import copy
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -38,7 +39,7 @@ from utils.models.encoder_decoder import (
 )
 from utils.models.generation import DEFAULTS
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
-from utils.models.sources import Sources, collate
+from utils.models.sources import Rows, Sources, collate
 from utils.models.tokenizer import position_limit, train_tokenizer
 from utils.retrieval.teacher import passage_likelihoods
 
@@ -356,6 +357,12 @@ def test_a_long_query_takes_half_of_the_source_at_most(tokenizer, fusion):
     assert sequences[0][17:-1] == bare(tokenizer, DOCUMENT.passages[0])[: len(sequences[0]) - 18]
 
 
+def rows_of(sources, query="May", passages=(2, 0, 3, 1), references=(), max_target_length=100):
+    """What is read of one example, and its references."""
+    example = Example("e", query, DOCUMENT, list(references), None, None, None)
+    return Rows([example], [[tuple(passages)]], sources, max_target_length)
+
+
 @pytest.mark.parametrize("fusion", ["concat", "fid"])
 def test_what_is_cut_of_references_and_sources_is_told_and_nothing_where_all_fits(tokenizer, fusion):
     lengths = [len(bare(tokenizer, text)) for text in DOCUMENT.passages]
@@ -367,16 +374,15 @@ def test_what_is_cut_of_references_and_sources_is_told_and_nothing_where_all_fit
     longest = max(map(len, targets))
 
     fits = Sources(tokenizer, fusion, needed, "document")
-    fits.build("May", DOCUMENT, [2, 0, 3, 1])
-    assert fits.tokenize_targets(references, longest) == targets
-    assert fits.tokenize_targets([], longest) == []
+    assert rows_of(fits, references=references, max_target_length=longest)[0]["targets"] == targets
+    assert rows_of(fits)[0]["targets"] == []
     assert fits.cuts(longest) == ""
 
     cut = Sources(tokenizer, fusion, needed - 1, "document")
-    sequences, read = cut.build("May", DOCUMENT, [2, 0, 3, 1])
-    assert max(map(len, sequences)) == needed - 1 and len(read) == 4
+    row = rows_of(cut)[0]
+    assert max(map(len, row["source"])) == needed - 1 and len(row["passages"]) == 4
     short = Sources(tokenizer, fusion, needed, "document")
-    short.build("May " * 300, DOCUMENT, [0])
+    rows_of(short, "May " * 300, [0])
     assert cut.cuts(longest) == (
         f"cut to {needed - 1} tokens by --max_source_length: 1 of 1 sources (100.0%, the longest has {needed}); "
         f"of their 4 passages, 0 are left out and {sum(n == needed for n in each) if fusion == 'fid' else 1} shortened"
@@ -384,13 +390,25 @@ def test_what_is_cut_of_references_and_sources_is_told_and_nothing_where_all_fit
     assert short.cuts(longest).endswith("1 queries shortened to half a source")
     options = {"truncation": True, "max_length": longest - 1}
     other = Sources(tokenizer, fusion, needed, "document")
-    assert other.tokenize_targets(references, longest - 1) == tokenizer(text_target=references, **options)["input_ids"]
+    found = rows_of(other, references=references, max_target_length=longest - 1)[0]["targets"]
+    assert found == tokenizer(text_target=references, **options)["input_ids"]
     told = f"cut to {longest - 1} tokens by --max_target_length: 1 of 3 references (33.3%, the longest has {longest})"
     assert other.cuts(longest - 1) == told
     if fusion == "concat":
         tight = Sources(tokenizer, fusion, 2 + query + 1 + lengths[2], "document")
-        assert tight.build("May", DOCUMENT, [2, 0, 3, 1])[1] == [2]
+        assert rows_of(tight)[0]["passages"] == [2]
         assert "of their 4 passages, 3 are left out and 0 shortened" in tight.cuts(longest)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "fid"])
+def test_lengths_known_before_a_source_is_made_are_those_of_the_source(tokenizer, fusion):
+    for query, budget, order, marks in itertools.product(["", "May", "June " * 30], range(16, 60, 7),
+                                                         ["rank", "document"], [False, True]):  # fmt: skip
+        sources = Sources(tokenizer, fusion, budget, order, marks_query=marks)
+        for passages in ([], [3], [2, 0, 3, 1]):
+            rows = rows_of(sources, query, passages)
+            assert rows.source_lengths.tolist() == [max(map(len, rows[0]["source"]))]
+            assert rows[0]["source"] == rows.source_of_hop(0, -1) == sources.build(query, DOCUMENT, passages)[0]
 
 
 def test_a_document_is_tokenized_once_however_many_its_queries(tokenizer):
@@ -400,9 +418,9 @@ def test_a_document_is_tokenized_once_however_many_its_queries(tokenizer):
         def __getattr__(self, name):
             return getattr(tokenizer, name)
 
-        def __call__(self, texts, **options):
-            calls.update([texts] if isinstance(texts, str) else texts)
-            return tokenizer(texts, **options)
+        def __call__(self, text, **options):
+            calls.update([text] if isinstance(text, str) else text)
+            return tokenizer(text, **options)
 
     sources = Sources(Counting(), "fid", 100, "rank")
     twin = Document("twin", ["Another text"])

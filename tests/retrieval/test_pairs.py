@@ -225,7 +225,7 @@ def test_a_passage_with_the_text_of_the_evidence_is_no_negative(encoder, tmp_pat
     assert least_loss(pairs) < 1e-6
     scores = [5.0, 1.0, 5.0, 3.0, 3.0]
     pairs.mine(lambda examples, top_k, queries: [sorted(enumerate(scores), key=lambda entry: -entry[1])])
-    assert pair.negatives[0] == [3, 1]
+    assert pairs[0].negatives[0] == [3, 1]
 
 
 def test_equal_texts_of_other_documents_are_no_negatives_of_each_other(encoder):

@@ -117,7 +117,11 @@ class Sources:
 
     def cuts(self, max_target_length: int) -> str:
         """What of the references and sources made so far is cut, in one line; "" if nothing is."""
-        parts = [describe_cut("max_target_length", max_target_length, {"references": np.concatenate(self.references)})]
+        parts = [
+            describe_cut(
+                "max_target_length", max_target_length, {"references": np.concatenate(self.references or [[]])}
+            )
+        ]
         parts += [describe_cut("max_source_length", self.max_source_length, {"sources": self.sources})]
         if self.cut["left out"] or self.cut["shortened"]:
             asked, left_out, shortened = (f"{self.cut[name]:,}" for name in ("passages", "left out", "shortened"))

@@ -58,7 +58,9 @@ def gold_passages(examples: Sequence[Example], args, required: bool = True) -> l
         remedy = "its summaries share no word with their documents"
         remedy = "give --validation_qrels_file" if args.corpus_file else remedy
         raise UsageError(f"no validation example has evidence: nothing to score; {remedy}")
-    if all(len(of_one or ()) in (0, len(e.document.passages)) for of_one, e in zip(gold, examples, strict=True)):
+    if any(gold) and all(
+        len(of_one or ()) in (0, len(e.document.passages)) for of_one, e in zip(gold, examples, strict=True)
+    ):
         remedy = "add passages that are not, such as negatives, or let the queries search a --corpus_file"
         raise UsageError(f"every passage of the validation examples is evidence, so any ranking is perfect; {remedy}")
     return gold
