@@ -9,6 +9,7 @@ at its peak and once training runs; the seconds to the first step; and the steps
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -34,10 +35,10 @@ def write_data(path: Path, documents: int, seed: str) -> None:
     rng = random.Random(seed)
     words = ["".join(rng.choice(["ba", "de", "fi", "ko", "lu", "mo", "na", "ri", "su", "te"]) for _ in range(4))
              + str(number % 7) for number in range(20_000)]  # fmt: skip
-    weights = [1 / (rank + 10) for rank in range(len(words))]
+    cumulative = list(itertools.accumulate(1 / (rank + 10) for rank in range(len(words))))
     with path.open("w", encoding="utf-8") as file:
         for number in range(documents):
-            passages = [" ".join(rng.choices(words, weights, k=100)) for _ in range(8)]
+            passages = [" ".join(rng.choices(words, cum_weights=cumulative, k=100)) for _ in range(8)]
             gold = rng.randrange(8)
             said = passages[gold].split()
             record = {"id": f"{seed}{number}", "passages": passages, "query": " ".join(rng.sample(said, 8)),
