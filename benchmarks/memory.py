@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parent.parent
-STEPS = {"train_retrieve.py": 120, "train_summarize.py": 120}
+STEPS = 80
 FLAGS = {
     "train_retrieve.py": ["--per_device_train_batch_size", "8"],
     "train_summarize.py": ["--per_device_train_batch_size", "8", "--retriever", "bm25"],
@@ -64,20 +64,20 @@ def step_times(folder: Path) -> list[float]:
     return [line["wall"] for line in lines if line["event"] == "train"]
 
 
-def measure(script: str, data: Path, model: Path | None, folder: Path, code: Path, cache: Path, steps: int) -> dict:
-    """One start of a script with two processes, until `steps` steps are done."""
+def measure(script: str, data: Path, folder: Path, code: Path, cache: Path) -> dict:
+    """One start of a script with two processes, until `STEPS` steps are done."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                str(code / script), "--output_dir", str(folder), "--train_file", str(data / "train.jsonl"),
-               "--validation_file", str(data / "validation.jsonl"), "--max_train_steps", "100000", "--log_steps", "1",
-               "--checkpointing_steps", "1000000", "--eval_steps", "1000000", *FLAGS[script]]  # fmt: skip
-    command += ["--model_name_or_path", str(model)] if model else []
+               "--validation_file", str(data / "validation.jsonl"), "--num_train_epochs", "0",
+               "--max_train_steps", "100000", "--log_steps", "1", "--checkpointing_steps", "1000000",
+               "--eval_steps", "1000000", *FLAGS[script]]  # fmt: skip
     environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
     began = time.perf_counter()
     log = folder.with_suffix(".log").open("wb")
     process = psutil.Process(subprocess.Popen(command, cwd=code, env=environment, stdout=log, stderr=log).pid)
     first, peak, running = None, 0.0, []
-    while len(times := step_times(folder)) < steps:
+    while len(times := step_times(folder)) < STEPS:
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
             raise SystemExit(folder.with_suffix(".log").read_text()[-3000:])
         now = pss(process)
@@ -99,7 +99,7 @@ def main():
     parser.add_argument("--documents", type=int, nargs="+", default=[500, 50_000])
     parser.add_argument("--folder", type=Path, default=Path("outputs/memory"))
     parser.add_argument("--code", type=Path, default=ROOT, help="folder of the scripts to measure")
-    parser.add_argument("--scripts", nargs="+", default=list(STEPS))
+    parser.add_argument("--scripts", nargs="+", default=list(FLAGS))
     parser.add_argument("--starts", type=int, default=2)
     args = parser.parse_args()
     folder = args.folder.resolve()
@@ -116,8 +116,7 @@ def main():
             cache = folder / "cache"
             shutil.rmtree(cache, ignore_errors=True)
             for start in range(1, args.starts + 1):
-                row = measure(script, folder / f"data{documents}", None, folder / "run", args.code.resolve(), cache,
-                              STEPS[script])  # fmt: skip
+                row = measure(script, folder / f"data{documents}", folder / "run", args.code.resolve(), cache)
                 cells = [script, documents, start, *(f"{value:.1f}" for value in row.values())]
                 print("".join(f"{cell!s:>20}" for cell in cells), flush=True)
 
