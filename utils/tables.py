@@ -32,7 +32,7 @@ from utils.files import (
 
 logger = logging.getLogger(__name__)
 ROWS = 1024  # in a record batch
-RELEASED_AFTER = 2**12  # reads; the pages of the file that they touched count as memory of the process until then
+RELEASED_AFTER = 2**8  # reads; the pages around them count as memory of the process until then
 INFO = "info.json"
 
 
