@@ -90,7 +90,8 @@ def test_a_finished_run_scores_a_test_split_that_is_added_later_and_trains_nothi
     assert events(folder, "test") == [logged]
 
 
-@one_fast
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_test_split_changes_nothing_of_training_and_is_scored_with_the_best_model(script, files, without, tmp_path):
     choice = ["--load_best_model_at_end", "--eval_steps", 2]
     if script == "train_summarize.py":  # the first validation, whose loss is the highest, shall be the best
@@ -110,7 +111,7 @@ def test_a_test_split_changes_nothing_of_training_and_is_scored_with_the_best_mo
         assert again["loss"] == pytest.approx(logged["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@one_fast
 def test_without_any_reference_the_output_is_written_and_nothing_scored(script, files, without, tmp_path):
     folder = shutil.copytree(without[script], tmp_path / "run", symlinks=True)
     result = run(script, folder, *files["train"], *files["validation"], *files["bare"])
