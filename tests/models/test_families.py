@@ -137,8 +137,11 @@ def test_a_step_has_the_loss_and_the_gradients_of_transformers(kind):
             torch.testing.assert_close(our_gradient, own_gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("flags", [{"num_beams": 1}, {"num_beams": 3, "no_repeat_ngram_size": 2}, {}],
-                         ids=["greedy", "beams", "defaults"])  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    pytest.param({}, id="defaults"),
+    pytest.param({"num_beams": 1}, id="greedy", marks=pytest.mark.slow),
+    pytest.param({"num_beams": 3, "no_repeat_ngram_size": 2}, id="beams", marks=pytest.mark.slow),
+])  # fmt: skip
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_saved_model_writes_in_plain_transformers_what_it_writes_here(kind, flags, tmp_path):
     summarizer, batch = Summarizer(build(FAMILIES[kind]())), random_batch()
