@@ -15,6 +15,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+slow = pytest.mark.slow
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 # Two gloo processes abort at interpreter exit in a few runs of a hundred: hence os._exit, as the scripts do.
@@ -194,7 +195,9 @@ def threads(way: str, folder: Path, more=(), **variables) -> tuple[list[str], st
     return [line for line in done.stdout.splitlines() if line.startswith("threads: ")], done.stderr
 
 
-@pytest.mark.parametrize("way", ["python", "cpu", "multi_cpu", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way", ["cpu", *(pytest.param(way, marks=slow) for way in ("python", "multi_cpu", "torchrun"))]
+)
 def test_threads_are_those_that_the_user_set_else_the_cores_shared_by_the_processes(way, tmp_path):
     processes = WAYS[way][1]
     cores = len(os.sched_getaffinity(0))
@@ -203,6 +206,7 @@ def test_threads_are_those_that_the_user_set_else_the_cores_shared_by_the_proces
     assert threads(way, tmp_path, OMP_NUM_THREADS=str(asked))[0] == [f"threads: {asked} {asked}"] * processes
 
 
+@slow
 def test_mkl_threads_and_the_launchers_flag_hold_and_a_contradiction_is_refused(tmp_path):
     asked = str(len(os.sched_getaffinity(0)) + 1)
     assert threads("python", tmp_path, MKL_NUM_THREADS=asked)[0] == [f"threads: {asked} {asked}"]

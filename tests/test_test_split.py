@@ -61,7 +61,7 @@ def scores_of(script, folder, examples) -> tuple[dict, int]:
     return {name: np.mean([score[name] for score in scores]) for name in ("recall@5", "ndcg@10")}, len(scores)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@one_fast
 def test_a_finished_run_scores_a_test_split_that_is_added_later_and_trains_nothing(script, files, without, tmp_path):
     folder = shutil.copytree(without[script], tmp_path / "run", symlinks=True)
     result = run(script, folder, *files["train"], *files["validation"], *files["test"])
@@ -90,7 +90,7 @@ def test_a_finished_run_scores_a_test_split_that_is_added_later_and_trains_nothi
     assert events(folder, "test") == [logged]
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_test_split_changes_nothing_of_training_and_is_scored_with_the_best_model(script, files, without, tmp_path):
     choice = ["--load_best_model_at_end", "--eval_steps", 2]
@@ -140,7 +140,8 @@ def test_a_run_killed_while_it_scores_the_test_split_goes_on(script, target, whe
     assert len(read_jsonl(folder / OUTPUT[script])) == 12
 
 
-@one_fast
+@slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_score_the_test_split_as_one_does(script, files, without, tmp_path):
     flags = [*files["train"], *files["validation"], *files["test"], "--model_name_or_path", without[script],
              "--learning_rate", 0, "--max_train_steps", 1, "--per_device_eval_batch_size", 3]  # fmt: skip
@@ -152,6 +153,7 @@ def test_two_processes_score_the_test_split_as_one_does(script, files, without, 
     assert first == second and len(first) == 12
 
 
+@slow
 def test_the_hand_over_of_the_test_split_is_what_stage_2_reads(files, without, tmp_path):
     retrieve = shutil.copytree(without["train_retrieve.py"], tmp_path / "retrieve", symlinks=True)
     run("train_retrieve.py", retrieve, *files["train"], *files["validation"], *files["test"], "--trec_run")
