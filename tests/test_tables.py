@@ -170,6 +170,15 @@ def test_a_chosen_folder_that_cannot_be_written_to_is_refused_and_the_default_on
     assert [record.message.count("--cache_dir") for record in caplog.records] == [1]
 
 
+def test_without_a_key_everything_is_built_anew_in_a_folder_that_goes_with_the_process(tmp_path):
+    paths = [count_builds(tmp_path, "thing", None) for _ in range(2)]
+    assert builds(tmp_path) == 2 and paths[0] != paths[1]
+    assert not (tmp_path / "home").exists()
+    tables.remove_private_folder()
+    assert not any(path.exists() for path in paths)
+    tables.remove_private_folder()  # there is none
+
+
 def test_a_folder_that_is_whole_serves_without_write_access(tmp_path, monkeypatch):
     path = count_builds(tmp_path, "thing", ["a"])
     monkeypatch.setattr(tables, "FileLock", None)  # none is taken

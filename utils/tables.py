@@ -189,21 +189,26 @@ def _code() -> str:
 
 @functools.cache
 def _private_folder() -> tempfile.TemporaryDirectory:
-    """Of this process, where the cache folder cannot be written to; removed at its end."""
+    """Of this process, for what cannot be kept."""
     return tempfile.TemporaryDirectory(prefix="multistep-retrieve-summarize-")
 
 
-def cached(name: str, key: list, write: Callable[[Path], None]) -> Path:
+def remove_private_folder() -> None:
+    """Call it before a process ends without Python's own cleaning up."""
+    if _private_folder.cache_info().currsize:
+        _private_folder().cleanup()
+        _private_folder.cache_clear()
+
+
+def cached(name: str, key: list | None, write: Callable[[Path], None]) -> Path:
     """The folder of the cache for this `name` and `key`. If it is not there or damaged, `write(folder)` fills it.
 
-    `key` holds all that decides the content, beside the code in utils/. One process writes while others that want the
+    `key` holds all that decides the content, beside the code in utils/; None is of use to this process only, which
+    writes to a temporary folder. One process writes while others that want the
     same folder wait; a folder that was not written to its end is never used. If the default cache folder cannot be
     written to, a temporary folder of this process takes its place, with a warning; if the one of `--cache_dir` cannot,
     DataError is raised.
     """
-    path = cache_folder() / f"{name}_{digest([_code(), *key])}"
-    if _is_whole(path):
-        return path
 
     def fill(temporary: Path) -> None:
         temporary.mkdir()
@@ -211,6 +216,13 @@ def cached(name: str, key: list, write: Callable[[Path], None]) -> Path:
         # a kill leaves no folder of this name, but disks do damage files
         write_json(temporary / INFO, {file.name: size_and_digest(file) for file in sorted(temporary.iterdir())})
 
+    if key is None:
+        path = Path(tempfile.mkdtemp(dir=_private_folder().name)) / name
+        write_whole(path, fill)
+        return path
+    path = cache_folder() / f"{name}_{digest([_code(), *key])}"
+    if _is_whole(path):
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_suffix(".lock"))

@@ -1,6 +1,8 @@
 """Examples on disk: read once, the same as what was read, and read anew when what decides them has changed."""
 
 import json
+import os
+import threading
 
 import pytest
 
@@ -79,3 +81,12 @@ def test_examples_come_back_with_all_that_they_hold(tmp_path, monkeypatch):
     other = keep_examples("examples", ["b"], lambda: examples[:2])
     assert content_key(other) != content_key(kept) == content_key(keep_examples("examples", ["c"], lambda: examples))
     assert content_key(examples) == content_key(list(examples)) != content_key(examples[:2])
+
+
+def test_what_comes_through_a_pipe_is_read_once_and_kept_for_this_process_only(reads, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(json.dumps(GOOD) + "\n",))
+    writer.start()
+    assert [e.id for e in load_examples(tmp_path / "pipe")] == ["a"]
+    writer.join(10)
+    assert len(reads) == 1 and not (tmp_path / "home").exists()

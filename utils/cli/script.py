@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from utils.errors import Interrupted, UsageError
 from utils.files import choose_cache_folder, is_disk_full, write_json, write_lines
+from utils.tables import remove_private_folder
 from utils.training.checkpoint_files import WRITER
 from utils.training.memory import keep_memory
 from utils.training.sharding import keep_outputs_exact
@@ -68,6 +69,7 @@ def _exit(code: int) -> None:
     for thread in threading.enumerate():  # a checkpoint may still be being written
         if thread.name == WRITER:
             thread.join()
+    remove_private_folder()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -190,35 +190,35 @@ def load_examples(
         write_json(folder / PROBLEMS, problems)
 
     # beside the files' content their names, which error messages and rejected records hold
-    files = [[str(file), *source_state(file, split, dataset_config_name)] for file in (path, documents_file) if file]
-    qrels = [[str(qrels_file), *source_state(qrels_file, split, None)]] if qrels_file else []
-    key = [files, qrels, corpus and corpus.id, split, dataset_config_name, columns, passage_words, merge_passages,
+    files = [str(file) for file in (path, documents_file, qrels_file) if file]
+    states = [source_state(file, dataset_config_name) for file in files]
+    key = [files, states, corpus and corpus.id, split, dataset_config_name, columns, passage_words, merge_passages,
            require_summary, skip_bad_examples, max_examples or 0, supervision, draft_share, smooth_window]  # fmt: skip
     is_new = []
-    folder = cached("examples", key, lambda folder: is_new.append(write(folder)))
+    folder = cached("examples", None if None in states else key, lambda folder: is_new.append(write(folder)))
     if not is_new:  # bad records of an earlier run are reported again
         for file, of_file in json.loads((folder / PROBLEMS).read_text(encoding="utf-8")):
             report_problems(of_file, file, any_good=True, **rejection)
     return kept_examples(folder, corpus)
 
 
-def source_state(path: str | os.PathLike, split: str, config_name: str | None) -> list:
-    """Values that differ after the content of a file, folder or Hub data set has changed."""
+def source_state(path: str | os.PathLike, config_name: str | None) -> list | None:
+    """Values that differ after the content of a file, folder or Hub data set has changed; None if they are unknown."""
     file = Path(path)
-    files = sorted(file.rglob("*")) if file.is_dir() else [file]
     try:
+        files = sorted(file.rglob("*")) if file.is_dir() else [file]
         if state := [[str(each), size_and_digest(each)] for each in files if each.is_file()]:
             return state
         if file.exists():
-            return [os.urandom(8).hex()]  # a pipe, which can be read once only
+            return None  # a pipe, which can be read once only
     except OSError:
-        return [os.urandom(8).hex()]  # reading it, which comes next, reports what is wrong
+        return None  # reading it, which comes next, reports what is wrong
     try:
         import datasets  # takes seconds
 
         return [datasets.load_dataset_builder(str(path), config_name).cache_dir]  # its name contains the revision
     except Exception:  # of many classes
-        return [os.urandom(8).hex()]
+        return None
 
 
 def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, documents_file, corpus, qrels_file,
