@@ -346,6 +346,7 @@ def test_a_corpus_is_searched_with_its_own_ids_and_handed_over_to_stage_2(tmp_pa
     assert [entry["passage"] for entry in predictions[0]["passages"]] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_multilingual_run_is_used_with_its_own_languages_prefix_and_generation_settings(tmp_path):
     from transformers import MBart50Tokenizer, MBartConfig, MBartForConditionalGeneration
     from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES
