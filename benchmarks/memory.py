@@ -19,9 +19,11 @@ at its peak and once training runs; the seconds to the first step; and the steps
     train_summarize.py     50,000      1           1,757              215.7      2.8
     train_summarize.py     50,000      2           1,499               10.6      2.8
 
+The first start reads, tokenizes and searches all documents; most of the memory is the libraries of two processes.
+
 The same with lists in each process (commit a717b04), first start: train_retrieve.py 2,134 MB with 500 documents and,
 with 50,000, the machine's 24 GB before the first step; train_summarize.py 1,480 MB and 17,205 MB, 291 s to step 1, 2.8
-steps/s. Most of the memory is now the libraries of two processes. The first start reads, tokenizes and searches all documents.
+steps/s.
 """
 
 import argparse
