@@ -258,7 +258,8 @@ def main():
     # ---- training
 
     encode_texts = partial(encoder.encode, retriever, accelerator=accelerator, poll=run.poll)
-    search_now = partial(search_hops, partial(index.retriever_rankings, settings=vars(args)), encode_texts)
+    rank_by = partial(index.retriever_rankings, settings=vars(args))
+    search_now = partial(search_hops, rank_by, encode_texts, kept=max(KEPT, args.top_k))
     validation_search = partial(search_now, write_drafts=given or (imitate and imitate(validation)))
     validate_now = partial(validate, validation, gold, bm25_scores, validation_search, poll=run.poll)
     model.train()

@@ -81,20 +81,20 @@ class Keeper:
     """Writes documents and examples, one by one; documents are numbered from 0."""
 
     def __init__(self, add_passage: Callable, add_document: Callable, add_example: Callable):
-        self.add_passage, self.add_row, self.add_row_of_example = add_passage, add_document, add_example
+        self.write_passage, self.write_document, self.write_example = add_passage, add_document, add_example
         self.documents, self.checksum = 0, hashlib.blake2b(digest_size=16)
 
     def add_document(self, id: str, passages: Sequence[str]) -> int:
         for passage in passages:
-            self.add_passage({"passage": passage})
-        self._add(self.add_row, {"id": id, "passages": len(passages)}, passages)
+            self.write_passage({"passage": passage})
+        self._add(self.write_document, {"id": id, "passages": len(passages)}, passages)
         self.documents += 1
         return self.documents - 1
 
     def add_example(self, example: Example, document: int) -> None:
         """`document` is the number of the example's document."""
         hops = [{"draft": hop.draft, "read": hop.read, "retrieved": _entries(hop.retrieved)} for hop in example.hops]
-        self._add(self.add_row_of_example, {
+        self._add(self.write_example, {
             "id": example.id, "query": example.query, "document": document, "summaries": example.summaries,
             "evidence": example.evidence, "evidence_words": example.evidence_words,
             "retrieved": _entries(example.retrieved), "hops": hops,
