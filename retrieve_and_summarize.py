@@ -80,8 +80,8 @@ from utils.data.passages import split_document
 from utils.data.sample import sample_examples
 from utils.evaluation.hops import score_hop
 from utils.files import digest, write_jsonl
+from utils.models import summarizer as summarizers
 from utils.models.encoder import encode, load_retriever, weights_key
-from utils.models.encoder_decoder import Summarizer, load_model_and_tokenizer, set_up
 from utils.models.generation import describe_generation
 from utils.models.settings import saved_settings
 from utils.models.sources import Sources, collate, count_generated, decode
@@ -126,7 +126,7 @@ class Models:
 
     retriever: object | None  # None: BM25
     ranking: dict  # how the retriever ranks
-    summarizer: Summarizer | None  # None: summaries are extracts
+    summarizer: object | None  # None: summaries are extracts
     sources: Sources | None
     top_k: int
     sentence_scorer: object | None  # a retriever that extracts drafts; None: the summarizer writes them
@@ -135,9 +135,8 @@ class Models:
         """What is another if weights or settings are."""
         weights = [weights_key(m) for m in (self.retriever, self.summarizer, self.sentence_scorer) if m is not None]
         writing = []
-        if sources := self.sources:  # its prefix and suffix tell the languages
-            writing = [sources.fusion, sources.max_source_length, sources.passage_order, sources.prefix,
-                       sources.suffix, self.summarizer.model.generation_config.to_diff_dict()]  # fmt: skip
+        if sources := self.sources:
+            writing = [sources.rules(), self.summarizer.model.generation_config.to_diff_dict()]
         return [weights, self.ranking, writing, self.top_k]
 
 
@@ -154,16 +153,16 @@ def load_models(args, accelerator) -> Models:
     retriever = load(args.retriever).to(accelerator.device) if is_trained else None
     saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5,
-                "source_prefix": None, "source_lang": None, "target_lang": None}  # fmt: skip
+                "prompt_template": None, "source_prefix": None, "source_lang": None, "target_lang": None}  # fmt: skip
     for name, default in settings.items():
         settings[name] = saved.get(name, default) if getattr(args, name) is None else getattr(args, name)
     summarizer = sources = scorer = None
     if args.summarizer != "extract":
-        model, tokenizer = load_model_and_tokenizer(args.summarizer, None, "--summarizer", args.trust_remote_code)
-        set_up(model, tokenizer, {**settings, **args.generation(), "max_target_length": 0})
-        summarizer = Summarizer(model).to(accelerator.device).eval()
-        sources = Sources(tokenizer, settings["fusion"], settings["max_source_length"], settings["passage_order"],
-                          settings["source_prefix"] or "", summarizer.has_global_attention)  # fmt: skip
+        load_summarizer = summarizers.load_model_and_tokenizer
+        model, tokenizer = load_summarizer(args.summarizer, None, "--summarizer", args.trust_remote_code)
+        summarizers.set_up(model, tokenizer, {**settings, **args.generation(), "max_target_length": 0})
+        summarizer = summarizers.wrap(model).to(accelerator.device).eval()
+        sources = summarizers.sources_for(summarizer, tokenizer, settings)
 
     drafter = args.drafter or ("extract" if summarizer is None else "summarizer")
     if drafter == "extract":

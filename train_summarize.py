@@ -21,7 +21,7 @@ class SummarizeArguments(LanguageArguments, RankingOverrides, TrainingArguments,
         "rougeL", "validation score that selects the best checkpoint",
         choices=("loss", "nll_loss", "ppl", "rouge1", "rouge2", "rougeL", "rougeLsum"),
     )  # fmt: skip
-    model_name_or_path: str | None = flag(None, "an encoder-decoder model (default: a small new BART)")
+    model_name_or_path: str | None = flag(None, "an encoder-decoder or language model (default: a small BART)")
     retriever: str | None = flag(
         None,
         "source of the passages: bm25, lead, oracle, random, a retriever's folder, or a TREC run file "
@@ -55,7 +55,8 @@ from utils.data.hand_over import write_predictions
 from utils.data.kept import content_key
 from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.extracts import score_extracts
-from utils.models import encoder_decoder
+from utils.models import summarizer as summarizers
+from utils.models.encoder_decoder import build_small_bart
 from utils.models.generation import describe_generation
 from utils.models.settings import write_settings
 from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, decode, halves
@@ -73,7 +74,7 @@ from utils.training.step import average_gradients, is_sharded, local_gradients, 
 def make_model(train: list, args, accelerator) -> tuple:
     """The summarizer and its tokenizer: a checkpoint, or a small BART with a tokenizer trained on the training text."""
     if args.model_name_or_path:
-        pretrained, tokenizer = encoder_decoder.load_model_and_tokenizer(
+        pretrained, tokenizer = summarizers.load_model_and_tokenizer(
             args.model_name_or_path, args.dropout, trust_remote_code=args.trust_remote_code
         )
     else:
@@ -83,9 +84,9 @@ def make_model(train: list, args, accelerator) -> tuple:
             itertools.chain.from_iterable((example.query, *example.summaries) for example in train),
         )
         tokenizer = train_tokenizer(texts, key=content_key(train))
-        pretrained = encoder_decoder.build_small_bart(tokenizer, dropout=args.dropout or 0.0)
-    encoder_decoder.set_up(pretrained, tokenizer, vars(args))
-    summarizer = encoder_decoder.Summarizer(pretrained, args.gradient_checkpointing)
+        pretrained = build_small_bart(tokenizer, dropout=args.dropout or 0.0)
+    summarizers.set_up(pretrained, tokenizer, vars(args))
+    summarizer = summarizers.wrap(pretrained, args.gradient_checkpointing)
     runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
     if runs_twice or pretrained.get_input_embeddings().weight.shape[1] < 256:
         # activation checkpointing runs layers again, without the sequences' lengths; narrow models are faster padded
@@ -174,11 +175,12 @@ def validate(summarizer, sources: Sources, rows: Rows, extract_scores, *, args, 
     return predictions, {"loss": loss, "nll_loss": nll, "ppl": 2**nll, **mean_of_each(rouge), **extract_scores()}
 
 
-def save(summarizer, tokenizer, folder, weights: dict, args) -> None:
+def save(summarizer, sources: Sources, folder, weights: dict, args) -> None:
     """A folder that Transformers loads, and the settings that reading needs."""
-    encoder_decoder.save_pretrained(summarizer, tokenizer, folder, weights)
-    write_settings(folder, args, ("model_name_or_path", "fusion", "passage_order", "top_k", "max_source_length",
-                                  "max_target_length", "source_prefix", "source_lang", "target_lang"))  # fmt: skip
+    summarizers.save_pretrained(summarizer, sources.tokenizer, folder, weights)
+    names = ("model_name_or_path", "fusion", "passage_order", "top_k", "max_source_length", "max_target_length",
+             "source_prefix", "source_lang", "target_lang")  # fmt: skip
+    write_settings(folder, args, names, prompt_template=sources.prompt_template)
 
 
 def between_steps(run: Run, validate_now, args) -> None:
@@ -209,8 +211,7 @@ def main():
     summarizer, tokenizer = make_model(splits["train"], args, accelerator)
     log.say_model(summarizer)
     log.say(describe_generation(summarizer.model, args.source_prefix))
-    sources = Sources(tokenizer, args.fusion, args.max_source_length, args.passage_order, args.source_prefix or "",
-                      summarizer.has_global_attention)  # fmt: skip
+    sources = summarizers.sources_for(summarizer, tokenizer, vars(args))
     hops, source = rank_splits(splits, args, accelerator=accelerator, say=log.say)
     log.say(f"{describe_splits(splits)}; passages from {source}")
     rows = {split: Rows(examples, hops[split], sources, args.max_target_length) for split, examples in splits.items()}
@@ -283,7 +284,7 @@ def main():
     predictions, scores = (run.predictions, run.scores) if run.scores else validate_now()
     weights = accelerator.get_state_dict(model)  # whole, where it is sharded
     if accelerator.is_main_process:
-        publish(run_folder, lambda folder: save(summarizer, tokenizer, folder, weights, args))
+        publish(run_folder, lambda folder: save(summarizer, sources, folder, weights, args))
         log.say(f"wrote {write_predictions(run_folder, 'validation', rows['validation'], predictions)}")
     table = {"lead extract": scores["lead"], "oracle extract": scores["oracle"], "summarizer": scores}
     if "test" in splits:  # scored once, with the final model

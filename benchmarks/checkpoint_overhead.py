@@ -31,7 +31,7 @@ from transformers import BartConfig, BartForConditionalGeneration, get_scheduler
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from hardware import hardware
 
-from utils.models.encoder_decoder import Summarizer
+from utils.models.encoder_decoder import EncoderDecoder
 from utils.models.sources import collate
 from utils.training.checkpoints import Checkpoints
 from utils.training.loop_state import LoopState
@@ -51,7 +51,7 @@ def main():
     torch.manual_seed(0)
     config = BartConfig(d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
                         decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072)  # fmt: skip
-    summarizer = Summarizer(BartForConditionalGeneration(config))
+    summarizer = EncoderDecoder(BartForConditionalGeneration(config))
     optimizer = torch.optim.AdamW(parameter_groups(summarizer, 0.01), lr=1e-5, fused=True)
     scheduler = get_scheduler("constant", optimizer)
     model, optimizer = accelerator.prepare(summarizer, optimizer)

@@ -1,4 +1,4 @@
-"""Seconds and memory of generation: Transformers' `generate` on unsorted batches of 8 against `Summarizer.generate`.
+"""Seconds and memory of generation: Transformers' `generate` on unsorted batches of 8 against ours.
 
     python benchmarks/generation.py --size base --examples 16 --repeats 3
 
@@ -56,7 +56,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.fast import cpu
-from utils.models.encoder_decoder import Summarizer
+from utils.models.encoder_decoder import EncoderDecoder
 from utils.models.sources import collate
 
 EOS, PAD = 2, 1
@@ -89,7 +89,7 @@ def build(args):
     )  # fmt: skip
     model = BartForConditionalGeneration(config).eval()
     model.final_logits_bias[0, EOS] = args.eos_bias
-    return Summarizer(model).to(args.device)
+    return EncoderDecoder(model).to(args.device)
 
 
 def make_sources(fusion: str, examples: int) -> list[list[list[int]]]:
@@ -122,7 +122,7 @@ def theirs(summarizer, sources, args, generation) -> list[list[int]]:
             ids = summarizer.model.generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask, **generation
             )
-        rows += ids.tolist()
+        rows += ids[:, 1:].tolist()
     return without_padding(rows)
 
 

@@ -10,7 +10,7 @@ Measured, in at most six minutes on an H100 or H200:
 - retriever: training steps of an encoder of BERT-base's size, queries with positives and hard negatives. The plain loop
   is sentence-transformers' model as it comes, on padded batches, with its MultipleNegativesRankingLoss.
 - parity: losses and gradients of packed batches against padded ones, both models, in float32, fp16 and bf16.
-- generation: `Summarizer.generate` with 4 beams against Transformers' `generate` on the same padded batch.
+- generation: `EncoderDecoder.generate` with 4 beams against Transformers' `generate` on the same padded batch.
 - fsdp2: a step under FSDP2, saved, restored in another process, and one more step in both.
 
 Both training loops get the same batches in the same order, the same fused AdamW and clipping, bf16 autocast and no
@@ -53,7 +53,7 @@ from hardware import hardware
 from utils.cli.script import end_run
 from utils.fast.packing import is_packed
 from utils.models.contrastive import contrastive_loss, embed
-from utils.models.encoder_decoder import Summarizer
+from utils.models.encoder_decoder import EncoderDecoder
 from utils.models.sources import collate
 from utils.models.tokenizer import train_tokenizer
 from utils.training.checkpoint_files import read, save
@@ -88,7 +88,7 @@ def summarizers(sizes: dict, **settings) -> tuple:
     """The same BART twice: the project's Summarizer, and Transformers' model as it comes."""
     torch.manual_seed(0)
     plain = BartForConditionalGeneration(BartConfig(**sizes, dropout=0.0, attention_dropout=0.0, **settings)).train()
-    return Summarizer(copy.deepcopy(plain)).to(DEVICE), plain.to(DEVICE)
+    return EncoderDecoder(copy.deepcopy(plain)).to(DEVICE), plain.to(DEVICE)
 
 
 def retrievers(sizes: dict) -> tuple:

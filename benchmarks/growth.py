@@ -26,7 +26,7 @@ from hardware import hardware
 from retriever_training import find_minilm, run_here, write_data
 from transformers import BartConfig, BartForConditionalGeneration
 
-from utils.models.encoder_decoder import Summarizer
+from utils.models.encoder_decoder import EncoderDecoder
 from utils.models.sources import collate
 from utils.training.memory import keep_memory
 from utils.training.step import parameter_groups
@@ -114,7 +114,7 @@ def summarizer_point(fusion: str, passages: int) -> None:
         vocab_size=8192, d_model=256, encoder_layers=4, decoder_layers=4, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=1024, decoder_ffn_dim=1024, max_position_embeddings=8192,
     )  # fmt: skip
-    model = Summarizer(BartForConditionalGeneration(config)).train()
+    model = EncoderDecoder(BartForConditionalGeneration(config)).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), fused=True)
     texts = torch.randint(5, 8000, (4, passages, 128)).tolist()
     sources = texts if fusion == "fid" else [[[token for passage in text for token in passage]] for text in texts]

@@ -157,7 +157,7 @@ def inject(folder, script: str, target: str, when: str, what: str) -> Path:
 LOSS = {"train_retrieve.py": "utils.models.contrastive:contrastive_loss",
         "train_summarize.py": "utils.models.encoder_decoder:vocabulary_loss"}  # fmt: skip
 FORWARD = {"train_retrieve.py": "sentence_transformers:SentenceTransformer.forward",
-           "train_summarize.py": "utils.models.encoder_decoder:Summarizer.forward"}  # fmt: skip
+           "train_summarize.py": "utils.models.encoder_decoder:EncoderDecoder.forward"}  # fmt: skip
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

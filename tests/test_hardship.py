@@ -184,7 +184,7 @@ def test_a_finished_run_trains_nothing_more_and_another_shape_or_data_is_refused
 
 
 VALIDATION = {"train_retrieve.py": FORWARD["train_retrieve.py"],
-              "train_summarize.py": "utils.models.encoder_decoder:Summarizer.generate"}  # fmt: skip
+              "train_summarize.py": "utils.models.encoder_decoder:EncoderDecoder.generate"}  # fmt: skip
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path):

@@ -8,7 +8,7 @@ from transformers.models.bart import modeling_bart
 
 from utils.fast import beam_search as generation
 from utils.fast.beam_search import MODEL_TYPES, beam_search, no_repeated_ngrams
-from utils.models.encoder_decoder import Summarizer
+from utils.models.encoder_decoder import EncoderDecoder
 from utils.models.sources import collate
 
 VOCABULARY, PAD, EOS = 60, 1, 2
@@ -108,7 +108,7 @@ def test_every_listed_kind_of_model_is_searched_and_gives_the_same_tokens(kind, 
 @pytest.mark.parametrize("beams", [1, 4])
 def test_the_summarizer_gives_the_tokens_of_transformers(passages, beams, searched, monkeypatch):
     monkeypatch.setattr("utils.models.encoder_decoder.ENCODED_ON_CPU", 30)  # several parts
-    summarizer = Summarizer(build("bart"))
+    summarizer = EncoderDecoder(build("bart"))
     generator = torch.Generator().manual_seed(3)
     sources = [
         [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS[:count]]
@@ -119,7 +119,7 @@ def test_the_summarizer_gives_the_tokens_of_transformers(passages, beams, search
     settings = {"num_beams": beams, "max_new_tokens": 12, "min_new_tokens": 2}
     with torch.no_grad():
         expected = transformers_generate(summarizer.model, *summarizer.encode(**batch), **settings)
-    assert torch.equal(summarizer.generate(**batch, **settings), expected)
+    assert torch.equal(summarizer.generate(**batch, **settings), expected[:, 1:])
     assert searched == [len(passages)]
 
 

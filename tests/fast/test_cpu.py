@@ -12,7 +12,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from utils.fast import cpu
 from utils.fast.cpu import HAS_BFLOAT16, Linear, laid_out_weights, multiply, use_fast_layers
 from utils.models.encoder import build_small_encoder, load_retriever
-from utils.models.encoder_decoder import Summarizer
+from utils.models.encoder_decoder import EncoderDecoder
 from utils.models.sources import collate
 
 ROWS = 300
@@ -255,7 +255,7 @@ def summarizer_and_batch(dropout=0.0):
                         decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256,
                         dropout=dropout)  # fmt: skip
     ids = torch.randint(4, 300, (6, 64)).tolist()
-    return Summarizer(BartForConditionalGeneration(config)), collate([[row] for row in ids], ids, pad_token_id=1)
+    return EncoderDecoder(BartForConditionalGeneration(config)), collate([[row] for row in ids], ids, pad_token_id=1)
 
 
 def train(summarizer, batch):

@@ -27,7 +27,7 @@ from transformers import (
 from utils.fast import packing
 from utils.fast.packing import STEP, _attend, is_packed, laid_end_to_end, lay_out, plan_packing, remove_padding
 from utils.models.encoder import build_small_encoder, count_tokens, in_chunks, load_retriever, pad
-from utils.models.encoder_decoder import Summarizer
+from utils.models.encoder_decoder import EncoderDecoder
 from utils.models.sources import collate
 
 SIZES = {
@@ -293,13 +293,13 @@ SMALL = {"d_model": 32, "vocab_size": 60, "encoder_layers": 2, "decoder_layers":
          "pad_token_id": 1, "eos_token_id": 2, "init_std": 0.3}  # fmt: skip
 
 
-def encoder_decoder(kind: str, **settings) -> Summarizer:
+def encoder_decoder(kind: str, **settings) -> EncoderDecoder:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**SMALL, **settings}, decoder_start_token_id=2)
     if kind == "t5":
         config = AutoConfig.for_model("t5", vocab_size=60, d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8,
                                       pad_token_id=1, eos_token_id=2, decoder_start_token_id=1)  # fmt: skip
-    return Summarizer(AutoModelForSeq2SeqLM.from_config(config))
+    return EncoderDecoder(AutoModelForSeq2SeqLM.from_config(config))
 
 
 def sources_and_targets(passages: tuple[int, ...]) -> dict:

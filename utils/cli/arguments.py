@@ -13,6 +13,7 @@ import shutil
 import sys
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils.errors import UsageError
 
@@ -244,9 +245,28 @@ class GenerationArguments:
 class LanguageArguments(GenerationArguments):
     """How a summarizer reads and writes."""
 
+    prompt_template: str | None = flag(
+        None, "file with a language model's prompt, with {query} and {passages} in it (default: the model's, or ours)"
+    )
     source_prefix: str | None = flag(None, 'text before every source, as T5 needs it: "summarize: "')
     source_lang: str | None = flag(None, "language of the sources, for tokenizers with languages, such as en_XX")
     target_lang: str | None = flag(None, "language of the summaries, likewise")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if path := self.prompt_template:  # from here on, it is the text
+            try:
+                self.prompt_template = Path(path).read_text(encoding="utf-8").strip("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"--prompt_template {path}: cannot be read: {error}") from error
+            lines = self.prompt_template.split("\n")
+            of_queries = [line for line in lines if "{query}" in line]
+            of_passages = [line for line in lines if "{passages}" in line]
+            if not of_queries or self.prompt_template.count("{passages}") != 1 or of_passages[0] in of_queries:
+                raise UsageError(
+                    f"--prompt_template {path}: must have {{passages}} once, and {{query}} in other lines, "
+                    "which are left out for an example without a query"
+                )
 
 
 @dataclass
@@ -381,8 +401,8 @@ GROUPS = {
     "ranking": "ranking language bm25_weight smooth_window smooth_decay index trec_run",
     "model, loss and generation": """
         max_seq_length query_prompt passage_prompt dropout attention_dropout temperature gradient_cache_tokens
-        passage_order source_prefix source_lang target_lang max_target_length label_smoothing_factor length_penalty
-        min_new_tokens no_repeat_ngram_size trust_remote_code
+        passage_order prompt_template source_prefix source_lang target_lang max_target_length label_smoothing_factor
+        length_penalty min_new_tokens no_repeat_ngram_size trust_remote_code
     """,
     "batches": """
         gradient_accumulation_steps max_tokens gradient_checkpointing curriculum_epochs per_device_eval_batch_size

@@ -1,4 +1,4 @@
-"""The summarizer: building, loading and saving an encoder-decoder, its forward pass, loss and generation.
+"""Encoder-decoders as summarizers: building a small one, the forward pass, loss and generation.
 
 A source is one or more token sequences. The encoder reads each sequence separately, and the decoder attends to the
 tokens of all sequences of an example (Fusion-in-Decoder). Concatenated passages are the case of one sequence.
@@ -8,39 +8,25 @@ import inspect
 import warnings
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import _get_current_function_mode_stack
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.errors import UsageError, in_one_line
 from utils.fast.beam_search import beam_search
-from utils.fast.cpu import FunctionalDropout, Linear, laid_out_weights, use_fast_layers
+from utils.fast.cpu import FunctionalDropout, laid_out_weights, use_fast_layers
 from utils.fast.packing import laid_as_now, laid_end_to_end, remove_padding_of_both
-from utils.models.generation import DEFAULTS, settle_generation
-from utils.models.languages import set_languages
-from utils.models.losses import label_smoothed_loss, vocabulary_loss
-from utils.models.settings import checkpoint_layers, load_error
+from utils.models.losses import has_own_logits, label_smoothed_loss, vocabulary_loss
+from utils.models.settings import checkpoint_layers
 from utils.models.sources import tokens_per_example
-from utils.models.tokenizer import check_length, check_vocabulary
 
 # most tokens, padding included, that generation encodes at once; fewer on a CPU, to fit its cache
 ENCODED_ON_CPU, ENCODED_ON_GPU = 2048, 8192
-# the entries of a configuration that --dropout sets, as BART, T5, BERT and GPT-2 call it
-DROPOUTS = ("dropout", "dropout_rate", "hidden_dropout_prob", "resid_pdrop")
-# families of AutoModelForSeq2SeqLM whose own loss is another than cross entropy, or is computed otherwise
-REFUSED = {
-    "fsmt": "it is for translation, and has no output layer of its own",
-    "nllb-moe": "the loss that balances its experts is not computed here",
-    "prophetnet": "its loss also predicts later tokens",
-    "switch_transformers": "the loss that balances its experts is not computed here",
-    "xlm-prophetnet": "its loss also predicts later tokens",
-}
 
 
 def build_small_bart(
@@ -78,55 +64,6 @@ def build_small_bart(
     return model
 
 
-def load_model_and_tokenizer(
-    name_or_path: str,
-    dropout: float | None = None,
-    name: str = "--model_name_or_path",
-    trust_remote_code: bool = False,
-):
-    """Loads an encoder-decoder and its tokenizer from a folder or the Hub; a UsageError names the flag `name`."""
-    if Path(name_or_path).is_dir() and not Path(name_or_path, "config.json").exists():
-        raise UsageError(
-            f"{name} {name_or_path}: this folder holds no model; train_summarize.py writes it at the end of training"
-        )
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        if why := REFUSED.get(config.model_type):
-            raise ValueError(f"models of type {config.model_type} are not supported: {why}; choose another model")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        if getattr(config, "attention_type", "") == "block_sparse":
-            # BigBird would attend to all tokens for good once it has read a short source
-            config.attention_type = "original_full"
-        parts = [config, *(getattr(config, part) for part in ("encoder", "decoder") if hasattr(config, part))]
-        entries = [(part, entry) for part in parts for entry in DROPOUTS if hasattr(part, entry)]
-        if dropout is not None and not entries:
-            raise ValueError("its configuration has no dropout that --dropout could set")
-        for part, entry in entries:
-            if dropout is not None:
-                setattr(part, entry, dropout)
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
-        message = f"{name} {name_or_path}: no encoder-decoder model could be loaded: {load_error(error)}"
-        raise UsageError(message) from error
-    check_vocabulary(tokenizer, model, f"{name} {name_or_path}")
-    _check_special_tokens(model, tokenizer, f"{name} {name_or_path}")
-    return model, tokenizer
-
-
-def _check_special_tokens(model, tokenizer, name: str) -> None:
-    """Raises UsageError if padding or an end are missing, or encoder and decoder do not share the tokenizer."""
-    both = [stack.get_input_embeddings().weight.shape[0] for stack in (model.get_encoder(), model.get_decoder())]
-    if model.config.model_type == "encoder-decoder" and both[0] != both[1]:
-        sizes = f"{both[0]:,} and {both[1]:,} tokens"
-        raise UsageError(f"{name}: encoder and decoder have {sizes}, but one tokenizer must serve both")
-    if tokenizer.pad_token_id is None or (tokenizer.sep_token_id is None and tokenizer.eos_token_id is None):
-        raise UsageError(f"{name}: the tokenizer needs a pad token and an end token; set them and save it")
-    if model.generation_config.eos_token_id is None:
-        raise UsageError(f"{name}: set eos_token_id in its generation_config.json, or no summary would end")
-
-
 def start_token(model, name: str) -> int:
     """The token that the decoder starts with, in training as in `generate`. Raises UsageError if there is none."""
     for config, entry in ((model.generation_config, "decoder_start_token_id"), (model.config, "decoder_start_token_id"),
@@ -136,23 +73,7 @@ def start_token(model, name: str) -> int:
     raise UsageError(f"{name}: set decoder_start_token_id in its generation_config.json")
 
 
-def set_up(model, tokenizer, settings: dict) -> None:
-    """Sets the languages and the generation settings of a model, by the names of the flags; None is not set.
-
-    Raises UsageError if a setting cannot be followed, or asks for more tokens than encoder or decoder have positions.
-    """
-    name = model.config.name_or_path or "the new model"
-    set_languages(model, tokenizer, settings["source_lang"], settings["target_lang"], name)
-    settle_generation(model, {flag: settings[flag] for flag in DEFAULTS}, name)
-    model.generation_config.decoder_start_token_id = start_token(model, name)
-    # an encoder with windows of attention pads to a multiple
-    window = getattr(model.get_encoder().config, "attention_window", 1)
-    window = max(window) if isinstance(window, list | tuple) else window
-    check_length(model.get_encoder(), "max_source_length", settings["max_source_length"], window)
-    check_length(model.get_decoder(), "max_target_length", settings["max_target_length"])
-
-
-class Summarizer(nn.Module):
+class EncoderDecoder(nn.Module):
     """Fusion-in-Decoder (Izacard and Grave, 2021, arXiv:2007.01282) around any encoder-decoder of Transformers.
 
     It adds no parameters: `.model` can be saved and loaded without this class.
@@ -162,7 +83,7 @@ class Summarizer(nn.Module):
         super().__init__()
         self.model = model
         if gradient_checkpointing:
-            checkpoint_layers(model, _same_contexts)
+            checkpoint_layers(model, same_contexts)
         use_fast_layers(model)
         # Longformer has a mask of its own
         self.has_global_attention = "global_attention_mask" in inspect.signature(model.get_encoder().forward).parameters
@@ -170,11 +91,7 @@ class Summarizer(nn.Module):
         # the layers that FSDP shards one by one
         self._no_split_modules = {type(module).__name__ for module in model.modules()}
         self._no_split_modules &= set(getattr(model, "_no_split_modules", None) or ())
-        # vocabulary_loss knows a matrix product plus BART's bias
-        head, scaled = model.get_output_embeddings(), ("final_logit_softcapping", "logits_scaling", "logit_scale")
-        self.has_own_logits = type(head) is not Linear or head.bias is not None
-        configs = [module.config for module in model.modules() if hasattr(module, "config")]  # of encoder and decoder
-        self.has_own_logits |= any(getattr(config, name, None) for config in configs for name in scaled)
+        self.has_own_logits = has_own_logits(model)
         self._check_loss()
 
     def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):
@@ -298,7 +215,7 @@ class Summarizer(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, sequences_per_example, **generation) -> torch.Tensor:
-        """Token ids (examples, 1 + generated tokens); `generation` as in Transformers' `generate`.
+        """Generated token ids (examples, tokens); `generation` as in Transformers' `generate`.
 
         What is not given is taken from the model's generation_config. Inputs are padded on the right.
         """
@@ -310,7 +227,7 @@ class Summarizer(nn.Module):
             generation["input_ids"] = pad_sequence(parts, batch_first=True, padding_value=own.pad_token_id or 0)
         with laid_out_weights(self.model):
             hidden, mask = self._encode_in_parts(input_ids, attention_mask, sequences_per_example)
-            return beam_search(self.model, hidden, mask, **generation)
+            return beam_search(self.model, hidden, mask, **generation)[:, 1:]  # without the start token
 
     def _encode_in_parts(self, input_ids, attention_mask, sequences_per_example):
         """Like `encode`, a few sequences at a time, the longest first.
@@ -332,7 +249,7 @@ class Summarizer(nn.Module):
         return _pad_states([torch.cat(list(islice(rows, count))) for count in sequences_per_example.tolist()])
 
 
-def _same_contexts() -> tuple:
+def same_contexts() -> tuple:
     """For `checkpoint_layers`: a layer runs again within the sequences and with the dropout of its first run."""
     is_fast = any(isinstance(mode, FunctionalDropout) for mode in _get_current_function_mode_stack())
     return nullcontext(), _both(laid_as_now(), FunctionalDropout() if is_fast else nullcontext())
@@ -348,10 +265,3 @@ def _pad_states(examples) -> tuple[torch.Tensor, torch.Tensor]:
     """Encoder states of each example, (tokens, hidden) -> (examples, most tokens, hidden) and the attention mask."""
     ones = [example.new_ones(len(example), dtype=torch.long) for example in examples]
     return pad_sequence(examples, batch_first=True), pad_sequence(ones, batch_first=True)
-
-
-def save_pretrained(summarizer: Summarizer, tokenizer, folder: str | Path, weights: dict) -> None:
-    """Writes a folder for `AutoModelForSeq2SeqLM` and `AutoTokenizer`; `weights` is the summarizer's state dict."""
-    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    summarizer.model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)

@@ -31,6 +31,8 @@ def settle_generation(model, flags: dict, name: str) -> None:
     """
     config = model.generation_config
     config._from_model_config = None  # it is no longer
+    if not model.config.is_encoder_decoder:
+        config.min_length = config.max_length = None  # of a language model, they count the prompt too
     for setting, off in REFUSED.items():
         if getattr(config, setting, None) not in off:
             raise UsageError(
@@ -55,14 +57,19 @@ def settle_generation(model, flags: dict, name: str) -> None:
     if config.do_sample:
         config.do_sample = False
 
-    least = config.min_new_tokens or (config.min_length or 1) - 1
-    most = config.max_new_tokens or config.max_length - 1
+    least, most = config.min_new_tokens or (config.min_length or 1) - 1, most_new_tokens(model)
     if least > most or most < 1:
         raise UsageError(
             f"{name}: at least {least} and at most {most} tokens are to be generated; "
             "set both --min_new_tokens and --max_new_tokens (what is not set is the model's own)"
         )
-    check_length(model.get_decoder(), "max_new_tokens", most)
+    if model.config.is_encoder_decoder:
+        check_length(model.get_decoder(), "max_new_tokens", most)
+
+
+def most_new_tokens(model) -> int:
+    """The most tokens that the model generates, once its settings are settled."""
+    return model.generation_config.max_new_tokens or model.generation_config.max_length - 1
 
 
 def describe_generation(model, source_prefix: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.fast.cpu import multiply
+from utils.fast.cpu import Linear, multiply
 
 
 def label_smoothed_loss(logits, targets, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,6 +14,17 @@ def label_smoothed_loss(logits, targets, smoothing: float) -> tuple[torch.Tensor
     nll = -log_probabilities.gather(1, targets[:, None]).sum()
     uniform = -log_probabilities.mean(-1).sum()
     return (1 - smoothing) * nll + smoothing * uniform, nll.detach()
+
+
+def has_own_logits(model) -> bool:
+    """Whether a model computes logits otherwise than `vocabulary_loss` does.
+
+    Its linear layers are those of `use_fast_layers`.
+    """
+    head, scaled = model.get_output_embeddings(), ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]  # of encoder and decoder
+    is_scaled = any(getattr(config, name, None) for config in configs for name in scaled)
+    return is_scaled or type(head) is not Linear or head.bias is not None
 
 
 def vocabulary_loss(hidden, targets, smoothing: float, weight, bias=None) -> tuple[torch.Tensor, torch.Tensor]:

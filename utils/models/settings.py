@@ -12,9 +12,9 @@ from utils.files import write_json
 FILE = "settings.json"
 
 
-def write_settings(folder: str | os.PathLike, args, names: tuple[str, ...]) -> None:
-    """Writes the flags `names` into a model's folder."""
-    write_json(Path(folder) / FILE, {name: getattr(args, name) for name in names})
+def write_settings(folder: str | os.PathLike, args, names: tuple[str, ...], **others) -> None:
+    """Writes the flags `names`, and `others`, into a model's folder."""
+    write_json(Path(folder) / FILE, {name: getattr(args, name) for name in names} | others)
 
 
 def saved_settings(folder: str | os.PathLike) -> dict:

@@ -1,7 +1,8 @@
 """The summarizer's input: sources of query and passages as token sequences, batches of them, and the texts it writes.
 
 A source is one or more token sequences. With fusion "concat", all passages are in one sequence. With "fid"
-(Fusion-in-Decoder), each passage has a sequence of its own. Every sequence starts with the query.
+(Fusion-in-Decoder), each passage has a sequence of its own. Every sequence starts with the query. The source of a
+language model is a prompt.
 """
 
 import re
@@ -18,6 +19,42 @@ from utils.files import digest
 from utils.models.tokenizer import describe_cut, pad, tokenize, tokenizer_key
 from utils.tables import Texts, lengths, values
 
+# ---- prompts of language models
+
+# with the query before and after the passages, a language model reads them with it in mind (Liu et al., 2023,
+# "Lost in the Middle", arXiv:2307.03172)
+DEFAULT_PROMPT = """Question: {query}
+
+{passages}
+
+Write a summary of the text above in one paragraph.
+The summary answers this question: {query}"""
+MARKS = re.compile(r"(\{query\}|\{passages\})")
+
+
+def render_prompt(tokenizer, template: str, has_query: bool) -> list[str]:
+    """The prompt in parts: texts, and the marks "{query}" and "{passages}" in their places.
+
+    Without a query, the lines that hold {query} are left out. It is the user's turn of the tokenizer's chat template,
+    if it has one.
+    """
+    if not has_query:
+        template = "\n".join(line for line in template.split("\n") if "{query}" not in line).strip("\n")
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": template}]
+        # models that can think before they answer are not asked to
+        template = tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    else:
+        start = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else None
+        template = f"{start or ''}{template}\n\n"
+    parts = [part for part in MARKS.split(template) if part]
+    if parts.count("{passages}") != 1:
+        raise UsageError("the tokenizer's chat template does not keep the user's text; remove it or choose another")
+    return parts
+
+
 # ---- from passages to token sequences
 
 
@@ -29,7 +66,8 @@ class Sources:
     takes at most half of them. With "concat", passages are added in rank order until the sequence is full, and the last
     one is cut. They then stand in the order of `passage_order`: "rank" or "document". Every sequence begins with
     `source_prefix`, which is part of its length. With `marks_query`, two separators follow the query, as in BART's
-    format for two texts (see `Summarizer._read`).
+    format for two texts (see `EncoderDecoder._read`). With a `prompt_template`, a sequence is that prompt with the
+    query and the passages, one a line, in it.
     """
 
     tokenizer: object
@@ -38,29 +76,59 @@ class Sources:
     passage_order: str
     source_prefix: str = ""
     marks_query: bool = False
+    prompt_template: str | None = None
 
     def __post_init__(self):
         self.passage_tokens: dict = {}  # by document: the tokens of all documents of a call, and its first passage
         self.references, self.sources = [], []  # numbers of tokens before any cut
         self.cut = Counter()  # passages asked for, left out and shortened; queries shortened
-        tokenizer = self.tokenizer
+        if self.prompt_template is None:
+            self._use_special_tokens()
+        else:
+            self._use_prompt()
+        if self.room < self.max_source_length // 4:
+            name, size = (
+                "source_prefix" if self.prompt is None else "prompt_template",
+                self.max_source_length - self.room,
+            )
+            raise UsageError(
+                f"--{name} takes {size} of --max_source_length {self.max_source_length} tokens; make it shorter"
+            )
+
+    def _use_special_tokens(self) -> None:
+        """The tokens between and around the texts of a sequence are those of the tokenizer."""
+        tokenizer, self.prompt, self.targets_end = self.tokenizer, None, []
         self.separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-        # the special tokens that this tokenizer puts around a text
+        self.between = [self.separator]
         bare, whole = self.tokenize(["a"])[0], tokenizer("a")["input_ids"]
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         self.prefix, self.suffix = whole[:start], whole[start + len(bare) :]
         if self.source_prefix:
             self.prefix += self.tokenize([self.source_prefix.rstrip()])[0]
-        self.room = self.max_source_length - len(self.prefix) - len(self.suffix)
-        if self.room < self.max_source_length // 4:
-            raise UsageError(
-                f"--source_prefix takes {len(self.prefix)} of --max_source_length {self.max_source_length} tokens; "
-                "make it shorter"
-            )
+        self.queries, self.fixed = 1, dict.fromkeys((True, False), len(self.prefix) + len(self.suffix))
+        self.room = self.max_source_length - self.fixed[True]
+
+    def _use_prompt(self) -> None:
+        """The tokens between and around the texts of a sequence are those of the prompt, with and without a query."""
+        self.prompt, self.fixed = {}, {}
+        for has_query in (True, False):
+            parts = render_prompt(self.tokenizer, self.prompt_template, has_query)
+            self.prompt[has_query] = [part if MARKS.fullmatch(part) else self.tokenize([part])[0] for part in parts]
+            self.fixed[has_query] = sum(len(part) for part in self.prompt[has_query] if not isinstance(part, str))
+        self.between = self.tokenize(["\n"])[0]
+        self.targets_end = [self.tokenizer.eos_token_id]
+        self.queries = max(1, self.prompt[True].count("{query}"))
+        self.room = self.max_source_length - max(self.fixed.values())
 
     def tokenize(self, texts: Iterable[str]) -> Sequence[list[int]]:
         """Tokens of each text, without special ones."""
         return tokenize(self.tokenizer, texts, add_special_tokens=False, verbose=False)
+
+    def tokenize_targets(self, texts: Iterable[str], max_length: int) -> Sequence[list[int]]:
+        """Tokens of each reference, at most `max_length`, with the end token."""
+        options = {"add_special_tokens": False} if self.targets_end else {}
+        return tokenize(self.tokenizer, texts, as_target=True, whole=self.references, tail=self.targets_end,
+                        truncation=True, max_length=max_length - len(self.targets_end), **options)  # fmt: skip
 
     def read(self, documents) -> None:
         """Tokenizes documents in one call, so that the cache on disk serves all of them."""
@@ -80,40 +148,48 @@ class Sources:
         """As `build`, from the tokens of the query."""
         self.read([document])
         tokens, _, first = self.passage_tokens[document]
-        query = query[: self.room // 2]
+        query = query[: self.room // (2 * self.queries)]
         if self.marks_query and query:
             query = [*query, self.separator]
-        kept = self._choose(len(query), document, passage_numbers)
+        kept = self._choose(self.queries * len(query), document, passage_numbers)
         passages = [tokens[first + number][:size] for number, size in kept]
         if self.fusion == "concat":
-            sequences = [self._join([query, *passages])]
+            sequences = [self._join(query, passages)]
         else:  # without a passage, the query alone
-            sequences = [self._join([query, passage]) for passage in passages] or [self._join([query])]
+            sequences = [self._join(query, [passage]) for passage in passages] or [self._join(query, [])]
         return sequences, [number for number, _ in kept]
 
     def length(self, query_length: int, document, passage_numbers: Sequence[int]) -> int:
         """Tokens of the longest sequence of the source of a query of so many tokens; counts what is cut of it."""
-        query = min(query_length, self.room // 2)
-        query += self.marks_query and query > 0
+        query = min(query_length, self.room // (2 * self.queries))
+        query = self.queries * (query + (self.marks_query and query > 0))
         chosen = self._choose(query, document, passage_numbers)
         self._count_cut(query_length, document, passage_numbers, chosen)
         kept = [size for _, size in chosen]
-        texts = [[query, *kept]] if self.fusion == "concat" or not kept else [[query, size] for size in kept]
-        special = len(self.prefix) + len(self.suffix)
-        return special + max(sum(sizes) + max(0, sum(map(bool, sizes)) - 1) for sizes in texts)
+        texts = [kept] if self.fusion == "concat" or not kept else [[size] for size in kept]
+        if self.prompt is None:
+            texts = [[query, *sizes] for sizes in texts]
+            query = 0
+        between = [len(self.between) * max(0, sum(map(bool, sizes)) - 1) for sizes in texts]
+        return self.fixed[query_length > 0] + query + max(map(sum, zip(map(sum, texts), between, strict=True)))
 
     def _choose(self, query_length: int, document, passage_numbers: Sequence[int]) -> list[tuple[int, int]]:
         """The passages that fit after a query, in the order in which they are read, and how many tokens of each."""
         _, sizes, first = self.passage_tokens[document]
         kept, free = [], self.room - query_length
         for number in passage_numbers:
-            room = free - 1  # after the separator
+            room = free - len(self.between)
             if room <= 0 and kept:
                 break
             kept.append((number, min(int(sizes[first + number]), max(room, 0))))
             if self.fusion == "concat":
                 free = room - kept[-1][1]
         return sorted(kept) if self.passage_order == "document" else kept
+
+    def rules(self) -> list:
+        """What decides a source, beside the tokenizer; the tokens around the texts tell the languages."""
+        around = [self.prefix, self.suffix] if self.prompt is None else list(self.prompt.values())
+        return [self.fusion, self.max_source_length, self.passage_order, around]
 
     def cuts(self, max_target_length: int) -> str:
         """What of the references and sources made so far is cut, in one line; "" if nothing is."""
@@ -133,18 +209,23 @@ class Sources:
     def _count_cut(self, query_length: int, document, passage_numbers: Sequence[int], kept: list) -> None:
         """Counts what a source lacks: `kept` are passages and how many tokens of each are read."""
         _, sizes, first = self.passage_tokens[document]
-        whole = [int(sizes[first + number]) + 1 for number in passage_numbers]  # with the separator
+        whole = [int(sizes[first + number]) + len(self.between) for number in passage_numbers]
         longest = max(whole, default=0) if self.fusion == "fid" else sum(whole)
-        self.sources.append(len(self.prefix) + query_length + longest + len(self.suffix))
+        self.sources.append(self.fixed[query_length > 0] + self.queries * query_length + longest)
         self.cut["passages"] += len(whole)
         self.cut["left out"] += len(whole) - len(kept)
         self.cut["shortened"] += sum(size < sizes[first + number] for number, size in kept)
-        self.cut["queries"] += query_length > self.room // 2
+        self.cut["queries"] += query_length > self.room // (2 * self.queries)
 
-    def _join(self, texts: list[list[int]]) -> list[int]:
-        """One sequence of several texts, with separators and special tokens; empty texts are left out."""
-        body = [token for text in texts if text for token in (self.separator, *text)][1:]
-        return self.prefix + body + self.suffix
+    def _join(self, query: list[int], passages: list[list[int]]) -> list[int]:
+        """One sequence of query and passages; empty texts are left out."""
+        texts = passages if self.prompt else [query, *passages]
+        body = [token for text in texts if text for token in (*self.between, *text)][len(self.between) :]
+        if self.prompt is None:
+            return self.prefix + body + self.suffix
+        marked = {"{query}": query, "{passages}": body}
+        parts = (marked[part] if isinstance(part, str) else part for part in self.prompt[bool(query)])
+        return [token for part in parts for token in part]
 
 
 class Rows(Sequence):
@@ -161,8 +242,7 @@ class Rows(Sequence):
         sources.read(self.documents)
         self.queries = sources.tokenize(values(examples, "query"))
         references = Texts(lambda: (text for of_example in summaries for text in of_example))
-        self.target_tokens = tokenize(sources.tokenizer, references, as_target=True, whole=sources.references,
-                                      truncation=True, max_length=max_target_length)  # fmt: skip
+        self.target_tokens = sources.tokenize_targets(references, max_target_length)
         counts = lengths(summaries)
         self.first_target = np.cumsum([0, *counts])
         self.number_of_target = np.repeat(np.arange(len(counts)), counts)
@@ -190,7 +270,7 @@ class Rows(Sequence):
     def digest(self) -> str:
         """A checksum of what is read and written."""
         sources = self.sources
-        rules = [tokenizer_key(sources.tokenizer), sources.fusion, sources.max_source_length, sources.passage_order]
+        rules = [tokenizer_key(sources.tokenizer), sources.rules()]
         return digest([self.examples.id, rules, int(lengths(self.target_tokens).sum()), self.hops])
 
 
@@ -198,7 +278,7 @@ class Rows(Sequence):
 
 
 def collate(sources: list[list[list[int]]], targets: list[list[int]], pad_token_id: int) -> BatchEncoding:
-    """Pads sources and targets into the keyword arguments of `Summarizer.forward`.
+    """Pads sources and targets into the keyword arguments of `EncoderDecoder.forward`.
 
     `input_ids` and `attention_mask` are (sequences, tokens), with the sequences of all examples one below the other.
     `sequences_per_example` is (examples,). `labels` is (examples, target tokens), padded with -100.
@@ -224,8 +304,8 @@ def count_tokens(batch: dict, is_packed: bool) -> dict[str, int]:
 
 
 def count_generated(ids, eos_token_id) -> int:
-    """Tokens that were generated, up to and with the first end token of each row; ids (examples, 1 + tokens)."""
-    ends = torch.isin(ids[:, 1:], torch.as_tensor(eos_token_id, device=ids.device)).long()
+    """Tokens that were generated, up to and with the first end token of each row; ids (examples, tokens)."""
+    ends = torch.isin(ids, torch.as_tensor(eos_token_id, device=ids.device)).long()
     return int((ends.cumsum(1) - ends == 0).sum())
 
 

@@ -125,6 +125,7 @@ def tokenize(
     keep: bool = True,
     as_target: bool = False,
     if_empty: list[int] | None = None,
+    tail: Sequence[int] = (),
     whole: list[np.ndarray] | None = None,
     **options,
 ) -> Sequence[list[int]]:
@@ -137,6 +138,7 @@ def tokenize(
     Args:
         as_target: texts to be generated, which some tokenizers treat differently.
         if_empty: takes the place of no tokens.
+        tail: tokens that follow each text, not counted by the tokenizer's `max_length`.
         whole: this list grows by an array (texts,) with the number of tokens of each text before truncation.
     """
     side = "text_target" if as_target else "text"
@@ -144,7 +146,8 @@ def tokenize(
     def tokenize_now(some: list[str]) -> tuple[list[list[int]], list[int]]:
         encoded = tokenizer(**{side: some}, **options)
         lengths = whole_lengths(tokenizer, some, encoded, options)
-        return [ids or if_empty or [] for ids in encoded["input_ids"]], lengths
+        texts_ids = [[*ids, *tail] if tail else ids for ids in encoded["input_ids"]]
+        return [ids or if_empty or [] for ids in texts_ids], [length + len(tail) for length in lengths]
 
     sizes = itertools.accumulate(map(len, texts), initial=0)
     rules = tokenizer_key(tokenizer) if keep and any(size >= CACHED_FROM for size in sizes) else None
@@ -167,7 +170,7 @@ def tokenize(
                 for ids, length in zip(*tokenize_now(block), strict=True):
                     add({"ids": ids, "whole": length})
 
-    folder = cached("tokens", [checksum.hexdigest(), rules, side, if_empty, options], write)
+    folder = cached("tokens", [checksum.hexdigest(), rules, side, if_empty, list(tail), options], write)
     table = Table(folder / "ids.arrow")
     if whole is not None:
         whole.append(table.array("whole"))

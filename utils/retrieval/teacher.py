@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from utils.models.encoder_decoder import Summarizer, load_model_and_tokenizer
 from utils.models.languages import set_languages
 from utils.models.settings import saved_settings
-from utils.models.sources import Sources, collate
+from utils.models.sources import collate
+from utils.models.summarizer import load_model_and_tokenizer, sources_for, wrap
 
 
 @torch.no_grad()
@@ -23,13 +23,13 @@ def passage_likelihoods(
     pretrained, tokenizer = load_model_and_tokenizer(folder, name="--teacher", trust_remote_code=trust_remote_code)
     saved = saved_settings(folder)
     set_languages(pretrained, tokenizer, saved.get("source_lang"), saved.get("target_lang"), folder)
-    summarizer = Summarizer(pretrained).to(accelerator.device).eval()
-    sources = Sources(tokenizer, "concat", saved.get("max_source_length", 512), "rank",
-                      saved.get("source_prefix") or "", summarizer.has_global_attention)  # fmt: skip
+    summarizer = wrap(pretrained).to(accelerator.device).eval()
+    settings = {"max_source_length": 512, "source_prefix": None, "prompt_template": None}
+    settings |= {name: value for name, value in saved.items() if name in settings}
+    sources = sources_for(summarizer, tokenizer, {**settings, "fusion": "concat", "passage_order": "rank"})
     rows = []  # (example, candidate, source, target)
     for number, (example, passages) in enumerate(zip(examples, candidates, strict=True)):
-        targets = tokenizer(text_target=example.summaries, truncation=True,
-                            max_length=saved.get("max_target_length", 128))["input_ids"]  # fmt: skip
+        targets = sources.tokenize_targets(example.summaries, saved.get("max_target_length", 128))
         for candidate, passage in enumerate(passages):
             numbers = passage if isinstance(passage, list) else [passage]
             source = sources.build(example.query, example.document, numbers)[0]

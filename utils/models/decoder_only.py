@@ -1,0 +1,125 @@
+"""Decoder-only language models as summarizers: the forward pass, loss and generation.
+
+A source is a prompt (see `sources.Sources`), and the summary continues it. The loss is that of the summary's tokens
+and its end only.
+"""
+
+import warnings
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from utils.errors import UsageError, in_one_line
+from utils.fast.beam_search import prompted_search
+from utils.fast.cpu import FunctionalDropout, laid_out_weights, use_fast_layers
+from utils.fast.packing import laid_end_to_end, remove_padding_of_decoder
+from utils.models.encoder_decoder import same_contexts
+from utils.models.losses import has_own_logits, label_smoothed_loss, vocabulary_loss
+from utils.models.settings import checkpoint_layers
+
+
+class LanguageModel(nn.Module):
+    """Any decoder-only model of Transformers, with the interface of `encoder_decoder.EncoderDecoder`.
+
+    It adds no parameters: `.model` can be saved and loaded without this class.
+    """
+
+    def __init__(self, model, gradient_checkpointing: bool = False):
+        super().__init__()
+        self.model = model
+        if gradient_checkpointing:
+            checkpoint_layers(model, same_contexts)
+        use_fast_layers(model)
+        self.is_packed = remove_padding_of_decoder(model)
+        # the layers that FSDP shards one by one
+        self._no_split_modules = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules &= set(getattr(model, "_no_split_modules", None) or ())
+        self.has_own_logits = has_own_logits(model)
+        self._check_loss()
+
+    def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):
+        """Logits (target tokens, vocabulary) at the targets, in the order of ``labels[labels != -100]``.
+
+        With `label_smoothing_factor`: their `label_smoothed_loss` instead, with less memory and time. Prompts
+        (examples, tokens) and `labels` are padded on the right. Without padding, the sequences of all examples, each a
+        prompt and its targets but the last, lie end to end.
+        """
+        real = labels != -100
+        wants_logits = label_smoothing_factor is None or self.has_own_logits
+        head, states = self.model.get_output_embeddings(), []
+        is_input = torch.cat([attention_mask != 0, real[:, 1:]], dim=1)
+        ids = torch.cat([input_ids, labels[:, :-1]], dim=1)[is_input]
+        # the last token of a prompt predicts the first target
+        ends = attention_mask * (attention_mask.cumsum(1) == attention_mask.sum(1, keepdim=True)) * real[:, :1]
+        predicts = torch.cat([ends != 0, real[:, 1:]], dim=1)
+        positions, lengths = (is_input.cumsum(1) - 1)[is_input], is_input.sum(1).tolist()
+        if self.is_packed:
+            places = predicts[is_input].nonzero()[:, 0]
+            inputs, within = {"input_ids": ids[None], "position_ids": positions[None]}, laid_end_to_end(lengths)
+        else:
+            inputs = {name: pad_sequence(values.split(lengths), batch_first=True)
+                      for name, values in (("input_ids", ids), ("position_ids", positions),
+                                           ("attention_mask", torch.ones_like(ids)))}  # fmt: skip
+            starts = torch.arange(len(labels), device=labels.device)[:, None] * inputs["input_ids"].shape[1]
+            places, within = (starts + is_input.cumsum(1) - 1)[predicts], nullcontext()
+
+        # The output layer is by far the widest. It gets those positions only, or a single one for vocabulary_loss.
+        def keep_predicting(module, arguments):
+            states.append(arguments[0].flatten(0, 1).index_select(0, places))
+            return (states[0][None] if wants_logits else arguments[0][:1, :1],)
+
+        fast_dropout = FunctionalDropout if labels.device.type == "cpu" and self.training else nullcontext
+        handle = head.register_forward_pre_hook(keep_predicting)
+        try:
+            with within, fast_dropout():
+                output = self.model(**inputs, use_cache=False)
+        finally:
+            handle.remove()
+        if label_smoothing_factor is None:
+            return output.logits[0]
+        if wants_logits:
+            return label_smoothed_loss(output.logits[0], labels[real], label_smoothing_factor)
+        return vocabulary_loss(states[0], labels[real], label_smoothing_factor, head.weight)
+
+    @torch.no_grad()
+    def _check_loss(self) -> None:
+        """Raises UsageError if the loss of random examples is not the model's own, or a token sees later ones."""
+        model, was_training = self.model, self.model.training
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0)).to(model.device)
+        mask, labels = torch.ones_like(ids), ids.masked_fill(torch.arange(9, device=ids.device) < 5, -100)
+        model.eval()
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                own = model(input_ids=ids, attention_mask=mask, labels=labels)
+                before = model(input_ids=ids[:, :5], attention_mask=mask[:, :5]).logits
+            batch = {"input_ids": ids[:, :5], "attention_mask": mask[:, :5], "labels": ids[:, 5:],
+                     "sequences_per_example": mask[:, 0]}  # fmt: skip
+            ours = self(**batch, label_smoothing_factor=0.0)[0] / ids[:, 5:].numel()
+            problem = (
+                ""
+                if (own.loss - ours).abs() <= 0.01 * own.loss.abs()
+                else f"its own loss is {own.loss:.4f}, here {ours:.4f}"
+            )
+            if (own.logits[:, :5] - before).abs().max() > 0.01 * before.abs().max():
+                problem = "a token sees those that follow it, so that it cannot write"
+        except Exception as error:  # models of others may raise anything
+            problem = in_one_line(error)
+        finally:
+            model.train(was_training)
+        if problem:
+            name = model.config.name_or_path or "the model"
+            raise UsageError(
+                f"{name}: models of type {model.config.model_type} are not supported; choose another: {problem}"
+            )
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask, sequences_per_example, **generation) -> torch.Tensor:
+        """Generated token ids (examples, tokens), without the prompt; `generation` as in Transformers' `generate`.
+
+        What is not given is taken from the model's generation_config. Prompts are padded on the right.
+        """
+        with laid_out_weights(self.model):
+            return prompted_search(self.model, input_ids, attention_mask, **generation)
