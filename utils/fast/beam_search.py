@@ -305,12 +305,3 @@ def attend(module, query, key, value, attention_mask, scaling=None, position_bia
 
 # no mask function is registered under this name, so that models make no mask
 AttentionInterface.register(ATTENTION, attend)
-
-
-@torch.no_grad()
-def prompted_search(model, input_ids, attention_mask, **generation) -> torch.Tensor:
-    left = [row[mask != 0].flip(0) for row, mask in zip(input_ids, attention_mask, strict=True)]
-    pad = model.generation_config.pad_token_id
-    ids = torch.nn.utils.rnn.pad_sequence(left, batch_first=True, padding_value=pad).flip(1)
-    ones = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in left], batch_first=True).flip(1)
-    return model.generate(ids, attention_mask=ones, **generation)[:, ids.shape[1] :]
