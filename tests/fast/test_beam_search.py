@@ -222,7 +222,7 @@ def test_what_the_search_does_not_know_is_left_to_transformers(settings, searche
 def test_a_model_that_is_not_listed_is_left_to_transformers(searched):
     model, inputs = build("led", attention_window=4), encoded()
     settings = {"num_beams": 3, "max_new_tokens": 8}
-    assert not generation.is_supported(model, model.generation_config)
+    assert not generation.reads_sources(model)
     assert torch.equal(beam_search(model, *inputs, **settings), transformers_generate(model, *inputs, **settings))
     assert not searched
 
