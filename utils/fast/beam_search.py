@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -54,6 +55,7 @@ WITHOUT_EFFECT = {"dropout", "is_causal", "sliding_window", "position_ids", "use
                   "output_router_logits", "output_hidden_states", "return_dict"}  # fmt: skip
 # most tokens, padding included, of prompts that are read at once; fewer on a CPU, to fit its cache
 READ_ON_CPU, READ_ON_GPU = 2048, 16384
+LEFT_TO_TRANSFORMERS = WeakSet()  # models with which the search was tried in vain
 
 
 class NotShared(Exception):
@@ -95,10 +97,8 @@ def prompted_search(model, input_ids, attention_mask, **generation) -> torch.Ten
     longest = int(lengths.max())
     columns = (torch.arange(longest, device=lengths.device) + lengths[:, None]) % longest
     padded_left = {"input_ids": input_ids.gather(1, columns), "attention_mask": attention_mask.gather(1, columns)}
-    prompts = input_ids[:, :longest], lengths
-    return generate(model, partial(search_prompts, prompts=prompts), reads_prompts, padded_left, generation)[
-        :, longest:
-    ]
+    method = partial(search_prompts, prompts=(input_ids[:, :longest], lengths))
+    return generate(model, method, reads_prompts, padded_left, generation)[:, longest:]
 
 
 def generate(model, method, is_readable, inputs: dict, generation: dict) -> torch.Tensor:
@@ -116,7 +116,7 @@ def generate(model, method, is_readable, inputs: dict, generation: dict) -> torc
         try:
             return model.generate(**inputs, **plain, custom_generate=partial(method, beams=beams))
         except NotShared:
-            pass
+            LEFT_TO_TRANSFORMERS.add(model)
     return model.generate(**inputs, **generation, synced_gpus=_is_sharded(model) or None)
 
 
@@ -127,6 +127,7 @@ def _is_sharded(model) -> bool:
 def is_supported(model, config) -> bool:
     return (
         not model.training  # dropout would differ
+        and model not in LEFT_TO_TRANSFORMERS
         and config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH)
         and all(getattr(config, name, None) in values for name, values in UNSUPPORTED.items())
         and not is_fsdp_managed_module(model)
@@ -153,12 +154,13 @@ def reads_prompts(model) -> bool:
 
 @contextmanager
 def replaced_attention(model, name: str):
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    decoder = model.get_decoder()
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        decoder.set_attn_implementation(before)
 
 
 # ---- the search
@@ -172,18 +174,15 @@ def search_sources(model, start, *, encoded, generation_config, beams, **setting
     if mask is not None and not mask.all():
         source.mask = torch.zeros(mask.shape, device=start.device)
         source.mask = source.mask.masked_fill(mask == 0, torch.finfo(torch.float32).min)[:, None, None]
-    with replaced_attention(model.get_decoder(), ATTENTION):
+    with replaced_attention(model, ATTENTION):
         cache = EncoderDecoderCache(*(Cache(layer_class_to_replicate=partial(Layer, view)) for view in (past, source)))
         caches = cache.self_attention_cache, cache.cross_attention_cache
 
-        def read(tokens):
-            return {
-                "encoder_outputs": encoded["encoder_outputs"],
-                "decoder_input_ids": tokens,
-                cache_argument(model): cache,
-            }
+        def inputs(tokens):
+            states = encoded["encoder_outputs"]
+            return {"encoder_outputs": states, "decoder_input_ids": tokens, cache_argument(model): cache}
 
-        return search(model, start, read, caches, (past, source), generation_config, beams, **settings)
+        return search(model, start, inputs, caches, (past, source), generation_config, beams, **settings)
 
 
 def search_prompts(model, padded_left, *, prompts, generation_config, beams, **settings) -> torch.Tensor:
@@ -200,13 +199,15 @@ def search_prompts(model, padded_left, *, prompts, generation_config, beams, **s
     past = View(longest + beams.count * (generation_config.max_length - longest - 1), positions, mask, has_rules=True)
     cache = Cache(layer_class_to_replicate=partial(Layer, past))
     read_prompts(model, input_ids, lengths, past, cache)
+    for layer, usual in zip(cache.layers, DynamicCache(config=model.config).layers, strict=False):
+        layer.window = getattr(usual, "sliding_window", None)
 
-    def read(tokens):
+    def inputs(tokens):
         position_ids = past.positions[:, -1:].repeat_interleave(len(tokens) // len(past.positions), 0)
         return {"input_ids": tokens, "position_ids": position_ids, cache_argument(model): cache}
 
     with replaced_attention(model, ATTENTION_TO_PROMPTS):
-        return search(model, padded_left, read, (cache,), (past,), generation_config, beams, **settings)
+        return search(model, padded_left, inputs, (cache,), (past,), generation_config, beams, **settings)
 
 
 def read_prompts(model, input_ids, lengths, view, cache) -> None:
@@ -233,10 +234,10 @@ def cache_argument(model) -> str:
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
-def search(model, start, read, caches, views, generation_config, beams, *, logits_processor, **_) -> torch.Tensor:
+def search(model, start, inputs, caches, views, generation_config, beams, *, logits_processor, **_) -> torch.Tensor:
     """The decoding loop: start (examples, tokens) -> (examples, tokens + generated tokens).
 
-    `read(tokens)` gives the model's arguments for the newest tokens (examples * beams, 1).
+    `inputs(tokens)` gives the model's arguments for the newest tokens (examples * beams, 1).
     """
     (examples, begin), device, max_length = start.shape, start.device, generation_config.max_length
     eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
@@ -263,7 +264,7 @@ def search(model, start, read, caches, views, generation_config, beams, *, logit
 
     for length in range(begin, max_length):
         tokens = state.running[:, : 1 if length == begin else None, length - 1]  # one start token for all beams
-        logits = model(**read(tokens.reshape(-1, 1)), use_cache=True).logits[:, -1].float()
+        logits = model(**inputs(tokens.reshape(-1, 1)), use_cache=True).logits[:, -1].float()
         layers = [layer for cache in caches for layer in cache.layers]
         if length == begin:
             if not layers or any(layer.reads != 1 for layer in layers):
@@ -365,7 +366,7 @@ class View:
     mask: torch.Tensor | None = None  # (examples, 1, beams, slots), 0 at what a beam sees
     has_rules: bool = False  # the model has rules for which positions see which: causal, sliding windows
     part: torch.Tensor | None = None  # the numbers of the examples whose prompts are being read
-    masks: dict = field(default_factory=dict)  # `mask` where a rule is followed too, for each rule
+    masks: dict = field(default_factory=dict)  # `mask` with a rule and a window, for each of them
 
     def append_slots(self, parents) -> None:
         """A slot for the next token of each beam. A beam sees what its parent (examples, beams) saw, and its own."""
@@ -375,17 +376,20 @@ class View:
         self.mask, self.masks = torch.cat([seen, own.expand(examples, 1, -1, -1)], 3), {}
         self.positions = torch.cat([self.positions, self.positions[:, -1:].repeat(1, beams) + 1], 1)
 
-    def follow_rule(self, attention_mask):
-        """The mask of a layer for which the model made `attention_mask`."""
+    def follow_rule(self, attention_mask, window: int | None):
+        """The mask of a layer for which the model made `attention_mask`, and of which it would cache a window."""
         if not self.has_rules:
             return self.mask
         rule = getattr(attention_mask, "rule", None)
-        if rule is None:
-            raise NotShared
-        if rule not in self.masks:
+        if (rule, window) not in self.masks:
             zero, positions = self.positions.new_zeros(1, 1, 1, 1), self.positions[:, None, None]
-            self.masks[rule] = self.mask.masked_fill(~rule(zero, zero, positions[..., -1:], positions), -torch.inf)
-        return self.masks[rule]
+            if rule is None or rule(zero, zero, zero, zero + 1).any():  # prompts would see their padding
+                raise NotShared
+            if window is not None and rule(zero, zero, zero + window, zero).any():  # the cache would have lost it
+                raise NotShared
+            seen = rule(zero, zero, positions[..., -1:], positions)
+            self.masks[rule, window] = self.mask.masked_fill(~seen, -torch.inf)
+        return self.masks[rule, window]
 
     def keep(self, select) -> None:
         self.positions, self.mask = (x if x is None else select(x) for x in (self.positions, self.mask))
@@ -399,7 +403,8 @@ class Layer(DynamicLayer):
 
     def __init__(self, view):
         super().__init__()
-        self.view, self.stored, self.slots, self.tokens, self.reads = view, None, 0, 0, 0
+        self.view, self.window, self.stored = view, None, None
+        self.slots, self.tokens, self.reads = 0, 0, 0
 
     def update(self, keys, values, *_, **__):
         rows, _, tokens, _ = keys.shape
@@ -463,8 +468,10 @@ def attend(module, query, key, value, attention_mask, scaling=None, position_bia
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     if layer.view.positions is not None and position_bias is not None:
+        if layer.view.has_rules:
+            raise NotShared  # each example has positions of its own
         scores = scores + position_bias[..., layer.view.positions[0]]
-    mask = layer.view.follow_rule(attention_mask)
+    mask = layer.view.follow_rule(attention_mask, layer.window)
     if mask is not None:
         # 0 or hidden: no rounding
         scores = (scores.unflatten(2, shape) + mask.to(scores.dtype)[:, :, :, None]).flatten(2, 3)
