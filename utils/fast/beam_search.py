@@ -11,10 +11,10 @@ Leans on these internals of Transformers: `generate(custom_generate=...)` and th
 `GenerationConfig._eos_token_tensor` and `_pad_token_tensor`, `config._attn_implementation`, the methods of a cache
 layer (`DynamicLayer`) that models call, the layers of `EncoderDecoderCache`, and that attention functions get the
 cache's keys as the same tensor object. For encoder-decoders: that attention functions get no mask where no mask
-function has their name. For decoder-only models: `_can_set_attn_implementation`, that `DynamicCache(config=...)` has a
-layer of another class where more than keys and values is cached, that modules with rotary positions have a
-`rope_type`, and that attention functions get the mask that the mask function of their name returned as the same tensor
-object; this function gets the model's rule for which positions see which (`mask_function`).
+function has their name. For decoder-only models: that attention functions get as the same tensor object what the mask
+function of their name returned, which itself gets the model's rule for which positions see which (`mask_function`);
+that the layers of `DynamicCache(config=...)` tell what a model caches; `_can_set_attn_implementation`, the `rope_type`
+of modules with rotary positions, and `prompt_ignore_length` of a logits processor.
 """
 
 import copy
@@ -46,7 +46,9 @@ MODEL_TYPES = (
 )  # fmt: skip
 # settings that this search does not support, each with the values that switch it off
 UNSUPPORTED = {"num_return_sequences": (None, 1), "return_dict_in_generate": (None, False), "max_time": (None,),
-               "stop_strings": (None,), "guidance_scale": (None, 1)}  # fmt: skip
+               "stop_strings": (None,), "guidance_scale": (None, 1), "watermarking_config": (None,)}  # fmt: skip
+# the same, where a prompt is what would be compared with
+UNSUPPORTED_WITH_PROMPTS = {"encoder_repetition_penalty": (None, 1), "encoder_no_repeat_ngram_size": (None, 0)}
 NEVER = -1e9  # score of what must not be chosen, as in `generate`
 ATTENTION = "beams_share_keys"
 ATTENTION_TO_PROMPTS = "beams_share_prompts"  # the same, for models that make a mask
@@ -105,7 +107,7 @@ def generate(model, method, is_readable, inputs: dict, generation: dict) -> torc
     """`model.generate`, with `method` as its decoding loop where that applies."""
     config = copy.deepcopy(model.generation_config)
     unknown = config.update(**generation)
-    if not unknown and is_supported(model, config) and is_readable(model):
+    if not unknown and is_supported(model, config) and is_readable(model, config):
         beams = SimpleNamespace(
             count=config.num_beams or 1,
             length_penalty=1.0 if config.length_penalty is None else config.length_penalty,
@@ -129,23 +131,28 @@ def is_supported(model, config) -> bool:
         not model.training  # dropout would differ
         and model not in LEFT_TO_TRANSFORMERS
         and config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH)
-        and all(getattr(config, name, None) in values for name, values in UNSUPPORTED.items())
+        and _has_none(config, UNSUPPORTED)
         and not is_fsdp_managed_module(model)
         and not _is_sharded(model)
     )
 
 
-def reads_sources(model) -> bool:
+def _has_none(config, settings: dict) -> bool:
+    return all(getattr(config, name, None) in values for name, values in settings.items())
+
+
+def reads_sources(model, config) -> bool:
     return model.config.model_type in MODEL_TYPES
 
 
-def reads_prompts(model) -> bool:
+def reads_prompts(model, config) -> bool:
     """Whether an example's positions are its own, and keys and values are all that is cached."""
     cached = {type(layer) for layer in DynamicCache(config=model.config).layers} - {DynamicSlidingWindowLayer}
     kinds = [module.rope_type for module in model.modules() if hasattr(module, "rope_type")]
     kinds = {kind for each in kinds for kind in (each.values() if isinstance(each, dict) else [each])}
     return (
-        "position_ids" in inspect.signature(model.forward).parameters
+        _has_none(config, UNSUPPORTED_WITH_PROMPTS)
+        and "position_ids" in inspect.signature(model.forward).parameters
         and cached <= {DynamicLayer}
         and not kinds & {"dynamic", "longrope"}  # these depend on the longest of the batch
         and model._can_set_attn_implementation()
@@ -245,6 +252,8 @@ def search(model, start, inputs, caches, views, generation_config, beams, *, log
     process = LogitsProcessorList(
         no_repeated_ngrams(p.ngram_size) if type(p) is NoRepeatNGramLogitsProcessor else p for p in logits_processor
     )
+    # these get the padding on the left of each row, one row for an example
+    penalties = [p for p in process if isinstance(getattr(p, "prompt_ignore_length", None), torch.Tensor)]
     # `generate` fills unused positions with the same
     fill = eos[0] if pad is None or (beams.count > 1 and not pad) else pad
     running = fill.repeat(examples, beams.count, max_length)
@@ -258,6 +267,7 @@ def search(model, start, inputs, caches, views, generation_config, beams, *, log
         ended_scores=scores,
         has_ended=torch.zeros_like(scores, dtype=torch.bool),
         ended_lengths=torch.ones_like(scores, dtype=torch.long),
+        padding=penalties[0].prompt_ignore_length if penalties else torch.zeros(examples, device=device),
     )
     result, lengths = running[:, 0].clone(), torch.ones(examples, dtype=torch.long)
     limits = SimpleNamespace(**vars(beams), begin=begin, max_length=max_length, eos=eos)
@@ -271,6 +281,8 @@ def search(model, start, inputs, caches, views, generation_config, beams, *, log
                 raise NotShared
             logits = logits.repeat_interleave(beams.count, 0)
 
+        for penalty in penalties:
+            penalty.prompt_ignore_length = state.padding.repeat_interleave(beams.count)
         advance = advance_greedily if beams.count == 1 else advance_beams
         parents, done = advance(state, logits, process, length, limits)
         if done.any():
