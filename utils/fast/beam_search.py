@@ -162,6 +162,7 @@ def reads_prompts(model, config) -> bool:
 @contextmanager
 def replaced_attention(model, name: str):
     decoder = model.get_decoder()
+    decoder = decoder if hasattr(decoder, "config") else model  # a few models call their output layer a decoder
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation(name)
     try:
