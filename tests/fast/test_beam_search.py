@@ -66,10 +66,10 @@ def prompts(lengths=LENGTHS, seed=0):
     return ids.masked_fill(mask == 0, PAD), mask
 
 
-def transformers_continue(model, ids, mask, **settings):
+def transformers_continue(model, ids, mask, pad=PAD, **settings):
     """What Transformers writes after the prompts, which it wants padded on the left."""
     rows = [row[:length] for row, length in zip(ids, mask.sum(1), strict=True)]
-    left = torch.stack([torch.cat([row.new_full((ids.shape[1] - len(row),), PAD), row]) for row in rows])
+    left = torch.stack([torch.cat([row.new_full((ids.shape[1] - len(row),), pad), row]) for row in rows])
     return model.generate(input_ids=left, attention_mask=mask.flip(1), **settings)[:, ids.shape[1] :]
 
 
@@ -189,6 +189,7 @@ DECODERS = {
     "gpt2": {},
     "gpt_neox": {},
     "roberta": {"is_decoder": True},
+    "modernbert-decoder": {"local_attention": 8, "global_attn_every_n_layers": 2, "head_dim": 4},
 }  # fmt: skip
 
 
@@ -221,14 +222,16 @@ def test_decoder_only_models_follow_all_settings_of_the_search(kind, searched):
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_padding_that_is_also_the_end_and_prompts_without_it(beams, searched):
-    model = build_decoder("llama")
+def test_padding_that_is_also_the_end_counts_for_what_it_counts_for_in_transformers(beams, searched):
+    model, settings = build_decoder("llama"), {"num_beams": beams, "max_new_tokens": 12}
     model.generation_config.update(pad_token_id=None)
-    for lengths in ((6, 6, 6), (1, 1), (9,)):
-        inputs = prompts(lengths)
-        ids = prompted_search(model, *inputs, num_beams=beams, max_new_tokens=8)
-        assert torch.equal(ids, transformers_continue(model, *inputs, num_beams=beams, max_new_tokens=8))
-    assert len(searched) == 3
+    for lengths in (LENGTHS, (1, 1), (9,)):
+        ids, mask = prompts(lengths)
+        inputs = ids.masked_fill(mask == 0, EOS), mask
+        for penalty in ({}, {"repetition_penalty": 4.0}, {"no_repeat_ngram_size": 1}):
+            ids = prompted_search(model, *inputs, **settings, **penalty)
+            assert torch.equal(ids, transformers_continue(model, *inputs, pad=EOS, **settings, **penalty)), penalty
+    assert len(searched) == 9
 
 
 def test_columns_that_hold_only_padding_change_nothing(searched):
