@@ -1,12 +1,14 @@
-"""Seconds and memory of generation: Transformers' `generate` on unsorted batches of 8 against ours.
+"""Seconds and memory of generation: Transformers' `generate` on unsorted batches of 8 against what is used here.
 
     python benchmarks/generation.py --size base --examples 16 --repeats 3
 
-Ours gets the same examples in order of length, in batches of at most `--max_tokens` source tokens. The model is a BART
-of random weights, large enough for outputs to vary; nothing is downloaded. All numbers include the encoder. The two
-ways are timed in turns within one process, so that both meet the same load; the ratio is that of each turn. Memory is
-what a process of its own needs beyond the loaded model for 32 new tokens: the highest resident size that Linux reports
-(VmHWM; on a GPU, the most that was allocated).
+For concat and fid, that is `Summarizer.generate` with a BART, which gets the same examples in order of length, in
+batches of at most `--max_tokens` source tokens. For prompt, it is `prompted_search` with a decoder-only model of
+SmolLM2-135M's size, in batches of 8 in order of length. Weights are random, large enough for outputs to vary; nothing
+is downloaded. All numbers include the encoder, or reading the prompts. The two ways are timed in turns within one
+process, so that both meet the same load; the ratio is that of each turn. Memory is what a process of its own needs
+beyond the loaded model for 32 new tokens: the highest resident size that Linux reports (VmHWM; on a GPU, the most that
+was allocated).
 
 Results
 
@@ -52,28 +54,31 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from hardware import hardware
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.fast import cpu
+from utils.fast.beam_search import prompted_search
 from utils.models.encoder_decoder import EncoderDecoder
 from utils.models.sources import collate
+from utils.training.batching import eval_batches
 
 EOS, PAD = 2, 1
-NEW_TOKENS = {"concat": 128, "fid": 64}
+NEW_TOKENS = {"concat": 128, "fid": 64, "prompt": 64}
+DECODER_VOCABULARY = 49152
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", choices=["small", "base"], default="base", help="d_model 256 or BART-base")
+    parser.add_argument("--size", choices=["small", "base"], default="base", help="BART with d_model 256, or BART-base")
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3, help="turns of both ways, after the one that warms up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compute_dtype", choices=["float32", "bfloat16", "both"], default="both",
                         help="bfloat16: under autocast")  # fmt: skip
-    parser.add_argument("--fusion", choices=["concat", "fid", "both"], default="both")
+    parser.add_argument("--fusion", choices=["concat", "fid", "prompt", "all"], default="all")
     parser.add_argument("--max_tokens", type=int, default=16384, help="source tokens of one of our batches")
-    parser.add_argument("--max_new_tokens", type=int, help="[128 for concat, 64 for fid]")
+    parser.add_argument("--max_new_tokens", type=int, help="[128 for concat, else 64]")
     parser.add_argument("--eos_bias", type=float, default=0.0, help="logit added to the end token: outputs end early")
     parser.add_argument("--no_onednn", action="store_true", help="matrix products as PyTorch does them")
     return parser.parse_args()
@@ -92,16 +97,38 @@ def build(args):
     return EncoderDecoder(model).to(args.device)
 
 
+def build_decoder_only(args):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=DECODER_VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, initializer_range=576**-0.5,
+        pad_token_id=PAD, eos_token_id=EOS,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    cpu.use_fast_layers(model)
+    if args.eos_bias:
+        bias = torch.zeros(config.vocab_size, device=args.device).index_fill(0, torch.tensor(EOS), args.eos_bias)
+        model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    return model.to(args.device)
+
+
 def make_sources(fusion: str, examples: int) -> list[list[list[int]]]:
-    """concat: one sequence each, log-normal around 280 tokens, up to 512; fid: 8 to 10 of 130 to 256 tokens."""
+    """Token ids of each sequence of each example.
+
+    concat: one sequence each, log-normal around 280 tokens, up to 512; fid: 8 to 10 of 130 to 256 tokens; prompt: one
+    of 500 to 1,400 tokens.
+    """
     generator = torch.Generator().manual_seed(1)
+    vocabulary = DECODER_VOCABULARY if fusion == "prompt" else 50265
 
     def draw(low, high):
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     def sequence(tokens):
-        return [0, *torch.randint(3, 50265, (tokens - 2,), generator=generator).tolist(), EOS]
+        return [0, *torch.randint(3, vocabulary, (tokens - 2,), generator=generator).tolist(), EOS]
 
+    if fusion == "prompt":
+        return [[sequence(draw(500, 1400))] for _ in range(examples)]
     if fusion == "fid":
         return [[sequence(draw(130, 256)) for _ in range(draw(8, 10))] for _ in range(examples)]
     lengths = (280 * torch.exp(0.45 * torch.randn(examples, generator=generator))).clamp(32, 512).long().tolist()
@@ -141,17 +168,48 @@ def ours(summarizer, sources, args, generation) -> list[list[int]]:
     return without_padding(rows)
 
 
+def theirs_prompted(model, sources, args, generation) -> list[list[int]]:
+    rows = []
+    for start in range(0, len(sources), 8):
+        ids, mask = prompts_of(sources[start : start + 8], args.device, left=True)
+        ids = model.generate(input_ids=ids, attention_mask=mask, **generation)[:, ids.shape[1] :]
+        rows += ids.tolist()
+    return without_padding(rows)
+
+
+def ours_prompted(model, sources, args, generation) -> list[list[int]]:
+    rows = [None] * len(sources)
+    with cpu.laid_out_weights(model):
+        for batch in eval_batches([len(source[0]) for source in sources], batch_size=8):
+            ids, mask = prompts_of([sources[i] for i in batch], args.device)
+            ids = prompted_search(model, ids, mask, **generation)
+            for i, row in zip(batch, ids.tolist(), strict=True):
+                rows[i] = row
+    return without_padding(rows)
+
+
+def prompts_of(sources, device, left: bool = False):
+    """Token ids and mask, padded on the right or on the left. The last token, an end, is left out."""
+    rows = [torch.tensor(source[0][:-1]) for source in sources]
+    side = "left" if left else "right"
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD, padding_side=side)
+    ones = [torch.ones_like(row) for row in rows]
+    mask = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)
+    return ids.to(device), mask.to(device)
+
+
 def without_padding(rows):
     return [[token for token in row if token != PAD] for row in rows]
 
 
 def setting(args, fusion: str, dtype: str):
-    """The summarizer, the sources, the settings of generation, and the context to generate in."""
+    """The summarizer or decoder-only model, the sources, the settings of generation, and the context to generate in."""
     if args.no_onednn:
         cpu.IS_AVAILABLE = False
     generation = {"num_beams": 4, "max_new_tokens": args.max_new_tokens or NEW_TOKENS[fusion], "do_sample": False}
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=dtype == "bfloat16")
-    return build(args), make_sources(fusion, args.examples), generation, autocast
+    model = build_decoder_only(args) if fusion == "prompt" else build(args)
+    return model, make_sources(fusion, args.examples), generation, autocast
 
 
 def measure_memory(args, fusion, dtype, way, queue):
@@ -183,23 +241,24 @@ def memory(args, fusion, dtype, way) -> float:
 
 def compare(args, fusion: str, dtype: str) -> str:
     summarizer, sources, generation, autocast = setting(args, fusion, dtype)
-    seconds = {theirs: [], ours: []}
+    slow, fast = (theirs_prompted, ours_prompted) if fusion == "prompt" else (theirs, ours)
+    seconds = {slow: [], fast: []}
     with autocast:
         for way in seconds:  # a warm-up
             way(summarizer, sources[:2], args, {**generation, "max_new_tokens": 4})
         for turn in range(args.repeats):
             outputs = {}
-            for way in (theirs, ours) if turn % 2 == 0 else (ours, theirs):
+            for way in (slow, fast) if turn % 2 == 0 else (fast, slow):
                 synchronize(args.device)
                 began = time.perf_counter()
                 outputs[way] = way(summarizer, sources, args, generation)
                 synchronize(args.device)
                 seconds[way].append(time.perf_counter() - began)
-    ratios = [slow / fast for slow, fast in zip(seconds[theirs], seconds[ours], strict=True)]
-    same = sum(a == b for a, b in zip(outputs[theirs], outputs[ours], strict=True))
-    peaks = [memory(args, fusion, dtype, way) for way in (theirs, ours)]
+    ratios = [first / second for first, second in zip(seconds[slow], seconds[fast], strict=True)]
+    same = sum(a == b for a, b in zip(outputs[slow], outputs[fast], strict=True))
+    peaks = [memory(args, fusion, dtype, way) for way in (slow, fast)]
     return (
-        f"| {fusion} | {dtype} | {spread(seconds[theirs])} | {spread(seconds[ours])} | {spread(ratios)} "
+        f"| {fusion} | {dtype} | {spread(seconds[slow])} | {spread(seconds[fast])} | {spread(ratios)} "
         f"| {same} of {len(sources)} | {peaks[0]:.0f} | {peaks[1]:.0f} |"
     )
 
@@ -216,10 +275,10 @@ def spread(values: list[float]) -> str:
 
 def main():
     args = parse()
-    print(f"{hardware()}; BART {args.size}, {args.examples} examples, 4 beams", flush=True)
+    print(f"{hardware()}; {args.examples} examples, 4 beams; BART {args.size}, or 135M Llama for prompt", flush=True)
     print("| source | computed in | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |")
     print("| --- | --- | --- | --- | --- | --- | ---: | ---: |", flush=True)
-    for fusion in ("concat", "fid") if args.fusion == "both" else (args.fusion,):
+    for fusion in ("concat", "fid", "prompt") if args.fusion == "all" else (args.fusion,):
         for dtype in ("float32", "bfloat16") if args.compute_dtype == "both" else (args.compute_dtype,):
             print(compare(args, fusion, dtype), flush=True)
 

@@ -1,26 +1,40 @@
-"""Greedy and beam search for encoder-decoders that keeps keys and values once for each example, not for each beam.
+"""Greedy and beam search that keeps keys and values once for each example, not for each beam.
 
-Transformers' `generate` copies the encoder states for each beam, and at each step it copies all keys and values into
-the new order of the beams. Here the keys and values of a source are computed and stored once, and the beams of an
-example are several queries on them. The keys and values of generated tokens are stored once too, and never move: each
-step appends a slot for each beam, each beam attends to all slots of its example, and a mask hides the slots that are
-not in its own past. Finished examples leave the batch. In float32 the tokens are those of `generate`.
+Transformers' `generate` copies the source or the prompt for each beam, and at each step it copies all keys and values
+into the new order of the beams. Here the keys and values of a source (`beam_search`, for encoder-decoders) or a prompt
+(`prompted_search`, for decoder-only models) are computed and stored once, and the beams of an example are several
+queries on them. The keys and values of generated tokens are stored once too, and never move: each step appends a slot
+for each beam, each beam attends to all slots of its example, and a mask hides the slots that are not in its own past.
+Finished examples leave the batch. In float32 the tokens are those of `generate`.
 
 Leans on these internals of Transformers: `generate(custom_generate=...)` and the arguments it passes on,
 `GenerationConfig._eos_token_tensor` and `_pad_token_tensor`, `config._attn_implementation`, the methods of a cache
 layer (`DynamicLayer`) that models call, the layers of `EncoderDecoderCache`, and that attention functions get the
-cache's keys as the same tensor object, and get no mask where no mask function has their name.
+cache's keys as the same tensor object. For encoder-decoders: that attention functions get no mask where no mask
+function has their name. For decoder-only models: that attention functions get as the same tensor object what the mask
+function of their name returned, which itself gets the model's rule for which positions see which (`mask_function`);
+that the layers of `DynamicCache(config=...)` tell what a model caches; `_can_set_attn_implementation`, the `rope_type`
+of modules with rotary positions, and `prompt_ignore_length` of a logits processor.
 """
 
 import copy
 import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, LogitsProcessorList, NoRepeatNGramLogitsProcessor
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+)
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.generation import GenerationMode
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutput
@@ -32,13 +46,22 @@ MODEL_TYPES = (
 )  # fmt: skip
 # settings that this search does not support, each with the values that switch it off
 UNSUPPORTED = {"num_return_sequences": (None, 1), "return_dict_in_generate": (None, False), "max_time": (None,),
-               "stop_strings": (None,), "guidance_scale": (None, 1)}  # fmt: skip
+               "stop_strings": (None,), "guidance_scale": (None, 1), "watermarking_config": (None,)}  # fmt: skip
+# the same, where a prompt is what would be compared with
+UNSUPPORTED_WITH_PROMPTS = {"encoder_repetition_penalty": (None, 1), "encoder_no_repeat_ngram_size": (None, 0)}
 NEVER = -1e9  # score of what must not be chosen, as in `generate`
 ATTENTION = "beams_share_keys"
+ATTENTION_TO_PROMPTS = "beams_share_prompts"  # the same, for models that make a mask
+# arguments of attention functions that change nothing here: a sliding window is in the mask too
+WITHOUT_EFFECT = {"dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions",
+                  "output_router_logits", "output_hidden_states", "return_dict"}  # fmt: skip
+# most tokens, padding included, of prompts that are read at once; fewer on a CPU, to fit its cache
+READ_ON_CPU, READ_ON_GPU = 2048, 16384
+LEFT_TO_TRANSFORMERS = WeakSet()  # models with which the search was tried in vain
 
 
 class NotShared(Exception):
-    """The model does not use the attention function that was set."""
+    """The model does not use the attention function that was set, or asks it for what it cannot do."""
 
 
 @torch.no_grad()
@@ -55,26 +78,48 @@ def beam_search(model, hidden, mask, **generation) -> torch.Tensor:
         generation: arguments of `generate`; the others come from the model's generation_config.
     """
     encoded = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask}
+    return generate(model, partial(search_sources, encoded=encoded), reads_sources, encoded, generation)
+
+
+@torch.no_grad()
+def prompted_search(model, input_ids, attention_mask, **generation) -> torch.Tensor:
+    """Generated token ids of a decoder-only model, (examples, generated tokens), without the prompts.
+
+    They are those of `model.generate` for the same prompts padded on the left, also in what logits processors see. It
+    is called itself where this search does not apply: as in `beam_search`, and for models that keep other states than
+    keys and values, whose positions depend on other examples, or whose attention cannot be replaced.
+
+    Args:
+        input_ids, attention_mask: (examples, prompt tokens), padded on the right. A ValueError if they are not.
+        generation: arguments of `generate`; the others come from the model's generation_config.
+    """
+    lengths = attention_mask.sum(1)
+    if not attention_mask[:, 0].all() or (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError("each prompt needs a token, and its padding on the right")
+    longest = int(lengths.max())
+    columns = (torch.arange(longest, device=lengths.device) + lengths[:, None]) % longest
+    padded_left = {"input_ids": input_ids.gather(1, columns), "attention_mask": attention_mask.gather(1, columns)}
+    method = partial(search_prompts, prompts=(input_ids[:, :longest], lengths))
+    return generate(model, method, reads_prompts, padded_left, generation)[:, longest:]
+
+
+def generate(model, method, is_readable, inputs: dict, generation: dict) -> torch.Tensor:
+    """`model.generate`, with `method` as its decoding loop where that applies."""
     config = copy.deepcopy(model.generation_config)
     unknown = config.update(**generation)
-    if not unknown and is_supported(model, config):
+    if not unknown and is_supported(model, config) and is_readable(model, config):
         beams = SimpleNamespace(
             count=config.num_beams or 1,
             length_penalty=1.0 if config.length_penalty is None else config.length_penalty,
             early_stopping=config.early_stopping or False,
         )
-        # `generate` prepares settings and logits processors; told of one beam, it does not copy the encoder states
+        # `generate` prepares settings and logits processors; told of one beam, it does not copy the inputs
         plain = {**generation, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False}
-        decoder = model.get_decoder()
-        before = decoder.config._attn_implementation
-        decoder.set_attn_implementation(ATTENTION)
         try:
-            return model.generate(**encoded, **plain, custom_generate=partial(search, beams=beams, encoded=encoded))
+            return model.generate(**inputs, **plain, custom_generate=partial(method, beams=beams))
         except NotShared:
-            pass
-        finally:
-            decoder.set_attn_implementation(before)
-    return model.generate(**encoded, **generation, synced_gpus=_is_sharded(model) or None)
+            LEFT_TO_TRANSFORMERS.add(model)
+    return model.generate(**inputs, **generation, synced_gpus=_is_sharded(model) or None)
 
 
 def _is_sharded(model) -> bool:
@@ -84,38 +129,136 @@ def _is_sharded(model) -> bool:
 def is_supported(model, config) -> bool:
     return (
         not model.training  # dropout would differ
-        and model.config.model_type in MODEL_TYPES
+        and model not in LEFT_TO_TRANSFORMERS
         and config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH)
-        and all(getattr(config, name, None) in values for name, values in UNSUPPORTED.items())
+        and _has_none(config, UNSUPPORTED)
         and not is_fsdp_managed_module(model)
         and not _is_sharded(model)
     )
 
 
+def _has_none(config, settings: dict) -> bool:
+    return all(getattr(config, name, None) in values for name, values in settings.items())
+
+
+def reads_sources(model, config) -> bool:
+    return model.config.model_type in MODEL_TYPES
+
+
+def reads_prompts(model, config) -> bool:
+    """Whether an example's positions are its own, and keys and values are all that is cached."""
+    cached = {type(layer) for layer in DynamicCache(config=model.config).layers} - {DynamicSlidingWindowLayer}
+    kinds = [module.rope_type for module in model.modules() if hasattr(module, "rope_type")]
+    kinds = {kind for each in kinds for kind in (each.values() if isinstance(each, dict) else [each])}
+    return (
+        _has_none(config, UNSUPPORTED_WITH_PROMPTS)
+        and "position_ids" in inspect.signature(model.forward).parameters
+        and cached <= {DynamicLayer}
+        and not kinds & {"dynamic", "longrope"}  # these depend on the longest of the batch
+        and model._can_set_attn_implementation()
+    )
+
+
+@contextmanager
+def replaced_attention(model, name: str):
+    decoder = model.get_decoder()
+    decoder = decoder if hasattr(decoder, "config") else model  # a few models call their output layer a decoder
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+
+
 # ---- the search
 
 
-def search(model, start, *, logits_processor, generation_config, beams, encoded, **_) -> torch.Tensor:
-    """The decoding loop, called by `generate`; start (examples, 1) holds the start tokens."""
-    examples, device, max_length = len(start), start.device, generation_config.max_length
-    eos = generation_config._eos_token_tensor
+def search_sources(model, start, *, encoded, generation_config, beams, **settings) -> torch.Tensor:
+    """The decoding loop of an encoder-decoder, called by `generate`; start (examples, 1) holds the start tokens."""
+    slots = 1 + beams.count * (generation_config.max_length - 2)
+    past = View(slots, torch.zeros_like(start), torch.zeros(len(start), 1, 1, 1, device=start.device))
+    source, mask = View(), encoded["attention_mask"]
+    if mask is not None and not mask.all():
+        source.mask = torch.zeros(mask.shape, device=start.device)
+        source.mask = source.mask.masked_fill(mask == 0, torch.finfo(torch.float32).min)[:, None, None]
+    with replaced_attention(model, ATTENTION):
+        cache = EncoderDecoderCache(*(Cache(layer_class_to_replicate=partial(Layer, view)) for view in (past, source)))
+        caches = cache.self_attention_cache, cache.cross_attention_cache
+
+        def inputs(tokens):
+            states = encoded["encoder_outputs"]
+            return {"encoder_outputs": states, "decoder_input_ids": tokens, cache_argument(model): cache}
+
+        return search(model, start, inputs, caches, (past, source), generation_config, beams, **settings)
+
+
+def search_prompts(model, padded_left, *, prompts, generation_config, beams, **settings) -> torch.Tensor:
+    """The decoding loop of a decoder-only model, called by `generate`.
+
+    The prompts are read without their last tokens, with which the search starts.
+    """
+    input_ids, lengths = prompts
+    longest, device = input_ids.shape[1], input_ids.device
+    positions = torch.arange(longest, device=device).repeat(len(input_ids), 1)
+    hidden = positions >= lengths[:, None] - 1
+    positions[:, -1], hidden[:, -1] = lengths - 1, False
+    mask = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)[:, None, None]
+    past = View(longest + beams.count * (generation_config.max_length - longest - 1), positions, mask, has_rules=True)
+    cache = Cache(layer_class_to_replicate=partial(Layer, past))
+    read_prompts(model, input_ids, lengths, past, cache)
+    for layer, usual in zip(cache.layers, DynamicCache(config=model.config).layers, strict=False):
+        layer.window = getattr(usual, "sliding_window", None)
+
+    def inputs(tokens):
+        position_ids = past.positions[:, -1:].repeat_interleave(len(tokens) // len(past.positions), 0)
+        return {"input_ids": tokens, "position_ids": position_ids, cache_argument(model): cache}
+
+    with replaced_attention(model, ATTENTION_TO_PROMPTS):
+        return search(model, padded_left, inputs, (cache,), (past,), generation_config, beams, **settings)
+
+
+def read_prompts(model, input_ids, lengths, view, cache) -> None:
+    """Stores keys and values of the prompts but for their last tokens: a few prompts at a time, the longest first."""
+    first = model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0][:, :1],))
+    order, at_once = lengths.argsort(descending=True), READ_ON_CPU if input_ids.device.type == "cpu" else READ_ON_GPU
+    try:
+        while len(order):
+            tokens = max(1, int(lengths[order[0]]) - 1)
+            view.part, order = order.tensor_split([max(1, at_once // tokens)])
+            positions = torch.arange(tokens, device=order.device).repeat(len(view.part), 1)
+            # no token sees the padding on its right
+            model(
+                input_ids=input_ids[view.part, :tokens], position_ids=positions, use_cache=True,
+                **{cache_argument(model): cache},
+            )  # fmt: skip
+    finally:
+        first.remove()
+        view.part = None
+
+
+def cache_argument(model) -> str:
+    """Transformers renames it, model by model, from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def search(model, start, inputs, caches, views, generation_config, beams, *, logits_processor, **_) -> torch.Tensor:
+    """The decoding loop: start (examples, tokens) -> (examples, tokens + generated tokens).
+
+    `inputs(tokens)` gives the model's arguments for the newest tokens (examples * beams, 1).
+    """
+    (examples, begin), device, max_length = start.shape, start.device, generation_config.max_length
+    eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
     eos = torch.tensor([-1], device=device) if eos is None else eos
     process = LogitsProcessorList(
         no_repeated_ngrams(p.ngram_size) if type(p) is NoRepeatNGramLogitsProcessor else p for p in logits_processor
     )
-    source = SimpleNamespace(max_slots=None, positions=None, mask=None)
-    past = SimpleNamespace(max_slots=1 + beams.count * (max_length - 2), positions=None, mask=None)
-    source_mask = encoded["attention_mask"]
-    if source_mask is not None and not source_mask.all():
-        source.mask = torch.zeros(source_mask.shape, device=device)
-        source.mask = source.mask.masked_fill(source_mask == 0, torch.finfo(torch.float32).min)[:, None, None]
-    cache = EncoderDecoderCache(*(Cache(layer_class_to_replicate=partial(Layer, view)) for view in (past, source)))
-
+    # these get the padding on the left of each row, one row for an example
+    penalties = [p for p in process if isinstance(getattr(p, "prompt_ignore_length", None), torch.Tensor)]
     # `generate` fills unused positions with the same
-    pad = generation_config._pad_token_tensor
-    fill = pad if beams.count == 1 else pad or eos[0]
+    fill = eos[0] if pad is None or (beams.count > 1 and not pad) else pad
     running = fill.repeat(examples, beams.count, max_length)
-    running[:, :, 0] = start
+    running[:, :, :begin] = start[:, None]
     scores = torch.full((examples, beams.count), NEVER, device=device)
     state = SimpleNamespace(
         example=torch.arange(examples, device=device),
@@ -125,27 +268,24 @@ def search(model, start, *, logits_processor, generation_config, beams, encoded,
         ended_scores=scores,
         has_ended=torch.zeros_like(scores, dtype=torch.bool),
         ended_lengths=torch.ones_like(scores, dtype=torch.long),
+        padding=penalties[0].prompt_ignore_length if penalties else torch.zeros(examples, device=device),
     )
     result, lengths = running[:, 0].clone(), torch.ones(examples, dtype=torch.long)
+    limits = SimpleNamespace(**vars(beams), begin=begin, max_length=max_length, eos=eos)
 
-    # Transformers renames the argument, model by model, from 5.24 on
-    cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-    for length in range(1, max_length):
-        tokens = state.running[:, : 1 if length == 1 else None, length - 1]  # one start token for all beams
-        logits = model(
-            encoder_outputs=encoded["encoder_outputs"],
-            decoder_input_ids=tokens.reshape(-1, 1),
-            use_cache=True,
-            **{cache_argument: cache},
-        ).logits[:, -1].float()  # fmt: skip
-        layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
-        if length == 1:
+    for length in range(begin, max_length):
+        tokens = state.running[:, : 1 if length == begin else None, length - 1]  # one start token for all beams
+        logits = model(**inputs(tokens.reshape(-1, 1)), use_cache=True).logits[:, -1].float()
+        layers = [layer for cache in caches for layer in cache.layers]
+        if length == begin:
             if not layers or any(layer.reads != 1 for layer in layers):
                 raise NotShared
             logits = logits.repeat_interleave(beams.count, 0)
 
+        for penalty in penalties:
+            penalty.prompt_ignore_length = state.padding.repeat_interleave(beams.count)
         advance = advance_greedily if beams.count == 1 else advance_beams
-        parents, done = advance(state, logits, process, length, eos, beams, max_length)
+        parents, done = advance(state, logits, process, length, limits)
         if done.any():
             ends = state.example[done]
             result[ends], lengths[ends.cpu()] = state.ended[done, 0], state.ended_lengths[done, 0].cpu()
@@ -155,26 +295,10 @@ def search(model, start, *, logits_processor, generation_config, beams, encoded,
             keep = fill_gaps(done)
             vars(state).update({name: keep(tensor) for name, tensor in vars(state).items()})
             parents = keep(parents)
-            source.mask = None if source.mask is None else keep(source.mask)
-            past.mask = None if past.mask is None else keep(past.mask)
-            for layer in layers:
-                layer.keep(keep)
-        past.mask, past.positions = see_own_past(past.mask, parents, length)
+            for shared in (*views, *layers):
+                shared.keep(keep)
+        views[0].append_slots(parents)
     return result[:, : int(lengths.max())]
-
-
-def see_own_past(mask, parents, length: int):
-    """Mask (examples, 1, beams, slots) of the next step, and the position of each slot.
-
-    A beam sees what its parent saw, and its own new slot. All beams share the slot of the start token.
-    """
-    examples, beams = parents.shape
-    if mask is None:
-        mask = torch.zeros(examples, 1, beams, 1, device=parents.device)
-    seen = mask.take_along_dim(parents[:, None, :, None], 2)
-    own = torch.full((beams, beams), -torch.inf, device=mask.device).fill_diagonal_(0.0)
-    positions = torch.arange(1, length + 1, device=mask.device).repeat_interleave(beams)
-    return torch.cat([seen, own.expand(examples, 1, -1, -1)], 3), torch.cat([positions.new_zeros(1), positions])
 
 
 def fill_gaps(done):
@@ -189,32 +313,32 @@ def fill_gaps(done):
     return keep
 
 
-def advance_greedily(state, logits, process, length, eos, beams, max_length):
+def advance_greedily(state, logits, process, length, limits):
     tokens = process(state.running[:, 0, :length], logits).argmax(-1)
     state.running[:, 0, length] = tokens
     state.ended, state.ended_lengths = state.running, torch.full_like(state.ended_lengths, length + 1)
-    return torch.zeros_like(tokens)[:, None], torch.isin(tokens, eos) | (length + 1 == max_length)
+    return torch.zeros_like(tokens)[:, None], torch.isin(tokens, limits.eos) | (length + 1 == limits.max_length)
 
 
-def advance_beams(state, logits, process, length, eos, beams, max_length):
+def advance_beams(state, logits, process, length, limits):
     """One step of beam search as in Transformers; returns the parent of each beam, and which examples are done."""
     examples, count = state.scores.shape
     past = state.running[:, :, :length].flatten(0, 1)
     totals = process(past, logits.log_softmax(-1)).view(examples, count, -1)
     totals += state.scores[..., None]
     # enough candidates that `count` of them go on even if all others end
-    points, index = totals.flatten(1).topk(max(2, 1 + len(eos)) * count)
+    points, index = totals.flatten(1).topk(max(2, 1 + len(limits.eos)) * count)
     parents, tokens = index // totals.shape[-1], index % totals.shape[-1]
     candidates = state.running.take_along_dim(parents[..., None], 1)
     candidates[..., length] = tokens
-    ends = torch.isin(tokens, eos) | (length + 1 == max_length)
+    ends = torch.isin(tokens, limits.eos) | (length + 1 == limits.max_length)
 
     state.scores, chosen = (points + ends * NEVER).topk(count)
     state.running = candidates.take_along_dim(chosen[..., None], 1)
     parents = parents.take_along_dim(chosen, 1)
 
     ends[:, count:] = False  # only the best `count` may end, the others may go on
-    points = points / length**beams.length_penalty
+    points = points / (length + 1 - limits.begin) ** limits.length_penalty
     state.ended_scores, best = torch.cat([state.ended_scores, points + ~ends * NEVER], 1).topk(count)
     for name, new in (("ended", candidates), ("has_ended", ends),
                       ("ended_lengths", torch.full_like(tokens, length + 1))):  # fmt: skip
@@ -222,10 +346,11 @@ def advance_beams(state, logits, process, length, eos, beams, max_length):
         setattr(state, name, merged.take_along_dim(best[..., None] if merged.dim() == 3 else best, 1))
 
     # done if the best open beam, ending now ("never": at any length), would be no better than the worst finished one
-    final = max_length - 1 if beams.early_stopping == "never" and beams.length_penalty > 0 else length
+    final = limits.max_length if limits.early_stopping == "never" and limits.length_penalty > 0 else length + 1
     worst = torch.where(state.has_ended, state.ended_scores.min(1, keepdim=True)[0], NEVER)
-    done = ~(state.scores[:, :1] / final**beams.length_penalty > worst).any(1) | (length + 1 == max_length)
-    return parents, done | state.has_ended.all(1) if beams.early_stopping is True else done
+    done = ~(state.scores[:, :1] / (final - limits.begin) ** limits.length_penalty > worst).any(1)
+    done |= length + 1 == limits.max_length
+    return parents, done | state.has_ended.all(1) if limits.early_stopping is True else done
 
 
 def no_repeated_ngrams(size: int):
@@ -245,29 +370,77 @@ def no_repeated_ngrams(size: int):
 # ---- keys and values that beams share
 
 
+@dataclass
+class View:
+    """What the attention layers share: all self-attention layers, or all cross-attention layers."""
+
+    max_slots: int | None = None  # None: those of the source
+    positions: torch.Tensor | None = None  # (examples, slots), the newest tokens in the last slots
+    mask: torch.Tensor | None = None  # (examples, 1, beams, slots), 0 at what a beam sees
+    has_rules: bool = False  # the model has rules for which positions see which: causal, sliding windows
+    part: torch.Tensor | None = None  # the numbers of the examples whose prompts are being read
+    masks: dict = field(default_factory=dict)  # `mask` with a rule and a window, for each of them
+
+    def append_slots(self, parents) -> None:
+        """A slot for the next token of each beam. A beam sees what its parent (examples, beams) saw, and its own."""
+        examples, beams = parents.shape
+        seen = self.mask.expand(-1, -1, beams, -1).take_along_dim(parents[:, None, :, None], 2)
+        own = torch.full((beams, beams), -torch.inf, device=seen.device).fill_diagonal_(0.0)
+        self.mask, self.masks = torch.cat([seen, own.expand(examples, 1, -1, -1)], 3), {}
+        self.positions = torch.cat([self.positions, self.positions[:, -1:].repeat(1, beams) + 1], 1)
+
+    def follow_rule(self, attention_mask, window: int | None):
+        """The mask of a layer for which the model made `attention_mask`, and of which it would cache a window."""
+        if not self.has_rules:
+            return self.mask
+        rule = getattr(attention_mask, "rule", None)
+        if (rule, window) not in self.masks:
+            zero, positions = self.positions.new_zeros(1, 1, 1, 1), self.positions[:, None, None]
+            if rule is None or rule(zero, zero, zero, zero + 1).any():  # prompts would see their padding
+                raise NotShared
+            if window is not None and rule(zero, zero, zero + window, zero).any():  # the cache would have lost it
+                raise NotShared
+            seen = rule(zero, zero, positions[..., -1:], positions)
+            self.masks[rule, window] = self.mask.masked_fill(~seen, -torch.inf)
+        return self.masks[rule, window]
+
+    def keep(self, select) -> None:
+        self.positions, self.mask = (x if x is None else select(x) for x in (self.positions, self.mask))
+
+
 class Layer(DynamicLayer):
     """Keys and values (examples, heads, slots, width) of one attention layer.
 
-    `view` is shared by all self-attention layers, or all cross-attention layers: `max_slots` (None: of the source),
-    the `positions` of the slots, and the `mask`. The attribute `layer` of the tensor of keys leads `attend` back here.
+    The attribute `layer` of the tensor of keys leads `attend` back here.
     """
 
     def __init__(self, view):
         super().__init__()
-        self.view, self.slots, self.tokens, self.reads = view, 0, 0, 0
+        self.view, self.window, self.stored = view, None, None
+        self.slots, self.tokens, self.reads = 0, 0, 0
 
     def update(self, keys, values, *_, **__):
-        rows, heads, _, width = keys.shape
+        rows, _, tokens, _ = keys.shape
         if self.view.max_slots is None:  # the source: called once
             self.stored = [keys.contiguous(), values.contiguous()]
-        else:
-            if not self.tokens:
-                self.stored = [x.new_empty(rows, heads, self.view.max_slots, width) for x in (keys, values)]
-            examples, first = len(self.stored[0]), self.slots
-            self.slots += rows // examples
-            self.tokens += 1
+            return self.show()
+        if self.stored is None:
+            examples = rows if self.view.part is None else len(self.view.positions)
+            self.stored = [
+                torch.empty(examples, x.shape[1], self.view.max_slots, x.shape[3], dtype=_dtype(x), device=x.device)
+                for x in (keys, values)
+            ]
+        if self.view.part is not None:  # a part of the prompts, of which all but the last token are stored
+            self.slots = self.tokens = self.view.positions.shape[1] - 1
             for stored, new in zip(self.stored, (keys, values), strict=True):
-                stored[:, :, first : self.slots] = new.reshape(examples, -1, heads, width).transpose(1, 2)
+                stored[self.view.part, :, :tokens] = new.to(stored.dtype)
+                stored[self.view.part, :, tokens : self.slots] = 0.0  # hidden, but read
+            return keys, values
+        examples, first = len(self.stored[0]), self.slots
+        self.slots += rows // examples
+        self.tokens += 1
+        for stored, new in zip(self.stored, (keys, values), strict=True):
+            stored[:, :, first : self.slots] = new.reshape(examples, -1, *new.shape[1::2]).transpose(1, 2)
         return self.show()
 
     def show(self):
@@ -281,27 +454,52 @@ class Layer(DynamicLayer):
         self.show()
 
     def get_seq_length(self) -> int:
-        return self.tokens
+        return self.tokens if self.view.part is None else 0
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, position_bias=None, **_):
+def _dtype(x) -> torch.dtype:
+    """What autocast computes products in: then it does not cast all keys at each step."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, position_bias=None, softcap=None, **others):
     """Attention function of Transformers: queries (examples * beams, heads, 1, width), keys stored by `Layer`.
 
     Two matrix products: with so few queries they are as fast as the fused kernel in float32, and twice as fast in
-    bfloat16 on a CPU.
+    bfloat16 on a CPU. Where several heads share their keys, they are further queries on them.
     """
-    rows, heads, _, width = query.shape
-    layer, examples = key.layer, len(key)
+    layer = getattr(key, "layer", None)
+    if layer is None or any(others[name] is not None for name in others.keys() - WITHOUT_EFFECT):
+        raise NotShared
     layer.reads += 1
-    query = query.reshape(examples, rows // examples, heads, width).transpose(1, 2)
+    rows, heads, _, width = query.shape
+    examples, key_heads = key.shape[:2]
+    shape = rows // examples, heads // key_heads  # beams, heads that share their keys
+    query = query.reshape(examples, shape[0], key_heads, shape[1], width).transpose(1, 2).flatten(2, 3)
     scores = query * (width**-0.5 if scaling is None else scaling) @ key.transpose(2, 3)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
     if layer.view.positions is not None and position_bias is not None:
-        scores = scores + position_bias[..., layer.view.positions]
-    if layer.view.mask is not None:
-        scores = scores + layer.view.mask.to(scores.dtype)  # 0 or hidden: no rounding
+        if layer.view.has_rules:
+            raise NotShared  # each example has positions of its own
+        scores = scores + position_bias[..., layer.view.positions[0]]
+    mask = layer.view.follow_rule(attention_mask, layer.window)
+    if mask is not None:
+        # 0 or hidden: no rounding
+        scores = (scores.unflatten(2, shape) + mask.to(scores.dtype)[:, :, :, None]).flatten(2, 3)
     weights = scores.softmax(-1).to(value.dtype)  # computed in float32 for bfloat16 too
-    return (weights @ value).transpose(1, 2).reshape(rows, 1, heads, width), None
+    return (weights @ value).unflatten(2, shape).transpose(1, 2).reshape(rows, 1, heads, -1), None
 
 
-# no mask function is registered under this name, so that models make no mask
+def keep_rule(mask_function, use_vmap=False, device=None, **_):
+    """Mask function of Transformers: no mask, but the model's rule, to be followed by `View`."""
+    mask = torch.zeros(1, 1, 1, 1, device=device)
+    mask.rule = None if use_vmap else mask_function  # else it is not for tensors of positions
+    return mask
+
+
+# no mask function is registered under the first name, so that models make no mask
 AttentionInterface.register(ATTENTION, attend)
+AttentionInterface.register(ATTENTION_TO_PROMPTS, attend)
+AttentionMaskInterface.register(ATTENTION_TO_PROMPTS, keep_rule)
