@@ -430,7 +430,7 @@ DECODERS = {
     "mistral": {"sliding_window": 9},
     "qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
     "qwen3": {},
-    "gemma2": TURNS | {"attn_logit_softcapping": None},
+    "gemma2": TURNS | {"attn_logit_softcapping": 3.0},
     "gemma3_text": TURNS | {"query_pre_attn_scalar": 5},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
              "embd_pdrop": 0.0},

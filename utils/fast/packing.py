@@ -174,34 +174,47 @@ def _groups(layout: Layout, rows: tuple, key_rows: tuple):
         )
 
 
-def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout) -> torch.Tensor:
-    """PyTorch's kernel, one sequence at a time: for dropout, long sequences, windows, and float32 on a GPU."""
-    parts = []
+def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout, softcap) -> torch.Tensor:
+    """PyTorch's kernel, one sequence at a time: for dropout, long sequences, windows, and float32 on a GPU.
+
+    PyTorch has no kernel for `softcap`: that is computed step by step.
+    """
+    parts, groups = [], query.shape[1] // key.shape[1]
     each = (
         tensor.transpose(0, 1)[None].split(of, 2)
         for tensor, of in ((query, lengths), (key, key_lengths), (value, key_lengths))
     )
     for q, k, v in zip(*each, strict=True):
+        if softcap:
+            k, v = (tensor.repeat_interleave(groups, 1) for tensor in (k, v))
+            scores = softcap * (q @ k.mT * (scale / softcap)).tanh()
+            scores = scores.masked_fill(_unseen(q.shape[2], causal, window, q.device), float("-inf"))
+            weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+            parts.append(nn.functional.dropout(weights, dropout) @ v)
+            continue
         windowed = window and q.shape[2] > window
         mask = ~_unseen(q.shape[2], causal, window, q.device) if windowed else None
         parts.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=groups > 1,
             )
         )  # fmt: skip
     return torch.cat(parts, 2)[0].transpose(0, 1)
 
 
-def _attend(query, key, value, lengths, key_lengths, layouts, *, scale, causal=False, window=None, dropout=0.0):
+def _attend(
+    query, key, value, lengths, key_lengths, layouts, *, scale, causal=False, window=None, dropout=0.0, softcap=None
+):
     """(tokens, heads, d) -> (tokens, heads, d); each sequence of queries attends to its own sequence of keys.
 
     Keys and values may have fewer heads (grouped-query attention): each then serves as many query heads in a row.
-    `layouts` is a cache that the layers of a forward pass share.
+    With `softcap`, a score becomes ``softcap * tanh(score / softcap)``. `layouts` is a cache that the layers of a
+    forward pass share.
     """
     longest, longest_key = max(lengths), max(key_lengths)
     has_kernel = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    if has_kernel and query.dtype != torch.float32 and not dropout and not window:
+    if has_kernel and query.dtype != torch.float32 and not (dropout or window or softcap):
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
         key_starts = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=query.device)
         seen = (-1, 0) if causal else (-1, -1)
@@ -209,12 +222,12 @@ def _attend(query, key, value, lengths, key_lengths, layouts, *, scale, causal=F
             query, key, value, starts, key_starts, longest, longest_key, scale=scale, window_size=seen,
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
-    if query.device.type == "cpu" and not dropout and longest * longest_key <= LONGEST_KEPT**2:
+    if query.device.type == "cpu" and not (dropout or softcap) and longest * longest_key <= LONGEST_KEPT**2:
         kind = (query.shape[1], key.shape[1], key_lengths is lengths)
         if kind not in layouts:
             layouts[kind] = lay_out(lengths, key_lengths, *kind[:2])
         return _Attention.apply(query, key, value, layouts[kind], scale, causal, window)
-    return _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout)
+    return _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout, softcap)
 
 
 def _attend_packed(query, key, value, lengths, key_lengths, layouts, scaling, **options):
@@ -503,7 +516,6 @@ def _attention_of_decoder(plain, module, query, key, value, attention_mask, drop
     causal = getattr(module, "is_causal", False) if causal is None else causal
     # biases, sinks, indices of keys to read
     unknown = [name for name, option in options.items() if torch.is_tensor(option) and name != "position_ids"]
-    unknown += [name for name in ("softcap", "cache") if options.get(name) is not None]
     if attention_mask is not None or unknown or not causal or query.shape[2] != key.shape[2]:
         raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings are computed in float32
@@ -511,8 +523,11 @@ def _attention_of_decoder(plain, module, query, key, value, attention_mask, drop
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     now = _now[-1]
     now["windows"].add(window)
-    lengths, options = now["self"], {"causal": True, "window": window, "dropout": dropout}
-    return _attend_packed(query, key, value, lengths, lengths, now["layouts"], scaling, **options), None
+    out = _attend_packed(
+        query, key, value, now["self"], now["self"], now["layouts"], scaling,
+        causal=True, window=window, dropout=dropout, softcap=options.get("softcap"),
+    )  # fmt: skip
+    return out, None
 
 
 def _mask_of_decoder(plain, *arguments, **options):
