@@ -222,7 +222,9 @@ def _attend(
             query, key, value, starts, key_starts, longest, longest_key, scale=scale, window_size=seen,
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
-    if query.device.type == "cpu" and not (dropout or softcap) and longest * longest_key <= LONGEST_KEPT**2:
+    # of a causal float32 sequence, PyTorch's kernel computes half, and is faster from half the length on
+    longest_kept = LONGEST_KEPT // 2 if causal and not window and query.dtype == torch.float32 else LONGEST_KEPT
+    if query.device.type == "cpu" and not (dropout or softcap) and longest * longest_key <= longest_kept**2:
         kind = (query.shape[1], key.shape[1], key_lengths is lengths)
         if kind not in layouts:
             layouts[kind] = lay_out(lengths, key_lengths, *kind[:2])
