@@ -1,5 +1,6 @@
-"""The encoder without padding against the same encoder with it: outputs, gradients, pooling, and who falls back."""
+"""Models without padding against the same models with it: outputs, gradients, pooling, and who falls back."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from transformers import (
+    AttentionInterface,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BertConfig,
     BertModel,
@@ -25,9 +28,20 @@ from transformers import (
 )
 
 from utils.fast import packing
-from utils.fast.packing import STEP, _attend, is_packed, laid_end_to_end, lay_out, plan_packing, remove_padding
+from utils.fast.packing import (
+    STEP,
+    _attend,
+    is_packed,
+    laid_as_now,
+    laid_end_to_end,
+    lay_out,
+    plan_packing,
+    remove_padding,
+    remove_padding_of_decoder,
+)
 from utils.models.encoder import build_small_encoder, count_tokens, in_chunks, load_retriever, pad
 from utils.models.encoder_decoder import EncoderDecoder
+from utils.models.settings import checkpoint_layers
 from utils.models.sources import collate
 
 SIZES = {
@@ -402,3 +416,138 @@ def test_a_batch_without_targets_counts_for_nothing_and_has_gradients_of_zero(ti
 def test_a_saved_encoder_decoder_knows_nothing_of_packing(tmp_path):
     encoder_decoder("bart").model.save_pretrained(tmp_path)
     assert not any(packing.BOTH in file.read_text() for file in tmp_path.rglob("*.json"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decoder-only models
+
+NARROW = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8, "initializer_range": 0.2,
+          "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+TURNS = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 2}
+DECODERS = {
+    "llama": {},
+    "mistral": {"sliding_window": 9},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    "qwen3": {},
+    "gemma2": TURNS | {"attn_logit_softcapping": 3.0},
+    "gemma3_text": TURNS | {"query_pre_attn_scalar": 5},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+             "embd_pdrop": 0.0},
+    "mixtral": {"num_local_experts": 3},
+    "deepseek_v3": {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+                    "v_head_dim": 12, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                    "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}  # fmt: skip
+STAY_PADDED = {
+    "mamba": {},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen3_next": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+                   "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                   "shared_expert_intermediate_size": 16},
+    "gpt_oss": {"num_local_experts": 4},  # attention sinks
+    "bloom": {},  # positions of its own
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48},  # attends within chunks of 8,192 tokens
+}  # fmt: skip
+
+
+def decoder(kind: str):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **NARROW | (DECODERS | STAY_PADDED)[kind])
+    return AutoModelForCausalLM.from_config(config)
+
+
+def gradients_of_decoder(model, *, packs: bool, bf16=False, lengths=(37, 3, 16, 90, 1, 50)) -> dict[str, torch.Tensor]:
+    """Logits of all real tokens, and the gradients of a loss on them."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = logits_of_decoder(model, packs, lengths)
+    model.zero_grad()
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    (logits * weight).sum().backward()  # outside of laid_end_to_end
+    return {"logits": logits.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def logits_of_decoder(model, packs: bool, lengths) -> torch.Tensor:
+    batch = features(lengths, vocabulary=60)
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    places = torch.arange(ids.shape[1]).expand(ids.shape)
+    if not packs:
+        return model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits[real]
+    with laid_end_to_end(list(lengths)):
+        return model(input_ids=ids[real][None], position_ids=places[real][None], use_cache=False).logits[0]
+
+
+def check_decoder(model, **options) -> None:
+    """Packed, outputs and gradients are within 1e-5 of padded ones, relative to the norm."""
+    packed, padded = (gradients_of_decoder(model, packs=packs, **options) for packs in (True, False))
+    assert packed.keys() == padded.keys()
+    largest = max(gradient.norm() for gradient in padded.values())
+    for name, expected in padded.items():
+        assert (packed[name] - expected).norm() <= 1e-5 * max(expected.norm(), 1e-2 * largest), name
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_packed_decoder_gives_the_outputs_and_gradients_of_the_padded_one(kind, monkeypatch):
+    model = decoder(kind)
+    before = gradients_of_decoder(model, packs=False)
+    assert remove_padding_of_decoder(model)
+    assert model.training
+    padded = gradients_of_decoder(model, packs=False)  # as before, to the bit
+    assert all(torch.equal(padded[name], expected) for name, expected in before.items())
+    check_decoder(model)
+    monkeypatch.setattr(packing, "LONGEST_KEPT", 20)  # the way of the longer ones
+    check_decoder(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_packed_decoder_in_bf16_is_as_near_to_float32_as_the_padded_one(kind):
+    model = decoder(kind)
+    assert remove_padding_of_decoder(model)
+    exact = gradients_of_decoder(model, packs=False)
+    errors = {}
+    for packs in (True, False):
+        rounded = gradients_of_decoder(model, packs=packs, bf16=True)
+        errors[packs] = sum((rounded[name] - exact[name]).square().sum().item() for name in exact) ** 0.5
+    assert errors[True] <= 1.3 * errors[False]
+
+
+@pytest.mark.parametrize("kind", STAY_PADDED)
+def test_a_decoder_that_would_answer_otherwise_stays_padded_and_unchanged(kind):
+    """States run through a packed row in Mamba and its hybrids, LFM2's convolutions and Qwen3-Next."""
+    model = decoder(kind)
+    before, attention = gradients_of_decoder(model, packs=False), model.config._attn_implementation
+    assert not remove_padding_of_decoder(model)
+    assert model.config._attn_implementation == attention
+    assert all(
+        torch.equal(gradient, before[name]) for name, gradient in gradients_of_decoder(model, packs=False).items()
+    )
+
+
+def test_windows_too_long_to_try_are_compared_with_those_of_the_masks(monkeypatch):
+    def attend_to_all(*arguments, sliding_window=None, **options):
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(packing, "LONGEST_CHECKED", 8)  # shorter than the window
+    assert remove_padding_of_decoder(decoder("mistral"))
+    attention = AttentionInterface()["packed_decoder_sdpa"]
+    monkeypatch.setitem(AttentionInterface._global_mapping, "packed_decoder_sdpa", attend_to_all)
+    assert not remove_padding_of_decoder(decoder("mistral"))
+
+
+def test_layers_of_a_packed_decoder_run_again_within_the_same_sequences():
+    model = decoder("gemma3_text")
+    assert remove_padding_of_decoder(model)
+    expected = gradients_of_decoder(model, packs=True)
+    checkpoint_layers(model, lambda: (nullcontext(), laid_as_now()))
+    found = gradients_of_decoder(model, packs=True)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_a_packed_decoder_generates_and_saves_as_before(tmp_path):
+    model, prompts = decoder("llama").eval(), features((7, 7), vocabulary=60)
+    before = model.generate(**prompts, max_new_tokens=5, do_sample=False)
+    assert remove_padding_of_decoder(model)
+    assert torch.equal(model.generate(**prompts, max_new_tokens=5, do_sample=False), before)
+    model.save_pretrained(tmp_path)
+    assert not any("packed" in file.read_text() for file in tmp_path.rglob("*.json"))

@@ -6,17 +6,21 @@ Cross-contamination" (Krell et al., 2021, arXiv:2107.02027). Nothing of it is sa
 * `remove_padding(retriever)`: for the encoder of a SentenceTransformer. Its inputs and outputs stay padded. Only on a
   CPU, and only before pooling, outputs are flat, in a form that sentence-transformers can pool.
 * `remove_padding_of_both(model)`: for an encoder-decoder, which then accepts sequences within `laid_end_to_end`.
+* `remove_padding_of_decoder(model)`: the same for a decoder-only language model.
 
 Leans on these internals. PyTorch: `varlen_attn`, `torch.ops.aten._softmax_backward_data`. Transformers:
-`AttentionInterface`, `AttentionMaskInterface`, `sdpa_attention_forward`, `sdpa_mask`, `config._attn_implementation`,
-`is_backend_compatible`; that encoders hand unknown keyword arguments (`packing`) down to the attention function; and
-the `embed_positions` of BART-like models. Sentence-transformers: the attributes `auto_model`, `modality_config` and
-`model_forward_params` of its `Transformer`, and that its pooling understands `cu_seq_lens_q`.
+`AttentionInterface`, `AttentionMaskInterface`, `sdpa_attention_forward`, `sdpa_mask`, `eager_mask`,
+`config._attn_implementation`, `is_backend_compatible`; the `eager_attention_forward` in a model's own file; that masks
+are asked for their window as `local_size`; that encoders hand unknown keyword arguments (`packing`) down to the
+attention function; and the `embed_positions` of BART-like models. Sentence-transformers: the attributes `auto_model`,
+`modality_config` and `model_forward_params` of its `Transformer`, and that its pooling understands `cu_seq_lens_q`.
 """
 
 import logging
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, groupby
 
 import numpy as np
@@ -26,10 +30,11 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 logger = logging.getLogger(__name__)
 NAME, BOTH = "packed", "packed_encoder_decoder"  # attention functions: of encoders, and of encoder-decoders
+LONGEST_CHECKED = 600  # tokens of a random sequence on which a decoder-only model is tried
 LONGEST_KEPT = 512  # tokens; longer sequences use PyTorch's kernel, which does not keep attention weights
 STEP = 16  # lengths are rounded up to a multiple, because oneDNN compiles a kernel for each new shape
 
@@ -42,7 +47,8 @@ class Layout:
 
     Attributes:
         groups: sequences that are computed together, few enough for the CPU's cache. Each group is (first query row,
-            first key row, sequences * heads, queries, keys, bias that hides the padding of the keys or None).
+            first key row, sequences * key heads, queries * query heads of a key head, keys, bias that hides the
+            padding of the keys or None).
         rows, key_rows: (laid out rows,), the index of each in (tokens * heads, d).
         places, key_places: (tokens * heads,), the inverse: where each row was laid out.
         padding: indices of the laid out query rows that are padding.
@@ -56,8 +62,12 @@ class Layout:
     padding: torch.Tensor
 
 
-def lay_out(lengths: list[int], key_lengths: list[int], heads: int) -> Layout:
-    """Layout of sequences of queries that lie end to end, each with its own sequence of keys."""
+def lay_out(lengths: list[int], key_lengths: list[int], heads: int, key_heads: int | None = None) -> Layout:
+    """Layout of sequences of queries that lie end to end, each with its own sequence of keys.
+
+    With fewer `key_heads` (default: `heads`), each is read by as many query heads in a row.
+    """
+    key_heads = key_heads or heads
     pairs = list(zip(lengths, key_lengths, strict=True))
     if any(keys and not length for length, keys in pairs):
         raise ValueError("a sequence without a query has keys")
@@ -72,17 +82,17 @@ def lay_out(lengths: list[int], key_lengths: list[int], heads: int) -> Layout:
             count = 1 << (min(len(run), max(1, 128 // max(longest, longest_key))).bit_length() - 1)
             part, run = run[:count], run[count:]
             here = _rows(starts[part], np.take(lengths, part), longest, heads)
-            there = _rows(key_starts[part], np.take(key_lengths, part), longest_key, heads)
+            there = _rows(key_starts[part], np.take(key_lengths, part), longest_key, key_heads)
             hidden = None
             if not there[1].all():
-                hidden = torch.zeros(count * heads, 1, longest_key)
+                hidden = torch.zeros(count * key_heads, 1, longest_key)
                 hidden[torch.from_numpy(~there[1]).view(-1, 1, longest_key)] = float("-inf")
-            groups.append((at, key_at, count * heads, longest, longest_key, hidden))
+            groups.append((at, key_at, count * key_heads, longest * heads // key_heads, longest_key, hidden))
             for every, one in zip((rows, real, key_rows, key_real), (*here, *there), strict=True):
                 every.append(one)
             at, key_at = at + len(here[0]), key_at + len(there[0])
     rows, real, key_rows, key_real = map(np.concatenate, (rows, real, key_rows, key_real))
-    places, key_places = np.empty(starts[-1] * heads, dtype=np.int64), np.empty(key_starts[-1] * heads, dtype=np.int64)
+    places, key_places = (np.empty(count, dtype=np.int64) for count in (starts[-1] * heads, key_starts[-1] * key_heads))
     places[rows[real]], key_places[key_rows[key_real]] = real.nonzero()[0], key_real.nonzero()[0]
     tensors = (rows, key_rows, places, key_places, (~real).nonzero()[0])
     return Layout(groups, *map(torch.from_numpy, tensors))
@@ -110,31 +120,34 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, layout, scale, causal, window):
-        dtype, heads, d = query.dtype, *query.shape[1:]
-        q = query.reshape(-1, d).index_select(0, layout.rows)
-        k, v = (tensor.to(dtype).reshape(-1, d).index_select(0, layout.key_rows) for tensor in (key, value))
-        out, weights, keep = torch.empty_like(q), [], any(ctx.needs_input_grad)
+        dtype = query.dtype
+        q = query.flatten(0, 1).index_select(0, layout.rows)
+        k, v = (tensor.to(dtype).flatten(0, 1).index_select(0, layout.key_rows) for tensor in (key, value))
+        out, weights, keep = q.new_empty(len(q), v.shape[1]), [], any(ctx.needs_input_grad)
         with torch.autocast("cpu", enabled=False):
             for (q_g, out_g), (k_g, v_g), hidden in _groups(layout, (q, out), (k, v)):
                 bias = q.new_empty(1, 1, 1) if hidden is None else hidden.to(dtype)
                 scores = torch.baddbmm(bias, q_g, k_g.transpose(1, 2), beta=float(hidden is not None), alpha=scale)
-                if causal or (window and scores.shape[1] > window):
-                    unseen = _unseen(scores.shape[1], causal, window, scores.device)
-                    scores.masked_fill_(unseen, torch.finfo(dtype).min)  # not -inf: padding may see no key
+                length = scores.shape[2]
+                if causal or (window and length > window):
+                    unseen = _unseen(length, causal, window, scores.device)
+                    # not -inf: padding may see no key
+                    scores.view(-1, length, length).masked_fill_(unseen, torch.finfo(dtype).min)
                 probabilities = scores.softmax(-1)  # computed in float32 for bfloat16 too
                 torch.bmm(probabilities, v_g, out=out_g)
                 if keep:
                     weights.append(probabilities)
         if keep:
             ctx.save_for_backward(q, k, v, *weights)
-        ctx.layout, ctx.scale, ctx.dtypes = layout, scale, (query.dtype, key.dtype, value.dtype)
-        return out.index_select(0, layout.places).view(-1, heads, d)
+        ctx.layout, ctx.scale = layout, scale
+        ctx.kinds = [(tensor.shape[1], tensor.dtype) for tensor in (query, key, value)]
+        return out.index_select(0, layout.places).unflatten(0, (-1, query.shape[1]))
 
     @staticmethod
     def backward(ctx, gradient):
         q, k, v, *weights = ctx.saved_tensors
-        layout, (heads, d) = ctx.layout, gradient.shape[1:]
-        g = gradient.reshape(-1, d).index_select(0, layout.rows).index_fill_(0, layout.padding, 0)
+        layout = ctx.layout
+        g = gradient.flatten(0, 1).index_select(0, layout.rows).index_fill_(0, layout.padding, 0)
         for_query, for_key, for_value = (torch.empty_like(rows) for rows in (q, k, v))
         groups = _groups(layout, (q, g, for_query), (k, v, for_key, for_value))
         for p, ((q_g, g_g, query_out), (k_g, v_g, key_out, value_out), _) in zip(weights, groups, strict=True):
@@ -145,8 +158,8 @@ class _Attention(torch.autograd.Function):
             torch.bmm(p.transpose(1, 2), g_g, out=value_out)
         places = (layout.places, layout.key_places, layout.key_places)
         gradients = (
-            rows.index_select(0, place).view(-1, heads, d).to(dtype)
-            for rows, place, dtype in zip((for_query, for_key, for_value), places, ctx.dtypes, strict=True)
+            rows.index_select(0, place).unflatten(0, (-1, heads)).to(dtype)
+            for rows, place, (heads, dtype) in zip((for_query, for_key, for_value), places, ctx.kinds, strict=True)
         )
         return *gradients, None, None, None, None
 
@@ -161,42 +174,62 @@ def _groups(layout: Layout, rows: tuple, key_rows: tuple):
         )
 
 
-def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout) -> torch.Tensor:
-    """PyTorch's kernel, one sequence at a time: for dropout, long sequences, windows, and float32 on a GPU."""
-    parts = []
+def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout, softcap) -> torch.Tensor:
+    """PyTorch's kernel, one sequence at a time: for dropout, long sequences, windows, and float32 on a GPU.
+
+    PyTorch has no kernel for `softcap`: that is computed step by step.
+    """
+    parts, groups = [], query.shape[1] // key.shape[1]
     each = (
         tensor.transpose(0, 1)[None].split(of, 2)
         for tensor, of in ((query, lengths), (key, key_lengths), (value, key_lengths))
     )
     for q, k, v in zip(*each, strict=True):
+        if softcap:
+            k, v = (tensor.repeat_interleave(groups, 1) for tensor in (k, v))
+            scores = softcap * (q @ k.mT * (scale / softcap)).tanh()
+            scores = scores.masked_fill(_unseen(q.shape[2], causal, window, q.device), float("-inf"))
+            weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+            parts.append(nn.functional.dropout(weights, dropout) @ v)
+            continue
         windowed = window and q.shape[2] > window
         mask = ~_unseen(q.shape[2], causal, window, q.device) if windowed else None
         parts.append(
             scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale,
+                enable_gqa=groups > 1,
             )
-        )
+        )  # fmt: skip
     return torch.cat(parts, 2)[0].transpose(0, 1)
 
 
-def _attend(query, key, value, lengths, key_lengths, layouts, *, scale, causal=False, window=None, dropout=0.0):
+def _attend(
+    query, key, value, lengths, key_lengths, layouts, *, scale, causal=False, window=None, dropout=0.0, softcap=None
+):
     """(tokens, heads, d) -> (tokens, heads, d); each sequence of queries attends to its own sequence of keys.
 
-    `layouts` is a cache that the layers of a forward pass share.
+    Keys and values may have fewer heads (grouped-query attention): each then serves as many query heads in a row.
+    With `softcap`, a score becomes ``softcap * tanh(score / softcap)``. `layouts` is a cache that the layers of a
+    forward pass share.
     """
     longest, longest_key = max(lengths), max(key_lengths)
     has_kernel = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    if has_kernel and query.dtype != torch.float32 and not dropout and not window:
+    if has_kernel and query.dtype != torch.float32 and not (dropout or window or softcap):
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
         key_starts = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=query.device)
         seen = (-1, 0) if causal else (-1, -1)
-        return varlen_attn(query, key, value, starts, key_starts, longest, longest_key, scale=scale, window_size=seen)
-    if query.device.type == "cpu" and not dropout and longest * longest_key <= LONGEST_KEPT**2:
-        kind = (query.shape[1], key_lengths is lengths)
+        return varlen_attn(
+            query, key, value, starts, key_starts, longest, longest_key, scale=scale, window_size=seen,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+    # of a causal float32 sequence, PyTorch's kernel computes half, and is faster from half the length on
+    longest_kept = LONGEST_KEPT // 2 if causal and not window and query.dtype == torch.float32 else LONGEST_KEPT
+    if query.device.type == "cpu" and not (dropout or softcap) and longest * longest_key <= longest_kept**2:
+        kind = (query.shape[1], key.shape[1], key_lengths is lengths)
         if kind not in layouts:
-            layouts[kind] = lay_out(lengths, key_lengths, query.shape[1])
+            layouts[kind] = lay_out(lengths, key_lengths, *kind[:2])
         return _Attention.apply(query, key, value, layouts[kind], scale, causal, window)
-    return _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout)
+    return _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout, softcap)
 
 
 def _attend_packed(query, key, value, lengths, key_lengths, layouts, scaling, **options):
@@ -378,18 +411,19 @@ def remove_padding(retriever) -> bool:
     return is_removed
 
 
-# ---- encoder-decoders
+# ---- models with a decoder
 
 _now: list[dict] = []  # the active `laid_end_to_end` contexts, innermost last
 
 
 def laid_end_to_end(lengths: list[int], key_lengths: list[int] | None = None):
-    """Within it, a model prepared by `remove_padding_of_both` takes (1, sum of lengths): sequences end to end.
+    """Within it, a model prepared by one of the functions below takes (1, sum of lengths): sequences end to end.
 
     For the decoder, `key_lengths` are the numbers of encoder tokens that each of its sequences attends to. With
     activation checkpointing it must be active in the recomputed forward pass too (`laid_as_now`).
     """
-    return _laid({"self": lengths, "cross": key_lengths or lengths, "layouts": {}})
+    now = {"self": lengths, "cross": key_lengths or lengths, "layouts": {}}
+    return _laid(now | {"windows": set(), "windows of masks": set()})
 
 
 def laid_as_now():
@@ -404,6 +438,9 @@ def _laid(*now: dict):
         yield
     finally:
         del _now[len(_now) - len(now) :]
+
+
+# ---- encoder-decoders
 
 
 def _attention_of_both(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
@@ -469,3 +506,78 @@ def remove_padding_of_both(model) -> bool:
     hooks = [module.register_forward_pre_hook(_ask_for_all_positions, with_kwargs=True) for module in positions]
     hooks += [module.register_forward_hook(_take_each_position) for module in positions]
     return _keep_if_equal(model, model, BOTH, hooks, padded, packed)
+
+
+# ---- decoder-only models
+
+
+def _attention_of_decoder(plain, module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
+    if not _now:
+        return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    causal, window = options.get("is_causal"), options.get("sliding_window")
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    # biases, sinks, indices of keys to read
+    unknown = [name for name, option in options.items() if torch.is_tensor(option) and name != "position_ids"]
+    if attention_mask is not None or unknown or not causal or query.shape[2] != key.shape[2]:
+        raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings are computed in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    now = _now[-1]
+    now["windows"].add(window)
+    out = _attend_packed(
+        query, key, value, now["self"], now["self"], now["layouts"], scaling,
+        causal=True, window=window, dropout=dropout, softcap=options.get("softcap"),
+    )  # fmt: skip
+    return out, None
+
+
+def _mask_of_decoder(plain, *arguments, **options):
+    if not _now:
+        return plain(*arguments, **options)
+    _now[-1]["windows of masks"].add(options.get("local_size"))
+    return None
+
+
+def _eager(module, *arguments, **options):
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **options)
+
+
+DECODER = {"sdpa": "packed_decoder_sdpa", "eager": "packed_decoder_eager"}  # by what computes padded batches
+for _name, _plain, _plain_mask in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", _eager, eager_mask)):
+    AttentionInterface.register(DECODER[_name], partial(_attention_of_decoder, _plain))
+    AttentionMaskInterface.register(DECODER[_name], partial(_mask_of_decoder, _plain_mask))
+
+
+def remove_padding_of_decoder(model) -> bool:
+    """Makes a decoder-only language model accept sequences that are `laid_end_to_end`; other calls stay as they are.
+
+    It is then called with `input_ids` and `position_ids`, both (1, sum of lengths), and `use_cache=False`; positions
+    start at 0 in each sequence. False, and the model is unchanged, if its attention cannot be replaced or its states of
+    three random sequences differ.
+    """
+    config, name = model.config.get_text_config(), DECODER.get(model.config._attn_implementation)
+    if name is None or not model.is_backend_compatible() or not hasattr(config, "vocab_size"):
+        return False
+    # longer than a sliding window that is not too long
+    longest = min((getattr(config, "sliding_window", None) or 0) + 40, LONGEST_CHECKED)
+    longest = min(longest, getattr(config, "max_position_embeddings", longest))
+    lengths = [min(5, longest), longest, min(20, longest)]
+    places = torch.arange(longest).expand(3, -1)
+    real = places < torch.tensor(lengths)[:, None]
+    ids = torch.randint(config.vocab_size, real.shape, generator=torch.Generator().manual_seed(0))
+    ids, places, real = (tensor.to(model.device) for tensor in (ids, places, real))
+    body = model.base_model  # without the output layer, by far the widest
+
+    def padded():
+        return body(input_ids=ids, attention_mask=real.long(), use_cache=False)[0][real]
+
+    def packed():
+        with laid_end_to_end(lengths):
+            states = body(input_ids=ids[real][None], position_ids=places[real][None], use_cache=False)[0][0]
+            # the lengths above may not show a window
+            if _now[-1]["windows"] != _now[-1]["windows of masks"]:
+                raise NotImplementedError(f"attention windows of {config.model_type} cannot be packed")
+        return states
+
+    return _keep_if_equal(model, model, name, [], padded, packed)
