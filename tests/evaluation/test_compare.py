@@ -17,6 +17,8 @@ from utils.errors import DataError
 from utils.evaluation.compare import main
 from utils.evaluation.intervals import bootstrap_means
 from utils.evaluation.retrieval import retrieval_scores
+from utils.evaluation.rouge import rouge_scores
+from utils.files import write_jsonl
 from utils.retrieval.bm25 import bm25_rankings
 
 # ---- the bootstrap
@@ -280,3 +282,29 @@ def test_sides_that_do_not_belong_together_are_refused_in_words(files):
     ):
         with pytest.raises(DataError, match=message):
             main([str(files / side) for side in sides])
+
+
+# ---- summaries
+
+
+def test_summaries_are_compared_by_rouge_with_documents_drawn_whole(tmp_path, capsys):
+    texts = {"a": ["the mill was sold", "a bridge in town", "no"], "b": ["the mill", "a bridge in town", "in town"]}
+    references = [["the mill was sold in May", "sold"], ["a bridge"], []]
+    for side, predictions in texts.items():
+        write_jsonl(tmp_path / f"{side}.jsonl", (
+            {"id": str(number), "doc_id": "one document", "prediction": text, "summary": summaries}
+            for number, (text, summaries) in enumerate(zip(predictions, references, strict=True))))  # fmt: skip
+    main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--metric", "rouge1", "--draws", "50"])
+    printed = capsys.readouterr().out
+    of_each = {side: [rouge_scores(*case)["rouge1"] for case in zip(texts[side][:2], references[:2], strict=True)]
+               for side in texts}  # fmt: skip
+    assert "rouge1, 2 queries drawn one by one" in printed  # the third has no reference
+    for name, column in (("A ", of_each["a"]), ("B ", of_each["b"]), ("A - B", np.subtract(*of_each.values()))):
+        assert re.search(rf"^{name} *{np.mean(column):.2f} ", printed, re.M)
+
+    (tmp_path / "b.jsonl").write_text('{"id": "0", "summary": "x"}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:1: .*'prediction'"):
+        main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--metric", "rouge1"])
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "a.jsonl"), "bm25", "--metric", "rouge1"])
+    assert "--metric rouge1 compares predictions" in capsys.readouterr().err

@@ -130,6 +130,7 @@ def write_predictions(folder: Path, split: str, rows: Iterable[dict], prediction
     write_jsonl(path, (
         {
             "id": row["example"].id,
+            "doc_id": row["example"].document.id,
             "query": row["example"].query,
             "prediction": prediction,
             "summary": row["example"].summaries,

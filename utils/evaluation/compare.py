@@ -1,12 +1,13 @@
-"""Compares two rankings of the same queries: both means and their paired difference, with 95% bootstrap intervals.
+"""Compares two rankings or summaries of the same queries: both means and their difference, with 95% intervals.
 
     python -m utils.evaluation.compare outputs/retrieve/retrieved.validation.jsonl bm25
     python -m utils.evaluation.compare ours.run theirs.run --qrels test.tsv --metric ndcg@10
+    python -m utils.evaluation.compare A/predictions.validation.jsonl B/predictions.validation.jsonl --metric rouge1
 
 A side is a hand-over file of train_retrieve.py (*.jsonl), a TREC run, or the word bm25, which ranks the passages of the
 hand-over file on the other side. B is optional. The evidence of each hand-over file is its own; a run and bm25 use the
 evidence of the hand-over file on the other side. With --qrels, all evidence comes from there. Queries are matched by
-id.
+id. With a ROUGE metric, both sides are predictions of train_summarize.py or retrieve_and_summarize.py.
 
 The intervals are percentiles of bootstrap means. Documents are drawn with replacement, each with all its queries,
 because queries about one document are not independent. Without a hand-over file, or if all queries are about one
@@ -24,36 +25,45 @@ import numpy as np
 
 from utils.cli.arguments import Parser
 from utils.data.examples import Example, Ranking
+from utils.data.fields import read_summaries
 from utils.data.loading import load_examples
+from utils.data.rows import Row, build_all, listed_fields, read_identifier, read_rows
 from utils.data.trec import by_passage_number, read_qrels, read_run
 from utils.data.words import count_words
-from utils.errors import DataError, UsageError
+from utils.errors import BadRecord, DataError, UsageError
 from utils.evaluation.intervals import bootstrap_means
 from utils.retrieval.bm25 import bm25_rankings
 
 METRIC = re.compile(r"(recall|mrr|ndcg|gold_words)@([1-9][0-9]{0,6})")
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m utils.evaluation.compare", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("A", help="a hand-over file (*.jsonl), a TREC run, or bm25")
+    parser.add_argument("A", help="a hand-over file (*.jsonl), a TREC run, bm25, or with ROUGE a file of predictions")
     parser.add_argument("B", nargs="?", help="likewise; without it only A is scored")
     parser.add_argument(
-        "--metric", default="gold_words@1024", help="recall@k, mrr@k, ndcg@k or gold_words@N [%(default)s]"
+        "--metric",
+        default="gold_words@1024",
+        help="recall@k, mrr@k, ndcg@k, gold_words@N, rouge1, rouge2, rougeL or rougeLsum [%(default)s]",
     )
     parser.add_argument("--qrels", help="evidence by query: TREC qrels or BEIR's tsv [that of the hand-over files]")
     parser.add_argument("--language", help="that of bm25's words: a code or name such as de or german, or none [en]")
     parser.add_argument("--draws", type=int, default=10_000, help="draws of the bootstrap [%(default)s]")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draws [%(default)s]")
     args = parser.parse_args(arguments)
+    if args.draws < 1 or args.seed < 0:
+        parser.error("give --draws of 1 or more and a --seed of 0 or more")
+    if args.metric in ROUGE:
+        if args.qrels or args.language or not all(side is None or is_hand_over(side) for side in (args.A, args.B)):
+            parser.error(f"--metric {args.metric} compares predictions (*.jsonl), without --qrels and --language")
+        return args
     metric = METRIC.fullmatch(args.metric)
     has_hand_over = any(side and is_hand_over(side) for side in (args.A, args.B))
     if not metric:
-        parser.error(f"--metric {args.metric}: give recall@k, mrr@k, ndcg@k or gold_words@N, such as recall@5")
+        parser.error(f"--metric {args.metric}: give recall@k, mrr@k, ndcg@k, gold_words@N, such as recall@5, or rouge1")
     if args.language is not None and "bm25" not in (args.A, args.B):
         parser.error(f"--language {args.language} has no effect without bm25 on one side")
-    if args.draws < 1 or args.seed < 0:
-        parser.error("give --draws of 1 or more and a --seed of 0 or more")
     if "bm25" in (args.A, args.B) and not has_hand_over:
         parser.error("bm25 ranks the passages of a hand-over file (*.jsonl): give one on the other side")
     if metric[1] == "gold_words" and not has_hand_over:
@@ -66,17 +76,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     sides = [args.A, args.B] if args.B else [args.A]
-    hand_overs = {side: read_hand_over(side, args.qrels) for side in sides if is_hand_over(side)}
-    by_side = [score_side(side, hand_overs, args.metric, args.qrels, args.language) for side in sides]
+    document_of = {}
+    if args.metric in ROUGE:
+        by_side = [score_predictions(side, args.metric, document_of) for side in sides]
+    else:
+        hand_overs = {side: read_hand_over(side, args.qrels) for side in sides if is_hand_over(side)}
+        by_side = [score_side(side, hand_overs, args.metric, args.qrels, args.language) for side in sides]
+        document_of = {example.id: example.document.id for example in next(iter(hand_overs.values()), ())}
     queries = [query for query in by_side[0] if query in by_side[-1]]
     left_out = len(set().union(*by_side)) - len(queries)
     if not queries:
-        raise DataError(f"{args.A} and {args.B} have no query with evidence in common; queries are matched by id")
+        what = "reference" if args.metric in ROUGE else "evidence"
+        raise DataError(f"{args.A} and {args.B} have no query with {what} in common; queries are matched by id")
     if left_out:
         print(f"{left_out} queries are on one side only and left out")
 
-    examples = next(iter(hand_overs.values()), ())
-    document_of = {example.id: example.document.id for example in examples}
     groups, grouping = [document_of.get(query) for query in queries], "drawn one by one"
     if (documents := len(set(groups))) > 1:
         grouping = f"about {documents} documents, drawn by document"
@@ -95,6 +109,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.B:
         better, worse = (difference > 1e-9).sum(), (difference < -1e-9).sum()  # not rounding errors
         print(f"A is better on {better} queries, equal on {len(queries) - better - worse}, worse on {worse}")
+
+
+def score_predictions(path: str, metric: str, document_of: dict[str, str]) -> dict[str, float]:
+    """ROUGE of each prediction that has a reference, by example id. Adds the documents of the examples."""
+    from utils.evaluation.rouge import rouge_scores  # imports `evaluate`, which takes seconds
+
+    scores = {}
+
+    def take(row: Row) -> None:
+        key, prediction = read_identifier(row.record, "id"), row.record.get("prediction")
+        if not isinstance(prediction, str):
+            raise BadRecord(f"no 'prediction'; {listed_fields(row.record)}")
+        document_of.setdefault(key, row.record.get("doc_id"))
+        if references := read_summaries(row.record, "summary", required=False):
+            scores[key] = rouge_scores(prediction, references)[metric]
+
+    columns = {name: name for name in ("id", "prediction", "summary")}
+    rows = read_rows(path, "validation", None, ("summary",))
+    build_all(rows, path, take, columns, [("id",), ("prediction",)], holds="record of 'id' and 'prediction'",
+              remedy="give the predictions of train_summarize.py or retrieve_and_summarize.py")  # fmt: skip
+    return scores
 
 
 def is_hand_over(side: str) -> bool:
