@@ -15,7 +15,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import _get_current_function_mode_stack
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.errors import UsageError, in_one_line
@@ -24,6 +31,7 @@ from utils.fast.cpu import FunctionalDropout, Linear, laid_out_weights, use_fast
 from utils.fast.packing import laid_as_now, laid_end_to_end, remove_padding_of_both
 from utils.models.generation import DEFAULTS, settle_generation
 from utils.models.languages import set_languages
+from utils.models.lora import base_model, check_loaded, has_generation_config
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
 from utils.models.settings import checkpoint_layers, load_error
 from utils.models.sources import tokens_per_example
@@ -85,12 +93,13 @@ def load_model_and_tokenizer(
     trust_remote_code: bool = False,
 ):
     """Loads an encoder-decoder and its tokenizer from a folder or the Hub; a UsageError names the flag `name`."""
-    if Path(name_or_path).is_dir() and not Path(name_or_path, "config.json").exists():
+    base = base_model(name_or_path, name)
+    if Path(base).is_dir() and not Path(base, "config.json").exists():
         raise UsageError(
             f"{name} {name_or_path}: this folder holds no model; train_summarize.py writes it at the end of training"
         )
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         if why := REFUSED.get(config.model_type):
             raise ValueError(f"models of type {config.model_type} are not supported: {why}; choose another model")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
@@ -107,9 +116,12 @@ def load_model_and_tokenizer(
         model = AutoModelForSeq2SeqLM.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
+        if base != str(name_or_path) and has_generation_config(name_or_path):  # adapters, whose settings come first
+            model.generation_config = GenerationConfig.from_pretrained(name_or_path)
     except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
         message = f"{name} {name_or_path}: no encoder-decoder model could be loaded: {load_error(error)}"
         raise UsageError(message) from error
+    check_loaded(model, name_or_path, name)
     check_vocabulary(tokenizer, model, f"{name} {name_or_path}")
     _check_special_tokens(model, tokenizer, f"{name} {name_or_path}")
     return model, tokenizer
