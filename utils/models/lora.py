@@ -10,6 +10,7 @@ Leans on these internals of peft: an adapted layer has `base_layer`, `fan_in_fan
 import copy
 import json
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file
 
 from utils.errors import UsageError, in_one_line
 from utils.fast.cpu import use_fast_layers
 
 NAME = "default"  # of the adapter; it is in no file
+LINEAR = (nn.Linear, Conv1D)  # the second is GPT-2's
 
 
 def add_adapters(module: nn.Module, args, accelerator) -> None:
@@ -34,14 +37,12 @@ def add_adapters(module: nn.Module, args, accelerator) -> None:
     """
     model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
     if not args.lora_rank:
-        if _adapted_layers(model):
-            _merge(model)
-            module.requires_grad_()
+        _merge(model)
         return
     if _adapted_layers(model):
         raise UsageError(
-            f"--lora_rank: {args.model_name_or_path} holds adapters already; name their base model, or train them with "
-            "--merge_lora first"
+            f"--lora_rank: {args.model_name_or_path} holds adapters already; name their base model, or start their run "
+            "again with --merge_lora"
         )
     base = _whole_name(model)
     if Path(base) == Path(args.output_dir).resolve():
@@ -56,7 +57,8 @@ def add_adapters(module: nn.Module, args, accelerator) -> None:
     )  # fmt: skip
     module.requires_grad_(False)
     try:
-        inject_adapter_in_model(config, model, NAME)
+        with warnings.catch_warnings(action="ignore"):  # peft warns that GPT-2's layers are transposed
+            inject_adapter_in_model(config, model, NAME)
     except ValueError as error:
         raise UsageError(f"--lora_target_modules {args.lora_target_modules}: {in_one_line(error)}") from error
     config.target_modules = sorted(config.target_modules)  # a set, whose order changes from run to run
@@ -86,16 +88,13 @@ def _whole_name(model) -> str:
 
 
 def _targets(model, flag: str) -> list[str]:
-    """The ends of names in `--lora_target_modules`. Raises UsageError if one names others than linear layers, or none.
-
-    The linear layers of GPT-2 are of a class of their own.
-    """
-    layers = {name: layer for name, layer in model.named_modules() if name and type(layer).__name__ in
-              ("Linear", "Conv1D") and layer is not model.get_output_embeddings()}  # fmt: skip
+    """The ends of names in `--lora_target_modules`. Raises UsageError if one names other modules, or none."""
+    head = model.get_output_embeddings()
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, LINEAR) and layer is not head]
     ends = flag.split(",")
     for end in ends:
         named = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{end}")]
-        if not end or not named or not set(named) <= layers.keys():
+        if not end or not named or not set(named) <= set(layers):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
             raise UsageError(
                 f"--lora_target_modules {flag}: {end!r} is not how the names of linear layers end (the output layer "
@@ -118,19 +117,26 @@ def _hold_in_bfloat16(model) -> None:
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for layer in model.modules():
-        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad and id(layer.weight) not in embeddings:
+        if isinstance(layer, LINEAR) and not layer.weight.requires_grad and id(layer.weight) not in embeddings:
             layer.weight.data = layer.weight.data.to(torch.bfloat16)
 
 
 @torch.no_grad()
 def _merge(model) -> None:
-    """Adds adapters that were loaded to the weights, and removes them."""
-    for name, layer in _adapted_layers(model).items():
+    """Adds adapters that were loaded, if any, to the weights and removes them; all weights can then be trained."""
+    layers = _adapted_layers(model)
+    if not layers:
+        return
+    for name, layer in layers.items():
         layer.merge()
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
     del model.peft_config
     model._hf_peft_config_loaded = False
+    with torch.device("meta"):
+        new = type(model)(model.config)
+    for parameter, of_new in zip(model.parameters(), new.parameters(), strict=True):
+        parameter.requires_grad_(of_new.requires_grad)  # Pegasus never trains its positions
 
 
 @torch.no_grad()
