@@ -4,7 +4,8 @@ Adapters are put into the model itself, which stays a plain model of Transformer
 used, because that takes seconds.
 
 Leans on these internals of peft: an adapted layer has `base_layer`, `fan_in_fan_out` and, by the adapter's name
-"default", `scaling`, `lora_A` and `lora_B`; a model with adapters has `peft_config`.
+"default", `scaling`, `lora_A` and `lora_B`; a model with adapters has `peft_config`. And of Transformers: a model that
+loaded adapters has `_hf_peft_config_loaded` and their `_weight_conversions`.
 """
 
 import copy
@@ -113,11 +114,13 @@ def _task(model) -> str:
 def _hold_in_bfloat16(model) -> None:
     """Holds frozen matrices of linear layers as bfloat16 autocast would cast them at each use: half of the memory.
 
-    Norms, biases and embeddings stay in float32, also where the output layer is an embedding.
+    Norms, biases and embeddings stay in float32, also where the output layer is an embedding. So does T5's layer `wo`,
+    whose inputs T5 casts to its type, so that their gradients would be added up in bfloat16.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for layer in model.modules():
-        if isinstance(layer, LINEAR) and not layer.weight.requires_grad and id(layer.weight) not in embeddings:
+    for name, layer in model.named_modules():
+        is_frozen = isinstance(layer, LINEAR) and not layer.weight.requires_grad and id(layer.weight) not in embeddings
+        if is_frozen and ".wo." not in f"{name}.":
             layer.weight.data = layer.weight.data.to(torch.bfloat16)
 
 
@@ -133,6 +136,7 @@ def _merge(model) -> None:
         setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
     del model.peft_config
     model._hf_peft_config_loaded = False
+    vars(model).pop("_weight_conversions", None)  # how adapters are named in files; a whole model is named otherwise
     with torch.device("meta"):
         new = type(model)(model.config)
     for parameter, of_new in zip(model.parameters(), new.parameters(), strict=True):
