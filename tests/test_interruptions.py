@@ -117,6 +117,7 @@ def test_killed_runs_of_adapters_end_with_the_adapters_of_an_undisturbed_one(scr
     assert "belongs to another run: frozen weights " in result.stderr
 
 
+@slow
 def test_adapters_and_whole_weights_do_not_start_from_each_other(undisturbed, tmp_path):
     script, base = "train_summarize.py", undisturbed["train_summarize.py"]
     adapters = ["--model_name_or_path", base, *ADAPTERS, "--max_train_steps", 1]

@@ -249,7 +249,8 @@ def test_the_best_model_is_the_result_if_asked_for(script, tmp_path):
     assert f"{scores['rougeL' if script == 'train_summarize.py' else 'ndcg@10']:.1f}" in table
 
 
-@pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_best_adapters_are_the_result_if_asked_for(script, undisturbed, tmp_path):
     metric = {"train_summarize.py": "loss", "train_retrieve.py": "recall@100"}[script]
     flags = ["--metric_for_best", metric, "--greater_is_better", "true", "--load_best_model_at_end",

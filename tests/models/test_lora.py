@@ -29,6 +29,12 @@ SETTINGS = {**dict.fromkeys(DEFAULTS), "source_lang": None, "target_lang": None,
             "max_target_length": 16, "max_new_tokens": 9, "num_beams": 3}  # fmt: skip
 
 
+QUICK = ("bart", "mt5", "bert to gpt2")  # without T5's layer in float32, with it, and with GPT-2's transposed layers
+every_family = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+
+
 def flags(**changes):
     return SimpleNamespace(**{"lora_rank": 4, "lora_alpha": None, "lora_dropout": 0.0,
                               "lora_target_modules": "all-linear", "merge_lora": False, "output_dir": "run",
@@ -84,7 +90,7 @@ def logits(model):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=ids[:, :5]).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_frozen_matrices_in_bfloat16_change_no_bit_under_autocast(family, tmp_path):
     summarizer, _ = adapted(save_base(tmp_path / "base", family), lora_dropout=0.1)
     held = copy.deepcopy(summarizer)
@@ -103,7 +109,7 @@ def test_frozen_matrices_in_bfloat16_change_no_bit_under_autocast(family, tmp_pa
         assert torch.equal(summarizer.generate(**batch), held.generate(**batch))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_a_saved_folder_computes_the_same_everywhere(family, tmp_path, monkeypatch):
     base = save_base(tmp_path / "base", family)
     monkeypatch.chdir(tmp_path)
@@ -131,7 +137,7 @@ def test_a_saved_folder_computes_the_same_everywhere(family, tmp_path, monkeypat
     assert GenerationConfig.from_pretrained(tmp_path / "saved").max_new_tokens == 9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_a_merged_model_is_whole_and_computes_the_same(family, tmp_path):
     base = save_base(tmp_path / "base", family)
     summarizer, tokenizer = adapted(base, "bf16", merge_lora=True)  # weights that are held in bfloat16

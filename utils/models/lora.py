@@ -1,7 +1,8 @@
 """LoRA: small adapters beside frozen linear layers, through `peft` (Hu et al., 2021, arXiv:2106.09685).
 
 Adapters are put into the model itself, which stays a plain model of Transformers. `peft` is imported only where it is
-used, because that takes seconds.
+used, because that takes seconds. A model's `save_pretrained` is replaced, so that saving a summarizer or a retriever
+needs no case of its own.
 
 Leans on these internals of peft: an adapted layer has `base_layer`, `fan_in_fan_out` and, by the adapter's name
 "default", `scaling`, `lora_A` and `lora_B`; a model with adapters has `peft_config`. And of Transformers: a model that
