@@ -84,6 +84,7 @@ from utils.data.kept import content_key
 from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.hops import score_beside_bm25, score_hops, score_one_hop
 from utils.models import contrastive, encoder
+from utils.models.lora import add_adapters
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import Imitations, first_drafts
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
@@ -222,6 +223,7 @@ def main():
     train, validation = splits["train"], splits["validation"]
     documents = list(dict.fromkeys(values(train, "document")))  # or the one corpus of all examples
     retriever = make_retriever(documents, train, args)
+    add_adapters(retriever, args, accelerator)
     log.say_model(retriever)
 
     index = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",

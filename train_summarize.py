@@ -58,6 +58,7 @@ from utils.evaluation.extracts import score_extracts
 from utils.models import summarizer as summarizers
 from utils.models.encoder_decoder import build_small_bart
 from utils.models.generation import describe_generation
+from utils.models.lora import add_adapters
 from utils.models.settings import write_settings
 from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, decode, halves
 from utils.models.tokenizer import train_tokenizer
@@ -87,6 +88,7 @@ def make_model(train: list, args, accelerator) -> tuple:
         pretrained = build_small_bart(tokenizer, dropout=args.dropout or 0.0)
     summarizers.set_up(pretrained, tokenizer, vars(args))
     summarizer = summarizers.wrap(pretrained, args.gradient_checkpointing)
+    add_adapters(summarizer, args, accelerator)
     runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
     if runs_twice or pretrained.get_input_embeddings().weight.shape[1] < 256:
         # activation checkpointing runs layers again, without the sequences' lengths; narrow models are faster padded

@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py --size base --examples 16 --repeats 3
 
-For concat and fid, that is `Summarizer.generate` with a BART, which gets the same examples in order of length, in
+For concat and fid, that is `EncoderDecoder.generate` with a BART, which gets the same examples in order of length, in
 batches of at most `--max_tokens` source tokens. For prompt, it is `prompted_search` with a decoder-only model of
 SmolLM2-135M's size, in batches of 8 in order of length. Weights are random, large enough for outputs to vary; nothing
 is downloaded. All numbers include the encoder, or reading the prompts. The two ways are timed in turns within one

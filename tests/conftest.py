@@ -161,7 +161,9 @@ FORWARD = {"train_retrieve.py": "sentence_transformers:SentenceTransformer.forwa
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    """Those of the adapters, in the folder of a run that trained adapters."""
+    adapters = folder / "adapter_model.safetensors"
+    return load_file(adapters if adapters.exists() else folder / "model.safetensors")
 
 
 def history(folder) -> dict[str, list]:

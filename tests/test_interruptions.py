@@ -1,12 +1,14 @@
 """Runs that are killed, interrupted, damaged or out of disk: what they leave, and that they end as if undisturbed."""
 
 import resource
+import shutil
 import signal
 
 import psutil
 import pytest
 import torch
 from conftest import STEPS, assert_same_run, events, history, kill_all, run, start, wait_until, weights
+from safetensors.torch import save_file
 
 
 @pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
@@ -72,6 +74,68 @@ def test_mined_negatives_are_those_of_the_interrupted_run(undisturbed, tmp_path)
     mined, plain = (history(folder)["train"] for folder in (tmp_path / "whole", undisturbed[script]))
     assert mined[: STEPS // 2] == plain[: STEPS // 2]  # the first epoch's are BM25's
     assert mined[STEPS // 2] != plain[STEPS // 2]
+
+
+ADAPTERS = ["--lora_rank", 4, "--lora_dropout", 0.1, "--learning_rate", 1e-2]
+
+
+@pytest.mark.parametrize(
+    ("script", "processes"),
+    [
+        ("train_summarize.py", 1),
+        pytest.param("train_summarize.py", 2, marks=slow),
+        pytest.param("train_retrieve.py", 1, marks=slow),
+        pytest.param("train_retrieve.py", 2, marks=slow),
+    ],
+)
+def test_killed_runs_of_adapters_end_with_the_adapters_of_an_undisturbed_one(script, processes, undisturbed, tmp_path):
+    base = shutil.copytree(undisturbed[script], tmp_path / "base")
+    flags = ["--model_name_or_path", base, *ADAPTERS, "--mixed_precision", "bf16", "--checkpointing_steps", 1]
+    run(script, tmp_path / "whole", *flags, processes=processes)
+    folder = tmp_path / "killed"
+    process = start(script, folder, *flags, processes=processes)
+    wait_until(lambda: len(events(folder, "train")) >= 3, process, folder)
+    kill_all(process)
+    assert not (folder / "adapter_model.safetensors").exists()
+    checkpoints = folder / "checkpoints"
+    of_checkpoint = weights(max(checkpoints.glob("step_*")))
+    assert sum(".lora_" in name for name in of_checkpoint) == len(weights(tmp_path / "whole"))
+    assert {name for name in of_checkpoint if ".lora_" not in name} <= {"model.final_logits_bias"}  # a buffer of BART
+    run(script, folder, *flags, processes=processes)
+    assert len(events(folder, "resume")) == 1
+    assert_same_run(folder, tmp_path / "whole", steps=STEPS // processes)
+    assert all(tensor.abs().max() > 0 for name, tensor in weights(folder).items() if "pooler" not in name)
+
+    # other weights under the same name
+    tensors = weights(base)
+    name = next(name for name in tensors if name.endswith(("fc1.weight", "query.weight")))
+    tensors[name][0, 0] += 1e-2
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    result = run(
+        script, folder, *flags, "--num_train_epochs", 3, processes=processes, expect=2 if processes == 1 else 1
+    )
+    assert "belongs to another run: frozen weights " in result.stderr
+
+
+@slow
+def test_adapters_and_whole_weights_do_not_start_from_each_other(undisturbed, tmp_path):
+    script, base = "train_summarize.py", undisturbed["train_summarize.py"]
+    adapters = ["--model_name_or_path", base, *ADAPTERS, "--max_train_steps", 1]
+    run(script, tmp_path / "adapters", *adapters)
+    begin = ["--reset_optimizer", "--reset_lr_scheduler", "--reset_dataloader", "--reset_meters"]
+    run(script, tmp_path / "further", *adapters, "--init_from", tmp_path / "adapters", *begin, "--learning_rate", 0)
+    ours, theirs = weights(tmp_path / "further"), weights(tmp_path / "adapters")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    said = "do not train the same weights, or its adapters belong to another base model; name its run folder with"
+    for flags in (
+        [*adapters, "--init_from", base],
+        ["--model_name_or_path", base, "--init_from", tmp_path / "adapters"],
+        [*adapters, "--model_name_or_path", tmp_path / "other", "--init_from", tmp_path / "adapters"],
+    ):
+        if not (tmp_path / "other").exists():  # another base model
+            run(script, tmp_path / "other", "--seed", 7, "--max_train_steps", 1)
+        result = run(script, tmp_path / "refused", *flags, expect=2)
+        assert said in result.stderr and "Traceback" not in result.stderr
 
 
 def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(undisturbed, tmp_path):

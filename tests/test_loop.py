@@ -249,6 +249,37 @@ def test_the_best_model_is_the_result_if_asked_for(script, tmp_path):
     assert f"{scores['rougeL' if script == 'train_summarize.py' else 'ndcg@10']:.1f}" in table
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_best_adapters_are_the_result_if_asked_for(script, undisturbed, tmp_path):
+    metric = {"train_summarize.py": "loss", "train_retrieve.py": "recall@100"}[script]
+    flags = ["--metric_for_best", metric, "--greater_is_better", "true", "--load_best_model_at_end",
+             "--model_name_or_path", undisturbed[script], "--lora_rank", 4]  # fmt: skip
+    result = run(script, tmp_path, *flags)
+    assert re.search(r"^[\d,]+ of [\d,]+ parameters are trained, 1 process on cpu", result.stdout, re.MULTILINE)
+    assert "the model is that of step 6, the best" in result.stdout
+    best, last, published = (weights(tmp_path / name) for name in ("checkpoints/best", "checkpoints/last", "."))
+    names = {name: name.removeprefix("base_model.model.").replace(".weight", ".default.weight") for name in published}
+    for name, tensor in published.items():
+        (key,) = (key for key in best if key.endswith(f".{names[name]}"))
+        assert torch.equal(tensor, best[key])
+    assert any(not torch.equal(best[key], last[key]) for key in best)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_adapters_do_not_depend_on_the_number_of_processes(script, undisturbed, tmp_path):
+    flags = ["--dropout", 0, "--gradient_accumulation_steps", 1, "--max_train_steps", 3, "--max_train_examples", 42,
+             "--model_name_or_path", undisturbed[script], "--lora_rank", 4]  # fmt: skip
+    for processes in (1, 2):
+        run(script, tmp_path / str(processes), *flags, "--per_device_train_batch_size", 16 // processes,
+            processes=processes)  # fmt: skip
+    one, two = (weights(tmp_path / str(processes)) for processes in (1, 2))
+    assert one.keys() == two.keys()
+    # AdamW scales rounding up to a share of the learning rate
+    assert max((one[name] - two[name]).abs().max() for name in one) <= 1e-4
+
+
 @pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
 def test_overfitting_one_batch_sees_the_same_examples_at_each_step_and_learns_them(script, tmp_path):
     flags = ["--dropout", 0] if script == "train_summarize.py" else ["--num_hard_negatives", 0, "--learning_rate", 3e-3]

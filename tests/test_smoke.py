@@ -1,6 +1,7 @@
 """The scripts as users run them, from start to end, with one process and with two."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -121,6 +122,74 @@ def test_the_summarizer_loads_in_plain_transformers_and_writes_the_same_predicti
         with torch.no_grad():
             ids = model.generate(**tokenizer(source, return_tensors="pt", return_token_type_ids=False))
         assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == line["prediction"]
+
+
+def test_adapters_are_trained_used_and_merged(smoke, tmp_path):
+    base = shutil.copytree(smoke["summarize"], tmp_path / "base")
+    flags = ["--train_file", smoke["retrieve"] / "retrieved.train.jsonl", "--max_train_examples", 96,
+             "--validation_file", smoke["retrieve"] / "retrieved.validation.jsonl", "--max_eval_examples", 12,
+             "--model_name_or_path", base, "--lora_rank", 8, "--learning_rate", 1e-2, "--num_train_epochs", 2,
+             "--per_device_train_batch_size", 4, "--log_steps", 12, "--max_new_tokens", 16,
+             "--output_dir", tmp_path / "run"]  # fmt: skip
+    result = launch("train_summarize.py", *flags)
+    assert result.returncode == 0, result.stderr
+    losses = [line["loss"] for line in events(tmp_path / "run", "train")]
+    assert losses[-1] < losses[0] - 0.02
+    checkpoint = tmp_path / "run/checkpoints/last"
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 2 * (base / "model.safetensors").stat().st_size
+
+    # both scripts that read the folder write what the run wrote
+    written = [line["prediction"] for line in read_jsonl(tmp_path / "run/predictions.validation.jsonl")]
+    hops = ["--retriever", smoke["retrieve"], "--input_file", smoke["retrieve"] / "retrieved.validation.jsonl",
+            "--max_examples", 12, "--num_hops", 1, "--output_dir", tmp_path / "hops",
+            "--summarizer", tmp_path / "run"]  # fmt: skip
+    result = launch("retrieve_and_summarize.py", *hops)
+    assert result.returncode == 0, result.stderr
+    assert [line["prediction"] for line in read_jsonl(tmp_path / "hops/predictions.validation.jsonl")] == written
+    onward = ["--model_name_or_path", tmp_path / "run", "--learning_rate", 0, "--max_train_steps", 1]
+    result = launch("train_summarize.py", *flags, *onward, "--lora_rank", 0, "--output_dir", tmp_path / "onward")
+    assert result.returncode == 0, result.stderr
+    assert [line["prediction"] for line in read_jsonl(tmp_path / "onward/predictions.validation.jsonl")] == written
+
+    # the finished run, started again, writes a whole model, which does not need the base model
+    result = launch("train_summarize.py", *flags, "--merge_lora")
+    assert result.returncode == 0, result.stderr
+    assert "nothing to train" in result.stdout and "--merge_lora False -> True" in result.stdout
+    assert not list((tmp_path / "run").glob("adapter*"))
+    shutil.rmtree(base)
+    result = launch("retrieve_and_summarize.py", *hops)
+    assert result.returncode == 0, result.stderr
+    assert [line["prediction"] for line in read_jsonl(tmp_path / "hops/predictions.validation.jsonl")] == written
+
+
+def test_adapters_of_a_retriever_are_trained_and_rank_as_the_hand_over_file(smoke, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    base = shutil.copytree(smoke["retrieve"], tmp_path / "base")
+    result = launch("train_retrieve.py", "--output_dir", tmp_path / "run", "--sample_documents", 20, "--lora_rank", 8,
+                    "--model_name_or_path", base, "--num_train_epochs", 1, "--learning_rate", 5e-3,
+                    "--gradient_cache_tokens", 512, "--query_prompt", "ask: ", "--gradient_checkpointing")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    model = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    whole = SentenceTransformer(str(base), device="cpu")
+    for example in load_examples(tmp_path / "run/retrieved.validation.jsonl", max_examples=3):
+        passages, scores = zip(*example.retrieved, strict=True)
+        texts = [example.document.passages[passage] for passage in passages]
+        similarities = model.encode_query([example.query]) @ model.encode_document(texts).T
+        assert similarities[0].tolist() == pytest.approx(scores, abs=1e-4)
+        before = whole.encode_query(["ask: " + example.query]) @ whole.encode_document(texts).T
+        assert abs(before - similarities).max() > 1e-3
+    hops = ["--retriever", tmp_path / "run", "--summarizer", "extract", "--max_examples", 6, "--num_hops", 1]
+    result = launch("retrieve_and_summarize.py", *hops, "--output_dir", tmp_path / "hops")
+    assert result.returncode == 0, result.stderr
+    handed = load_examples(tmp_path / "run/retrieved.validation.jsonl", max_examples=6)
+    for line, example in zip(read_jsonl(tmp_path / "hops/predictions.validation.jsonl"), handed, strict=True):
+        assert [entry["passage"] for entry in line["retrieved"]][:5] == [passage for passage, _ in example.retrieved][
+            :5
+        ]
+    shutil.rmtree(base)
+    result = launch("retrieve_and_summarize.py", *hops, "--output_dir", tmp_path / "other")
+    assert result.returncode == 2 and f"need their base model in {base}" in result.stderr
 
 
 def test_a_run_folder_tells_what_was_run(smoke):

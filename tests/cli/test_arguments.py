@@ -125,6 +125,11 @@ def test_a_run_that_nothing_would_end_is_refused(monkeypatch, capsys, script):
     (["--adam_beta1", "1.5"], "--adam_beta1 1.5: must be less than 1"),
     (["--language", "xx"], "--language xx: there is no stemmer for it; use none, or one of ar (arabic)"),
     (["--min_new_tokens", "9", "--max_new_tokens", "8"], "--min_new_tokens 9: must be at most --max_new_tokens 8"),
+    (["--lora_rank", "4"], "--lora_rank needs a pretrained model: set --model_name_or_path"),
+    (["--lora_alpha", "4"], "--lora_alpha has no effect without --lora_rank"),
+    (["--lora_dropout", "0.1"], "--lora_dropout has no effect without --lora_rank"),
+    (["--lora_target_modules", "fc1"], "--lora_target_modules has no effect without --lora_rank"),
+    (["--merge_lora"], "--merge_lora has no effect without --lora_rank"),
 ])  # fmt: skip
 def test_values_that_make_no_sense_are_refused_by_name(monkeypatch, capsys, flags, message):
     _, error = parse_flags(monkeypatch, capsys, *flags)

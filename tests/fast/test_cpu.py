@@ -368,6 +368,20 @@ def test_laid_out_weights_give_what_autocast_gives_and_only_while_they_are(monke
     assert len(products) == 2 and "laid_out" not in model[0].__dict__
 
 
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="oneDNN computes bfloat16 on processors with AVX-512 only")
+def test_weights_that_are_held_in_bfloat16_are_laid_out_as_those_in_float32(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.Linear(96, 40, bias=False))
+    use_fast_layers(model)
+    held = copy.deepcopy(model)
+    for layer in held:
+        layer.weight.data = layer.weight.data.bfloat16()
+    x, products = torch.randn(3, 7, 48), []
+    monkeypatch.setattr(cpu, "_onednn", lambda *given, times=cpu._onednn: products.append(1) or times(*given))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), laid_out_weights(model), laid_out_weights(held):
+        assert torch.equal(model(x), held(x))
+    assert len(products) == 4
+
+
 def test_weights_are_not_laid_out_in_float32_or_after_an_error():
     model = torch.nn.Sequential(torch.nn.Linear(48, 96))
     use_fast_layers(model)

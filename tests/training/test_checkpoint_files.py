@@ -42,7 +42,7 @@ from utils.training.checkpoint_files import (
 )
 from utils.training.checkpoints import Checkpoints
 from utils.training.loop_state import LoopState
-from utils.training.sharding import gather_tensors, keep_outputs_exact, restore_tensors
+from utils.training.sharding import frozen_digest, gather_tensors, keep_outputs_exact, restore_tensors
 from utils.training.step import parameter_groups
 
 FILES = (*FILES, "manifest.json")
@@ -135,9 +135,37 @@ def check_resuming(accelerator, prepare, checkpoints: Path) -> None:
     assert_equal(gather_tensors(accelerator, model, optimizer), uninterrupted)
 
 
+def check_frozen(accelerator, prepare, folder: Path) -> None:
+    """What is not trained is in no checkpoint; its checksum, which training leaves as it is, goes to a file."""
+
+    def frozen_bart(seed: int):
+        model, _ = small_bart(seed)
+        model.model.encoder.layers.requires_grad_(False)
+        return prepare(model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, fused=True))
+
+    model, optimizer = frozen_bart(seed=1)
+    model.train()
+    before = frozen_digest(accelerator, model)
+    train(accelerator, model, optimizer, range(2))
+    tensors = gather_tensors(accelerator, model, optimizer)
+    digests = [before, frozen_digest(accelerator, model), frozen_digest(accelerator, frozen_bart(seed=2)[0])]
+    assert frozen_digest(accelerator, prepare(*small_bart(seed=1))[0]) is None
+    model, optimizer = frozen_bart(seed=1)
+    restore_tensors(accelerator, model, optimizer, tensors)
+    assert_equal(gather_tensors(accelerator, model, optimizer), tensors)
+    if accelerator.is_main_process:
+        assert digests[0] == digests[1] != digests[2]
+        assert not [name for name in tensors["model"] if name.startswith("model.encoder.layers.")]
+        assert {"final_logits_bias", "model.shared.weight"} < tensors["model"].keys()
+        assert not [name for name in tensors["optimizer"] if name.startswith("model.encoder.layers.")]
+        folder.mkdir(exist_ok=True)
+        (folder / "digest").write_text(before)
+
+
 def test_one_process_resumes_bit_exactly(tmp_path):
     accelerator = Accelerator(cpu=True)
     check_resuming(accelerator, accelerator.prepare, tmp_path)
+    check_frozen(accelerator, accelerator.prepare, tmp_path)
 
 
 def worker(folder: Path) -> None:
@@ -147,6 +175,7 @@ def worker(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     check_resuming(accelerator, accelerator.prepare, folder / "ddp")
+    check_frozen(accelerator, accelerator.prepare, folder / "ddp")
 
     def shard(model, optimizer):  # what accelerator.prepare() does with FSDP2, which it refuses to do on the CPU
         mesh = init_device_mesh("cpu", (2,))
@@ -155,6 +184,7 @@ def worker(folder: Path) -> None:
         return model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, fused=True)
 
     check_resuming(accelerator, shard, folder / "fsdp")
+    check_frozen(accelerator, shard, folder / "fsdp")
     check_outputs(fully_shard, init_device_mesh("cpu", (2,)))
     end_run(accelerator)
 
@@ -191,6 +221,8 @@ def test_two_processes_resume_bit_exactly_under_ddp_and_fsdp2_and_one_process_re
         model, optimizer = small_bart(seed=3)
         restore_tensors(accelerator, model, optimizer, tensors)
         assert_equal(gather_tensors(accelerator, model, optimizer), tensors)
+    check_frozen(accelerator, accelerator.prepare, tmp_path / "one")
+    assert len({(tmp_path / kind / "digest").read_text() for kind in ("one", "ddp", "fsdp")}) == 1
 
 
 def test_model_without_optimizer_leaves_the_optimizer_alone():
@@ -584,6 +616,18 @@ def test_publishing_moves_files_and_sub_folders_to_the_top_and_leaves_the_rest(t
     assert names(tmp_path) == ["1_Pooling", "config.json", "metrics.jsonl"]
     contents = [(tmp_path / name).read_text() for name in ("1_Pooling/config.json", "config.json", "metrics.jsonl")]
     assert contents == ["pooling", "new", "kept"]
+
+
+def test_adapters_replace_a_whole_model_and_the_reverse(tmp_path):
+    """Transformers would load both, one upon the other."""
+    whole = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    adapters = ["adapter_config.json", "adapter_model.safetensors"]
+    (tmp_path / "2_Dense").mkdir()
+    (tmp_path / "2_Dense/model.safetensors").write_text("kept")
+    for files in (whole, adapters, whole):
+        publish(tmp_path, lambda folder: [(folder / name).write_text("new") for name in files])  # noqa: B023
+        assert names(tmp_path) == ["2_Dense", *files]
+    assert names(tmp_path / "2_Dense") == ["model.safetensors"]
 
 
 def test_a_writer_that_fails_midway_changes_nothing(tmp_path):

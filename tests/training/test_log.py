@@ -10,9 +10,22 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import alone
+from torch import nn
 
 from retrieve_and_summarize import SHOWN
 from utils.training.log import Meters, RunLog, score_table
+
+
+def test_a_model_is_described_with_what_of_it_is_trained(tmp_path, capsys):
+    model = nn.Sequential(nn.Linear(9, 100), nn.Linear(100, 1))
+    log = RunLog(alone(), tmp_path, "simple")
+    log.say_model(model)
+    model[0].requires_grad_(False)
+    log.say_model(model)
+    assert capsys.readouterr().out.splitlines() == [
+        "1,101 parameters, 1 process on cpu, float32",
+        "101 of 1,101 parameters are trained, 1 process on cpu, float32",
+    ]
 
 
 def test_meters_add_up_their_steps_and_start_anew_once_read():

@@ -65,7 +65,7 @@ MAY_CHANGE = frozenset(
     group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
     min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
     validation_drafts_file ranking bm25_weight smooth_window smooth_decay index trec_run gradient_checkpointing
-    trust_remote_code
+    trust_remote_code merge_lora
     """.split()
 )
 
@@ -270,7 +270,29 @@ class LanguageArguments(GenerationArguments):
 
 
 @dataclass
-class TrainingArguments(RunArguments):
+class LoraArguments(RunArguments):
+    """Adapters that are trained in place of a pretrained model's weights (LoRA)."""
+
+    lora_rank: int = flag(0, "LoRA: train adapters of this rank, and no other weight; 0: train all weights", at_least=0)
+    lora_alpha: int | None = flag(None, "adapters are scaled by this over --lora_rank (default: 2 x rank)", at_least=1)
+    lora_dropout: float = flag(0.0, "dropout of what the adapters read", at_least=0, below=1)
+    lora_target_modules: str = flag(
+        "all-linear", "layers with an adapter: how their names end, as in q_proj,v_proj; or all but the output layer"
+    )
+    merge_lora: bool = flag(False, "add the adapters to the weights of the model that is written")
+
+    def __post_init__(self):
+        super().__post_init__()
+        default = {field.name: field.default for field in dataclasses.fields(LoraArguments)}
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "merge_lora"):
+            if not self.lora_rank and getattr(self, name) != default[name]:
+                raise UsageError(f"--{name} has no effect without --lora_rank")
+        if self.lora_rank and not self.model_name_or_path:
+            raise UsageError("--lora_rank needs a pretrained model: set --model_name_or_path")
+
+
+@dataclass
+class TrainingArguments(LoraArguments):
     """How a model is trained."""
 
     num_train_epochs: int = flag(3, "epochs to train; 0: no limit", at_least=0)
@@ -404,6 +426,7 @@ GROUPS = {
         passage_order prompt_template source_prefix source_lang target_lang max_target_length label_smoothing_factor
         length_penalty min_new_tokens no_repeat_ngram_size trust_remote_code
     """,
+    "adapters": "lora_rank lora_alpha lora_dropout lora_target_modules merge_lora",
     "batches": """
         gradient_accumulation_steps max_tokens gradient_checkpointing curriculum_epochs per_device_eval_batch_size
         dataloader_num_workers

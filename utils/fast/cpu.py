@@ -59,7 +59,8 @@ def laid_out_weights(model: nn.Module):
     """
     layers = []
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 and HAS_BFLOAT16:
-        layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module.weight)]
+        layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module.weight,
+                  (torch.float32, torch.bfloat16))]  # fmt: skip
     try:
         for layer in layers:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(torch.bfloat16))
@@ -88,9 +89,9 @@ def _suits_onednn(x, weight) -> bool:
     )
 
 
-def _is_plain(x) -> bool:
-    """Whether it is a float32 tensor on a CPU, and neither sharded nor of another subclass."""
-    return type(x) in (torch.Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
+def _is_plain(x, dtypes=(torch.float32,)) -> bool:
+    """Whether it is a tensor of these types on a CPU, and neither sharded nor of another subclass."""
+    return type(x) in (torch.Tensor, nn.Parameter) and x.dtype in dtypes and x.device.type == "cpu"
 
 
 def _onednn(x, weight, bias=None):

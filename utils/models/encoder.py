@@ -23,6 +23,7 @@ from transformers import BertConfig, BertModel
 from utils.errors import UsageError
 from utils.fast.cpu import laid_out_weights, use_fast_layers
 from utils.fast.packing import is_packed, remove_padding
+from utils.models.lora import base_model, check_loaded
 from utils.models.settings import checkpoint_layers, load_error, write_settings
 from utils.models.tokenizer import check_length, check_vocabulary, pad, position_limit, tokenizer_key, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
@@ -90,10 +91,12 @@ def load_retriever(
     embeddings of sentence-transformers' own `encode_query` and `encode_document`.
     """
     folder = Path(name_or_path)
-    if folder.is_dir() and not any((folder / name).exists() for name in ("modules.json", "config.json")):
+    if folder.is_dir() and not any((folder / name).exists() for name in ("modules.json", "config.json",
+                                                                          "adapter_config.json")):  # fmt: skip
         raise UsageError(
             f"{name_or_path}: this folder holds no retriever; train_retrieve.py writes it at the end of training"
         )
+    base_model(name_or_path, "")
     # a configuration ignores the names that it does not know
     config = dict.fromkeys(ATTENTION_DROPOUTS, attention_dropout) if attention_dropout is not None else {}
     config |= dict.fromkeys(DROPOUTS, dropout) if dropout is not None else {}
@@ -104,6 +107,7 @@ def load_retriever(
         )  # fmt: skip
     except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
         raise UsageError(f"{name_or_path}: no retriever could be loaded: {load_error(error)}") from error
+    check_loaded(retriever, name_or_path, "")
     _check_modules(retriever, name_or_path)
     if dropout is not None and not any(hasattr(retriever[0].auto_model.config, name) for name in DROPOUTS):
         raise UsageError(f"--dropout: {name_or_path} has no dropout that could be set; leave the flag out")

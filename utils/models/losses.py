@@ -47,7 +47,8 @@ class _VocabularyLoss(torch.autograd.Function):
         low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
         nll, uniform = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        is_trained = with_gradient and ctx.needs_input_grad[3]
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
         scale = 2**10 if dtype == torch.float16 else 1  # in float16 small gradients would become 0
         size = max(1, _VocabularyLoss.CHUNK // len(weight))
         for start in range(0, len(hidden), size):
@@ -63,7 +64,8 @@ class _VocabularyLoss(torch.autograd.Function):
                 gradient[torch.arange(len(labels), device=labels.device), labels] -= 1 - smoothing
                 gradient = gradient.mul_(scale).to(dtype) if scale > 1 else gradient.to(dtype)
                 grad_hidden[start : start + size] = multiply(gradient, low_weight)
-                grad_weight += multiply(gradient.T, rows)
+                if is_trained:
+                    grad_weight += multiply(gradient.T, rows)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.dtype)
         ctx.mark_non_differentiable(nll)
@@ -72,7 +74,7 @@ class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, outer, _):
         for_hidden, for_weight = (
-            (gradient * (outer / ctx.scale)).to(dtype)
+            None if gradient is None else (gradient * (outer / ctx.scale)).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return for_hidden, None, None, for_weight, None, None

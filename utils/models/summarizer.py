@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from utils.errors import UsageError
 from utils.models.decoder_only import LanguageModel
 from utils.models.encoder_decoder import EncoderDecoder, start_token
 from utils.models.generation import DEFAULTS, most_new_tokens, settle_generation
 from utils.models.languages import set_languages
+from utils.models.lora import base_model, check_loaded, has_generation_config
 from utils.models.settings import load_error, saved_settings
 from utils.models.sources import DEFAULT_PROMPT, Sources
 from utils.models.tokenizer import check_length, check_vocabulary, position_limit
@@ -41,12 +42,13 @@ def load_model_and_tokenizer(
 
     Raises UsageError, which names the flag `name`.
     """
-    if Path(name_or_path).is_dir() and not Path(name_or_path, "config.json").exists():
+    base = base_model(name_or_path, name)
+    if Path(base).is_dir() and not Path(base, "config.json").exists():
         raise UsageError(
             f"{name} {name_or_path}: this folder holds no model; train_summarize.py writes it at the end of training"
         )
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         if why := REFUSED.get(config.model_type):
             raise ValueError(f"models of type {config.model_type} are not supported: {why}; choose another model")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
@@ -64,9 +66,12 @@ def load_model_and_tokenizer(
         model = auto_class.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
+        if base != str(name_or_path) and has_generation_config(name_or_path):  # adapters, whose settings come first
+            model.generation_config = GenerationConfig.from_pretrained(name_or_path)
     except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
         message = f"{name} {name_or_path}: no summarizer could be loaded: {load_error(error)}"
         raise UsageError(message) from error
+    check_loaded(model, name_or_path, name)
     if not model.config.is_encoder_decoder and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never read
     check_vocabulary(tokenizer, model, f"{name} {name_or_path}")

@@ -116,6 +116,7 @@ def tidy(checkpoints: Path) -> None:
 def publish(run_folder: Path, write: Callable[[Path], None]) -> None:
     """Calls `write(folder)` on a temporary folder and moves each file, complete, into `run_folder`.
 
+    A whole model replaces adapters that were published there before, and the reverse: Transformers would use both.
     Raises CheckpointError if a write fails.
     """
     temporary = run_folder / f"{TEMPORARY}publish"
@@ -126,6 +127,10 @@ def publish(run_folder: Path, write: Callable[[Path], None]) -> None:
         files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
         for path in files:
             sync(path)
+        for pattern in ("adapter_*", "config.json", "model*.safetensors*"):
+            for path in run_folder.glob(pattern):
+                if temporary / path.name not in files:
+                    path.unlink()
         for path in files:
             published = run_folder / path.relative_to(temporary)
             published.parent.mkdir(parents=True, exist_ok=True)

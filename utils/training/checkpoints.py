@@ -11,7 +11,7 @@ from utils.errors import CheckpointError, DamagedCheckpoint, UsageError
 from utils.files import remove
 from utils.training import checkpoint_files
 from utils.training.loop_state import LoopState
-from utils.training.sharding import gather_tensors, restore_tensors
+from utils.training.sharding import frozen_digest, gather_tensors, restore_tensors
 
 
 class Checkpoints:
@@ -24,6 +24,7 @@ class Checkpoints:
     def __init__(self, accelerator, args, run_folder: Path, log, signals, *, model, optimizer, scheduler, data, shape):
         self.accelerator, self.args, self.log, self.signals = accelerator, args, log, signals
         self.model, self.optimizer, self.scheduler, self.data, self.shape = model, optimizer, scheduler, data, shape
+        self.frozen = frozen_digest(accelerator, model)
         self.run_folder, self.folder = run_folder, run_folder / "checkpoints"
         self.copies: dict | None = None  # tensors that are being written
         self.is_writing, self.saved_step = False, -1
@@ -37,6 +38,7 @@ class Checkpoints:
             "data": self.data,
             **{f"--{name}": value for name, value in self.args.decisive().items()},
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "frozen weights": self.frozen,
             "precision": self.accelerator.mixed_precision,
             "shape": self.shape(epoch),
         }
@@ -104,6 +106,11 @@ class Checkpoints:
                     tensors, content, saved = checkpoint_files.read(folder)
                     if is_own:
                         _compare(folder, saved, self.fingerprint(content["loop"]["epoch"]), args.allow_reshard)
+                    elif saved.get("frozen weights") != self.frozen:
+                        raise UsageError(
+                            f"--init_from {folder}: that run and this one do not train the same weights, or its "
+                            "adapters belong to another base model; name its run folder with --model_name_or_path"
+                        )
                     found = [{"folder": folder, "is_own": is_own, "content": content, "fingerprint": saved}]
             except (UsageError, DamagedCheckpoint, OSError) as error:
                 found = [{"error": str(error)}]

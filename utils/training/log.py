@@ -79,11 +79,13 @@ class RunLog:
                 print(text, flush=True)
 
     def say_model(self, model) -> None:
-        """One line on the size of a model, the processes and the precision."""
-        accelerator, parameters = self.accelerator, sum(parameter.numel() for parameter in model.parameters())
+        """One line on the size of a model and what of it is trained, the processes and the precision."""
+        accelerator, total = self.accelerator, sum(parameter.numel() for parameter in model.parameters())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         precision = accelerator.mixed_precision.replace("no", "float32")
         processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
-        self.say(f"{parameters:,} parameters, {processes} on {accelerator.device.type}, {precision}")
+        size = f"{total:,} parameters" if trained == total else f"{trained:,} of {total:,} parameters are trained"
+        self.say(f"{size}, {processes} on {accelerator.device.type}, {precision}")
 
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Gathering the tensors of model and optimizer, and restoring them: the same for one process, DDP and FSDP2."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +19,7 @@ def keep_outputs_exact(accelerator) -> None:
 
 
 def gather_tensors(accelerator, model, optimizer, into=None) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies all tensors to the main process's CPU: {"model": {...}, "optimizer": {...}}; {} on other processes.
+    """Copies what training changes to the main process's CPU: {"model": {...}, "optimizer": {...}}; {} on others.
 
     Called on all processes. Training may continue while the copies are written. Tied weights are copied once. Optimizer
     states are named "parameter/entry". Of the parameter groups only the learning rates are kept, which schedulers
@@ -83,11 +84,35 @@ def restore_tensors(accelerator, model, optimizer, tensors, *, with_optimizer: b
 
 
 def _named_tensors(accelerator, model) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by their names in the unwrapped model; tied ones once."""
+    """Trained parameters and persistent buffers by their names in the unwrapped model; tied ones once."""
+    everything = _everything(accelerator, model)
+    return {name: tensor for name, tensor in everything.items() if not _is_frozen(tensor)}
+
+
+def _everything(accelerator, model) -> dict[str, torch.Tensor]:
+    """All parameters and persistent buffers, tied ones once."""
     # state_dict() rather than named_parameters(): FSDP then gives the shards that the optimizer holds
     everything = accelerator.unwrap_model(model, keep_torch_compile=False).state_dict(keep_vars=True)
     first_names = {id(tensor): name for name, tensor in reversed(everything.items())}
     return {name: everything[name] for name in everything if first_names[id(everything[name])] == name}
+
+
+def _is_frozen(tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+
+
+def frozen_digest(accelerator, model) -> str | None:
+    """A checksum of the parameters that are not trained, which are in no checkpoint; None without any.
+
+    Called on all processes; the others than the main one get a checksum of nothing.
+    """
+    frozen = {name: tensor for name, tensor in _everything(accelerator, model).items() if _is_frozen(tensor)}
+    total = hashlib.sha256()
+    for name, tensor in frozen.items():
+        value = _gather(accelerator, tensor, None)
+        if value is not None:
+            total.update(name.encode() + memoryview(value.view(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()[:16] if frozen else None
 
 
 def _gather(accelerator, value, memory: torch.Tensor | None) -> torch.Tensor | None:

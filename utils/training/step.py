@@ -84,7 +84,8 @@ def check_weight_norm(accelerator, model) -> None:
     """
     if accelerator.num_processes == 1 or is_sharded(accelerator):
         return
-    norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()])
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    norms = torch._foreach_norm(trained)
     norm = torch.stack(norms).double().norm()[None]
     values = accelerator.gather(norm.to(accelerator.device)).tolist()
     if not max(values) - min(values) <= 1e-6 * max(values) and all(map(np.isfinite, values)):
