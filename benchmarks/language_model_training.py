@@ -182,8 +182,9 @@ def run_there(folder: Path, clock: Clock, precision: str, settings: dict) -> flo
     )  # fmt: skip
     first = None
     if not settings.get("packing"):
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])  # with labels
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            first = trainer.compute_loss(trainer.model, trainer.data_collator([dataset[i] for i in range(4)])).item()
+            first = trainer.compute_loss(trainer.model, batch).item()
     trainer.train()
     return first
 
