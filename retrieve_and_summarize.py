@@ -80,11 +80,11 @@ from utils.data.passages import split_document
 from utils.data.sample import sample_examples
 from utils.evaluation.hops import score_hop
 from utils.files import digest, write_jsonl
-from utils.models import summarizer as summarizers
 from utils.models.encoder import encode, load_retriever, weights_key
 from utils.models.generation import describe_generation
 from utils.models.settings import saved_settings
 from utils.models.sources import Sources, collate, count_generated, decode
+from utils.models.summarizer import load_model_and_tokenizer, set_up, sources_for, wrap
 from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched, unmatched
 from utils.retrieval.dense import remember_passages, retriever_rankings
 from utils.retrieval.drafts import extract_drafts
@@ -152,18 +152,18 @@ def load_models(args, accelerator) -> Models:
     check_language(args.language, args.retriever, ranking if is_trained else {})
     retriever = load(args.retriever).to(accelerator.device) if is_trained else None
     saved = saved_settings(args.summarizer)
-    settings = {"fusion": "concat", "max_source_length": 512, "passage_order": "document", "top_k": 5,
+    settings = {"fusion": "concat", "max_source_length": None, "passage_order": "document", "top_k": 5,
                 "prompt_template": None, "source_prefix": None, "source_lang": None, "target_lang": None}  # fmt: skip
     for name, default in settings.items():
         settings[name] = saved.get(name, default) if getattr(args, name) is None else getattr(args, name)
     summarizer = sources = scorer = None
     if args.summarizer != "extract":
-        load_summarizer = summarizers.load_model_and_tokenizer
-        model, tokenizer = load_summarizer(args.summarizer, None, "--summarizer", args.trust_remote_code)
-        summarizers.set_up(model, tokenizer, {**settings, **args.generation(), "max_target_length": 0})
-        summarizer = summarizers.wrap(model).to(accelerator.device).eval()
-        sources = summarizers.sources_for(summarizer, tokenizer, settings)
-
+        model, tokenizer = load_model_and_tokenizer(args.summarizer, None, "--summarizer", args.trust_remote_code)
+        if settings["max_source_length"] is None:  # a model that was not trained here
+            settings["max_source_length"] = 512 if model.config.is_encoder_decoder else 1024
+        set_up(model, tokenizer, {**settings, **args.generation(), "max_target_length": 0})
+        summarizer = wrap(model).to(accelerator.device).eval()
+        sources = sources_for(summarizer, tokenizer, settings)
     drafter = args.drafter or ("extract" if summarizer is None else "summarizer")
     if drafter == "extract":
         if retriever is None:
