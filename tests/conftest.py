@@ -116,6 +116,30 @@ def smoke(tmp_path_factory):
     return {"retrieve": retrieve, "summarize": summarize, "flags": flags}
 
 
+CHAT = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory):
+    """A folder with a GPT-2, wide enough to train without padding, and a tokenizer with a chat template."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from utils.data.sample import sample_records
+    from utils.models.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("language_model")
+    records = sample_records("train", 60)
+    tokenizer = train_tokenizer([text for r in records for text in (*r["passages"], r["query"], r["summary"])])
+    tokenizer.chat_template, tokenizer.pad_token = CHAT, None
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=768, n_embd=256, n_layer=1, n_head=4, n_inner=256,
+                        attn_pdrop=0.0, bos_token_id=0, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
 def run(script, folder, *flags, expect=0, **options):
     result = launch(script, "--output_dir", folder, *SMALL[Path(script).name], *LOOP, *flags, **options)
     assert result.returncode == expect, (result.returncode, result.stdout[-2000:], result.stderr[-4000:])

@@ -117,6 +117,25 @@ def test_killed_runs_of_adapters_end_with_the_adapters_of_an_undisturbed_one(scr
     assert "belongs to another run: frozen weights " in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("adapters", "processes"),
+    [((), 1), pytest.param((), 2, marks=slow), pytest.param(ADAPTERS, 1, marks=slow),
+     pytest.param(ADAPTERS, 2, marks=slow)],
+)  # fmt: skip
+def test_killed_runs_of_language_models_end_as_if_undisturbed(adapters, processes, language_model, tmp_path):
+    script = "train_summarize.py"
+    flags = ["--model_name_or_path", language_model, *adapters, "--max_source_length", 256, "--checkpointing_steps", 1]
+    run(script, tmp_path / "whole", *flags, processes=processes)
+    folder = tmp_path / "killed"
+    process = start(script, folder, *flags, processes=processes)
+    wait_until(lambda: len(events(folder, "train")) >= 3, process, folder)
+    kill_all(process)
+    run(script, folder, *flags, processes=processes)
+    assert len(events(folder, "resume")) == 1
+    assert_same_run(folder, tmp_path / "whole", steps=STEPS // processes)
+    assert all(line["padding"] == 0 for line in events(folder, "train"))
+
+
 @slow
 def test_adapters_and_whole_weights_do_not_start_from_each_other(undisturbed, tmp_path):
     script, base = "train_summarize.py", undisturbed["train_summarize.py"]

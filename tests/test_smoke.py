@@ -9,12 +9,14 @@ import pytrec_eval
 import torch
 from conftest import ROOT, events, launch, read_jsonl
 
+from utils.data.examples import Document
 from utils.data.loading import load_examples
 from utils.data.sample import sample_examples, sample_records
 from utils.data.trec import read_qrels, read_run
 from utils.evaluation.retrieval import retrieval_scores
 from utils.evaluation.rouge import rouge_scores
 from utils.files import write_jsonl
+from utils.models.sources import Sources
 
 
 def test_the_retriever_learns_and_beats_bm25(smoke):
@@ -122,6 +124,48 @@ def test_the_summarizer_loads_in_plain_transformers_and_writes_the_same_predicti
         with torch.no_grad():
             ids = model.generate(**tokenizer(source, return_tensors="pt", return_token_type_ids=False))
         assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == line["prediction"]
+
+
+def test_a_language_model_is_trained_and_writes_the_same_everywhere(smoke, language_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (tmp_path / "prompt.txt").write_text("{passages}\nQuestion: {query}\n")
+    flags = ["--train_file", smoke["retrieve"] / "retrieved.train.jsonl", "--max_train_examples", 96,
+             "--validation_file", smoke["retrieve"] / "retrieved.validation.jsonl", "--max_eval_examples", 8,
+             "--model_name_or_path", language_model, "--learning_rate", 3e-3, "--num_train_epochs", 2,
+             "--per_device_train_batch_size", 4, "--log_steps", 12, "--max_new_tokens", 16, "--max_source_length", 400,
+             "--output_dir", tmp_path / "run"]  # fmt: skip
+    result = launch("train_summarize.py", *flags, "--prompt_template", tmp_path / "prompt.txt")
+    assert result.returncode == 0, result.stderr
+    losses = [line["loss"] for line in events(tmp_path / "run", "train")]
+    assert losses[-1] < losses[0] - 1
+    saved = json.loads((tmp_path / "run/settings.json").read_text())
+    assert saved["prompt_template"] == "{passages}\nQuestion: {query}"
+
+    # plain Transformers, with the chat template around the prompt
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    predictions = read_jsonl(tmp_path / "run/predictions.validation.jsonl")
+    sources = Sources(tokenizer, "concat", 400, "document", prompt_template=saved["prompt_template"])
+    for line in predictions:
+        texts = [entry["text"] for entry in line["passages"]]
+        (prompt,), _ = sources.build(line["query"], Document("d", texts), range(len(texts)))
+        written = tokenizer.decode(prompt)
+        assert written.startswith("<s>user\n") and written.endswith(f"Question: {line['query']}</s><s>assistant\n")
+        ids = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)))
+        assert tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip() == line["prediction"]
+
+    # the other script reads with the same prompt, and its second hop searches with the draft
+    hops = ["--retriever", smoke["retrieve"], "--input_file", smoke["retrieve"] / "retrieved.validation.jsonl",
+            "--max_examples", 8, "--summarizer", tmp_path / "run", "--output_dir", tmp_path / "hops"]  # fmt: skip
+    result = launch("retrieve_and_summarize.py", *hops, "--num_hops", 2)
+    assert result.returncode == 0, result.stderr
+    records = read_jsonl(tmp_path / "hops/predictions.validation.jsonl")
+    assert [record["hops"][0]["draft"] for record in records] == [line["prediction"] for line in predictions]
+    assert any(len(record["hops"]) == 2 for record in records)
+    result = launch("train_summarize.py", *flags, "--fusion", "fid", "--output_dir", tmp_path / "fid")
+    assert result.returncode == 2 and "--fusion fid needs an encoder-decoder" in result.stderr
+    assert not (tmp_path / "fid/arguments.json").exists()
 
 
 def test_adapters_are_trained_used_and_merged(smoke, tmp_path):

@@ -131,7 +131,7 @@ def set_up(model, tokenizer, settings: dict) -> None:
     if limit is not None and settings["max_source_length"] + written > limit:
         raise UsageError(
             f"--max_source_length {settings['max_source_length']} and a summary of {written} tokens: "
-            f"{name} has positions for {limit} tokens in all"
+            f"{name} has positions for {limit} tokens in all; lower one of them"
         )
 
 
