@@ -31,7 +31,7 @@ from utils.fast.cpu import FunctionalDropout, Linear, laid_out_weights, use_fast
 from utils.fast.packing import laid_as_now, laid_end_to_end, remove_padding_of_both
 from utils.models.generation import DEFAULTS, settle_generation
 from utils.models.languages import set_languages
-from utils.models.lora import base_model, check_loaded, has_generation_config
+from utils.models.lora import base_model, check_loaded, holds
 from utils.models.losses import label_smoothed_loss, vocabulary_loss
 from utils.models.settings import checkpoint_layers, load_error
 from utils.models.sources import tokens_per_example
@@ -116,7 +116,7 @@ def load_model_and_tokenizer(
         model = AutoModelForSeq2SeqLM.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-        if base != str(name_or_path) and has_generation_config(name_or_path):  # adapters, whose settings come first
+        if base != str(name_or_path) and holds(name_or_path, "generation_config.json"):  # adapters with their own
             model.generation_config = GenerationConfig.from_pretrained(name_or_path)
     except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
         message = f"{name} {name_or_path}: no encoder-decoder model could be loaded: {load_error(error)}"

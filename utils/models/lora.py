@@ -80,13 +80,11 @@ def _adapted_layers(model) -> dict[str, nn.Module]:
 
 
 def _whole_name(model) -> str:
-    """The base model's name on the Hub, or its absolute path. Raises UsageError if it is no folder of Transformers."""
-    if not Path(model.name_or_path).is_dir():
-        return model.name_or_path
-    folder = Path(model.name_or_path).resolve()
-    if not (folder / "config.json").exists():  # in a folder of its own within an older sentence-transformers model
-        raise UsageError(f"--lora_rank: {folder} holds no config.json; save the model with its weights at the top")
-    return str(folder)
+    """The base model's name on the Hub, or its absolute path. Raises UsageError if Transformers could not load it."""
+    name = model.name_or_path
+    if not holds(name, "config.json"):  # an older sentence-transformers model has it in a folder of its own
+        raise UsageError(f"--lora_rank: {name} holds no config.json; save it again with sentence-transformers")
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _targets(model, flag: str) -> list[str]:
@@ -175,6 +173,11 @@ def save_adapters(model, folder: str | Path, state_dict: dict | None = None, *, 
         model.generation_config.save_pretrained(folder)
 
 
+def holds(name_or_path: str | Path, file: str) -> bool:
+    """Whether a folder, or a model of the Hub, has this file."""
+    return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False) is not None
+
+
 def base_model(name_or_path: str | Path, flag: str) -> str:
     """The model that the adapters of a folder or of the Hub belong to; `name_or_path` itself if it is a whole model.
 
@@ -199,11 +202,6 @@ def base_model(name_or_path: str | Path, flag: str) -> str:
             "place into base_model_name_or_path of adapter_config.json"
         )
     return base
-
-
-def has_generation_config(name_or_path: str | Path) -> bool:
-    """Whether a folder of adapters, or of the Hub, has generation settings of its own."""
-    return cached_file(name_or_path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None
 
 
 def check_loaded(model, name_or_path: str | Path, flag: str) -> None:
