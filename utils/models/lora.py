@@ -147,7 +147,7 @@ def save_adapters(model, folder: str | Path, state_dict: dict | None = None, *, 
     """Writes a folder of adapters that `from_pretrained` of Transformers, sentence-transformers and peft load.
 
     `state_dict` is the model's, whole where the model is sharded. With `merge` it writes a whole model: the weights of
-    the base model in float32, which is loaded again, plus the adapters.
+    the base model in float32, which is loaded again, plus the adapters. Raises UsageError if these have changed.
     """
     weights = model.state_dict() if state_dict is None else state_dict
     config = copy.copy(model.peft_config[NAME])
@@ -156,9 +156,13 @@ def save_adapters(model, folder: str | Path, state_dict: dict | None = None, *, 
             config.base_model_name_or_path, config=copy.deepcopy(model.config), dtype=torch.float32
         )
         for name, layer in _adapted_layers(model).items():
+            weight, trained_with = whole.get_submodule(name).weight, weights[f"{name}.base_layer.weight"].cpu()
+            if not torch.equal(weight.to(trained_with.dtype), trained_with):
+                base = config.base_model_name_or_path
+                raise UsageError(f"--merge_lora: {base} holds other weights than when training began; put them back")
             a, b = (weights[f"{name}.lora_{side}.{NAME}.weight"].float().cpu() for side in "AB")
             product = b @ a * layer.scaling[NAME]
-            whole.get_submodule(name).weight += product.T if layer.fan_in_fan_out else product
+            weight += product.T if layer.fan_in_fan_out else product
         if model.can_generate():
             whole.generation_config = model.generation_config
         whole.save_pretrained(folder)
