@@ -317,11 +317,12 @@ def test_a_run_folder_of_other_data_is_refused_with_what_differs(smoke):
     assert (smoke["retrieve"] / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
-    result = launch("train_summarize.py", "--model_name_or_path", tmp_path / "nowhere", "--sample_documents", 10,
+@pytest.mark.parametrize("script", ["train_retrieve.py", "train_summarize.py"])
+def test_a_model_that_cannot_be_loaded_is_named(script, tmp_path):
+    result = launch(script, "--model_name_or_path", tmp_path / "nowhere", "--sample_documents", 10,
                     "--output_dir", tmp_path / "run")  # fmt: skip
     assert result.returncode == 2
-    assert "--model_name_or_path" in result.stderr
+    assert str(tmp_path / "nowhere") in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -187,7 +187,7 @@ def base_model(name_or_path: str | Path, flag: str) -> str:
 
     Raises UsageError, which begins with `flag`, if the adapters cannot be used or their base model is not there.
     """
-    file, name = find_adapter_config_file(str(name_or_path)), f"{flag} {name_or_path}".strip()
+    file, name = _adapter_config(name_or_path), f"{flag} {name_or_path}".strip()
     if file is None:
         return str(name_or_path)
     try:
@@ -208,9 +208,16 @@ def base_model(name_or_path: str | Path, flag: str) -> str:
     return base
 
 
+def _adapter_config(name_or_path: str | Path) -> str | None:
+    try:
+        return find_adapter_config_file(str(name_or_path))
+    except (OSError, ValueError):  # no possible name: what loads the model says so
+        return None
+
+
 def check_loaded(model, name_or_path: str | Path, flag: str) -> None:
     """Raises UsageError if the adapters of a folder were not all loaded, which Transformers only warns of."""
-    file = find_adapter_config_file(str(name_or_path))
+    file = _adapter_config(name_or_path)
     file = file and Path(file).with_name("adapter_model.safetensors")
     if not file or not file.exists():
         return
