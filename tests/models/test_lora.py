@@ -12,7 +12,14 @@ from sentence_transformers import SentenceTransformer
 from test_families import EOS, FAMILIES, build, random_batch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from utils.errors import UsageError
 from utils.fast.cpu import Dropout, Linear
@@ -143,9 +150,7 @@ def test_a_saved_folder_computes_the_same_everywhere(family, tmp_path, monkeypat
 def test_a_merged_model_is_whole_and_computes_the_same(family, tmp_path):
     base = save_base(tmp_path / "base", family)
     summarizer, tokenizer = adapted(base, "bf16", merge_lora=True)  # weights that are held in bfloat16
-    for module in summarizer.modules():
-        if hasattr(module, "weight") and module.weight is not None:
-            module.weight.data = module.weight.data.float()
+    assert any(parameter.dtype == torch.bfloat16 for parameter in summarizer.parameters())
     save_pretrained(summarizer, tokenizer, tmp_path / "merged", summarizer.state_dict())
     assert not list((tmp_path / "merged").glob("adapter*"))
     merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
@@ -153,6 +158,38 @@ def test_a_merged_model_is_whole_and_computes_the_same(family, tmp_path):
     expected = logits(exact.model)
     assert (logits(merged) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert merged.generation_config.num_beams == 3
+    other = build(FAMILIES[family](), seed=1)
+    other.save_pretrained(base)
+    with pytest.raises(UsageError, match=r"--merge_lora: .* holds other weights than when training began"):
+        save_pretrained(summarizer, tokenizer, tmp_path / "wrong", summarizer.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_language_model_with_adapters_is_saved_as_one(kind, merge, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=1, n_positions=64, bos_token_id=0,
+                                  eos_token_id=EOS)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora.add_adapters(nn.ModuleDict({"model": model}), flags(merge_lora=merge), on())
+    fill(model.eval())
+    ids, held, found = random_batch()["input_ids"], copy.deepcopy(model), []
+    lora._hold_in_bfloat16(held)
+    for each in (model, held):
+        with torch.autocast("cpu", torch.bfloat16):
+            each(input_ids=ids, labels=ids).loss.backward()
+        found.append([p.grad for p in each.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *found)) and len(found[0]) == 2 * len(lora._adapted_layers(model))
+    held.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        expected, ours = model(input_ids=ids).logits, loaded(input_ids=ids).logits
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+    if not merge:
+        settings = json.loads((tmp_path / "saved/adapter_config.json").read_text())
+        assert (settings["task_type"], settings["base_model_name_or_path"]) == ("CAUSAL_LM", str(tmp_path / "base"))
 
 
 def test_only_adapters_are_trained_and_the_output_layer_has_none(tmp_path):
@@ -238,6 +275,11 @@ def test_adapters_on_adapters_and_a_base_model_that_would_be_overwritten_are_ref
     save_pretrained(summarizer, tokenizer, tmp_path / "saved", summarizer.state_dict())
     with pytest.raises(UsageError, match=r"--lora_rank: .*holds adapters already"):
         adapted(tmp_path / "saved")
+    adapted_retriever(tmp_path / "retriever")
+    retriever = load_retriever(str(tmp_path / "retriever"))
+    retriever[0].auto_model.name_or_path = str(tmp_path)  # whose subfolder holds it, as in older models
+    with pytest.raises(UsageError, match=r"--lora_rank: .* holds no config.json"):
+        lora.add_adapters(retriever, flags(), on())
     with pytest.raises(UsageError, match=r"--output_dir .*: holds the base model"):
         adapted(base, output_dir=str(tmp_path / "base/../base"))
 

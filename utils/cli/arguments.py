@@ -287,7 +287,7 @@ class LoraArguments(RunArguments):
         for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "merge_lora"):
             if not self.lora_rank and getattr(self, name) != default[name]:
                 raise UsageError(f"--{name} has no effect without --lora_rank")
-        if self.lora_rank and not self.model_name_or_path:
+        if self.lora_rank and not self.model_name_or_path:  # a flag of the scripts
             raise UsageError("--lora_rank needs a pretrained model: set --model_name_or_path")
 
 

@@ -80,13 +80,11 @@ def _adapted_layers(model) -> dict[str, nn.Module]:
 
 
 def _whole_name(model) -> str:
-    """The base model's name on the Hub, or its absolute path. Raises UsageError if it is no folder of Transformers."""
-    if not Path(model.name_or_path).is_dir():
-        return model.name_or_path
-    folder = Path(model.name_or_path).resolve()
-    if not (folder / "config.json").exists():  # in a folder of its own within an older sentence-transformers model
-        raise UsageError(f"--lora_rank: {folder} holds no config.json; save the model with its weights at the top")
-    return str(folder)
+    """The base model's name on the Hub, or its absolute path. Raises UsageError if Transformers could not load it."""
+    name = model.name_or_path
+    if not holds(name, "config.json"):  # an older sentence-transformers model has it in a folder of its own
+        raise UsageError(f"--lora_rank: {name} holds no config.json; save it again with sentence-transformers")
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _targets(model, flag: str) -> list[str]:
@@ -149,7 +147,7 @@ def save_adapters(model, folder: str | Path, state_dict: dict | None = None, *, 
     """Writes a folder of adapters that `from_pretrained` of Transformers, sentence-transformers and peft load.
 
     `state_dict` is the model's, whole where the model is sharded. With `merge` it writes a whole model: the weights of
-    the base model in float32, which is loaded again, plus the adapters.
+    the base model in float32, which is loaded again, plus the adapters. Raises UsageError if these have changed.
     """
     weights = model.state_dict() if state_dict is None else state_dict
     config = copy.copy(model.peft_config[NAME])
@@ -158,9 +156,13 @@ def save_adapters(model, folder: str | Path, state_dict: dict | None = None, *, 
             config.base_model_name_or_path, config=copy.deepcopy(model.config), dtype=torch.float32
         )
         for name, layer in _adapted_layers(model).items():
+            weight, trained_with = whole.get_submodule(name).weight, weights[f"{name}.base_layer.weight"].cpu()
+            if not torch.equal(weight.to(trained_with.dtype), trained_with):
+                base = config.base_model_name_or_path
+                raise UsageError(f"--merge_lora: {base} holds other weights than when training began; put them back")
             a, b = (weights[f"{name}.lora_{side}.{NAME}.weight"].float().cpu() for side in "AB")
             product = b @ a * layer.scaling[NAME]
-            whole.get_submodule(name).weight += product.T if layer.fan_in_fan_out else product
+            weight += product.T if layer.fan_in_fan_out else product
         if model.can_generate():
             whole.generation_config = model.generation_config
         whole.save_pretrained(folder)
@@ -175,12 +177,17 @@ def save_adapters(model, folder: str | Path, state_dict: dict | None = None, *, 
         model.generation_config.save_pretrained(folder)
 
 
+def holds(name_or_path: str | Path, file: str) -> bool:
+    """Whether a folder, or a model of the Hub, has this file."""
+    return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False) is not None
+
+
 def base_model(name_or_path: str | Path, flag: str) -> str:
     """The model that the adapters of a folder or of the Hub belong to; `name_or_path` itself if it is a whole model.
 
     Raises UsageError, which begins with `flag`, if the adapters cannot be used or their base model is not there.
     """
-    file, name = find_adapter_config_file(str(name_or_path)), f"{flag} {name_or_path}".strip()
+    file, name = _adapter_config(name_or_path), f"{flag} {name_or_path}".strip()
     if file is None:
         return str(name_or_path)
     try:
@@ -201,14 +208,16 @@ def base_model(name_or_path: str | Path, flag: str) -> str:
     return base
 
 
-def has_generation_config(name_or_path: str | Path) -> bool:
-    """Whether a folder of adapters, or of the Hub, has generation settings of its own."""
-    return cached_file(name_or_path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None
+def _adapter_config(name_or_path: str | Path) -> str | None:
+    try:
+        return find_adapter_config_file(str(name_or_path))
+    except (OSError, ValueError):  # no possible name: what loads the model says so
+        return None
 
 
 def check_loaded(model, name_or_path: str | Path, flag: str) -> None:
     """Raises UsageError if the adapters of a folder were not all loaded, which Transformers only warns of."""
-    file = find_adapter_config_file(str(name_or_path))
+    file = _adapter_config(name_or_path)
     file = file and Path(file).with_name("adapter_model.safetensors")
     if not file or not file.exists():
         return

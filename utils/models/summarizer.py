@@ -15,7 +15,7 @@ from utils.models.decoder_only import LanguageModel
 from utils.models.encoder_decoder import EncoderDecoder, start_token
 from utils.models.generation import DEFAULTS, most_new_tokens, settle_generation
 from utils.models.languages import set_languages
-from utils.models.lora import base_model, check_loaded, has_generation_config
+from utils.models.lora import base_model, check_loaded, holds
 from utils.models.settings import load_error, saved_settings
 from utils.models.sources import DEFAULT_PROMPT, Sources
 from utils.models.tokenizer import check_length, check_vocabulary, position_limit
@@ -66,7 +66,7 @@ def load_model_and_tokenizer(
         model = auto_class.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-        if base != str(name_or_path) and has_generation_config(name_or_path):  # adapters, whose settings come first
+        if base != str(name_or_path) and holds(name_or_path, "generation_config.json"):  # adapters with their own
             model.generation_config = GenerationConfig.from_pretrained(name_or_path)
     except Exception as error:  # libraries raise errors of many kinds for files that they cannot use
         message = f"{name} {name_or_path}: no summarizer could be loaded: {load_error(error)}"
@@ -146,9 +146,10 @@ def sources_for(summarizer: nn.Module, tokenizer, settings: dict) -> Sources:
 
     The prompt of a language model is that of the settings, else the one that it was trained with, else DEFAULT_PROMPT.
     """
-    config, prompt = summarizer.model.config, None
-    if not config.is_encoder_decoder:
-        saved = saved_settings(config.name_or_path) if config.name_or_path else {}
+    prompt = None
+    if not summarizer.model.config.is_encoder_decoder:
+        folder = tokenizer.name_or_path  # not the model's, which is the base model's if it has adapters
+        saved = saved_settings(folder) if folder else {}
         prompt = settings["prompt_template"] or saved.get("prompt_template") or DEFAULT_PROMPT
     return Sources(
         tokenizer, settings["fusion"], settings["max_source_length"], settings["passage_order"],
