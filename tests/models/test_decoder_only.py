@@ -245,8 +245,13 @@ def test_a_chat_models_own_end_tokens_stay_and_the_tokenizers_is_one_of_them(tok
     assert model.generation_config.eos_token_id == [9, 11, tokenizer.eos_token_id]
 
 
-def test_a_teacher_may_be_a_language_model(tokenizer, tmp_path):
-    folder = save_tiny(tmp_path, tokenizer)
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "mamba"])
+def test_a_teacher_may_be_a_language_model(kind, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = {**SMALL, **KINDS[kind], "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    folder = str(tmp_path)
     write_json(tmp_path / "settings.json", {"max_source_length": 100, "prompt_template": "{query}\n{passages}"})
     document = Document("d", PASSAGES)
     examples = [Example("a", "Who sold it?", document, ["Anna did.", "Anna sold the mill."], *[None] * 3),

@@ -4,20 +4,23 @@ A source is a prompt (see `sources.Sources`), and the summary continues it. The 
 and its end only.
 """
 
+import copy
 import warnings
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from utils.errors import UsageError, in_one_line
-from utils.fast.beam_search import prompted_search
+from utils.fast.beam_search import cache_argument, prompted_search
 from utils.fast.cpu import FunctionalDropout, laid_out_weights, use_fast_layers
 from utils.fast.packing import laid_end_to_end, remove_padding_of_decoder
 from utils.models.encoder_decoder import same_contexts
 from utils.models.losses import has_own_logits, label_smoothed_loss, vocabulary_loss
 from utils.models.settings import checkpoint_layers
+from utils.models.tokenizer import pad
 
 
 class LanguageModel(nn.Module):
@@ -116,6 +119,47 @@ class LanguageModel(nn.Module):
             )
 
     @torch.no_grad()
+    def log_likelihoods(self, prompts: list[list[int]], targets: list[list[list[int]]]) -> list[list[float]]:
+        """Mean log-likelihood of a token, in nats, of each of the targets that may follow each prompt.
+
+        The keys and values of a prompt are computed once for all of its targets. Only for models whose sequences can be
+        laid end to end (`is_packed`).
+        """
+        model, device = self.model, self.model.device
+        cache, name = DynamicCache(config=model.config), cache_argument(model)
+        padded, is_prompt = _pad_left(prompts)
+        places = (is_prompt.cumsum(1) - 1).clamp(min=0)
+        last = model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0][:, -1:],))
+        try:
+            first = model(
+                input_ids=padded.to(device), attention_mask=is_prompt.to(device), position_ids=places.to(device),
+                use_cache=True, **{name: cache},
+            ).logits  # fmt: skip
+        finally:
+            last.remove()
+        found = [[] for _ in prompts]
+        for number in range(max(map(len, targets))):
+            # a prompt with fewer targets takes its last one again
+            now = [of_prompt[min(number, len(of_prompt) - 1)] for of_prompt in targets]
+            labels = pad(now, 0)
+            inputs, real = labels["input_ids"][:, :-1].to(device), labels["attention_mask"]
+            logits = first
+            if inputs.shape[1]:
+                mask = torch.cat([is_prompt, real[:, :-1]], 1).to(device)
+                positions = places[:, -1:].to(device) + 1 + torch.arange(inputs.shape[1], device=device)
+                later = model(
+                    input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=True,
+                    **{name: copy.deepcopy(cache)},
+                ).logits  # fmt: skip
+                logits = torch.cat([first, later], 1)
+            for i, target in enumerate(now):
+                if number < len(targets[i]):
+                    of_tokens = logits[i, : len(target)].log_softmax(-1, dtype=torch.float32)
+                    chosen = of_tokens.gather(1, torch.tensor(target, device=device)[:, None])
+                    found[i].append(chosen.mean().item())
+        return found
+
+    @torch.no_grad()
     def generate(self, input_ids, attention_mask, sequences_per_example, **generation) -> torch.Tensor:
         """Generated token ids (examples, tokens), without the prompt; `generation` as in Transformers' `generate`.
 
@@ -123,3 +167,9 @@ class LanguageModel(nn.Module):
         """
         with laid_out_weights(self.model):
             return prompted_search(self.model, input_ids, attention_mask, **generation)
+
+
+def _pad_left(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids padded on the left, and 1 at real tokens, both (rows, tokens)."""
+    padded = pad([row[::-1] for row in rows], 0)
+    return padded["input_ids"].flip(1), padded["attention_mask"].flip(1)

@@ -27,29 +27,42 @@ def passage_likelihoods(
     settings = {"max_source_length": 512, "source_prefix": None, "prompt_template": None}
     settings |= {name: value for name, value in saved.items() if name in settings}
     sources = sources_for(summarizer, tokenizer, {**settings, "fusion": "concat", "passage_order": "rank"})
-    rows = []  # (example, candidate, source, target)
+    rows = []  # (example, candidate, source, targets)
     for number, (example, passages) in enumerate(zip(examples, candidates, strict=True)):
         targets = sources.tokenize_targets(example.summaries, saved.get("max_target_length", 128))
         for candidate, passage in enumerate(passages):
             numbers = passage if isinstance(passage, list) else [passage]
             source = sources.build(example.query, example.document, numbers)[0]
-            rows += [(number, candidate, source, target) for target in targets]
-    rows.sort(key=lambda row: (-len(row[2][0]), -len(row[3])))  # similar lengths together, for less padding
+            rows.append((number, candidate, source, targets))
+    rows.sort(key=lambda row: (-len(row[2][0]), -max(map(len, row[3]))))  # similar lengths together: less padding
+    reads_once = not pretrained.config.is_encoder_decoder and summarizer.is_packed
+    if not reads_once:
+        rows = [(*row[:3], [target]) for row in rows for target in row[3]]
     batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     found = []
     for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-        inputs = collate([row[2] for row in batch], [row[3] for row in batch], tokenizer.pad_token_id)
-        labels = inputs["labels"].to(accelerator.device)
         with accelerator.autocast():
-            logits = summarizer(**inputs.to(accelerator.device))
-        real = labels != -100
-        tokens = torch.zeros(labels.shape, device=labels.device)
-        log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
-        tokens[real] = log_probabilities.gather(1, labels[real][:, None])[:, 0]
-        means = (tokens.sum(1) / real.sum(1)).tolist()
-        found += [(number, candidate, mean) for (number, candidate, _, _), mean in zip(batch, means, strict=True)]
+            if reads_once:
+                likelihoods = summarizer.log_likelihoods([row[2][0] for row in batch], [row[3] for row in batch])
+            else:
+                inputs = collate([row[2] for row in batch], [row[3][0] for row in batch], tokenizer.pad_token_id)
+                likelihoods = _log_likelihoods(summarizer, inputs.to(accelerator.device))
+        found += [
+            (number, candidate, likelihood)
+            for (number, candidate, *_), of_row in zip(batch, likelihoods, strict=True)
+            for likelihood in of_row
+        ]
     totals = [np.zeros(len(passages)) for passages in candidates]
     # sorted, because the order of the sum must not depend on the number of processes
-    for number, candidate, mean in sorted(gather_object(found)):
-        totals[number][candidate] += mean / len(examples[number].summaries)
+    for number, candidate, likelihood in sorted(gather_object(found)):
+        totals[number][candidate] += likelihood / len(examples[number].summaries)
     return totals
+
+
+def _log_likelihoods(summarizer, inputs) -> list[list[float]]:
+    """Mean log-likelihood of a token of the one target of each source of a batch."""
+    real = inputs["labels"] != -100
+    log_probabilities = summarizer(**inputs).log_softmax(-1, dtype=torch.float32)
+    tokens = torch.zeros(real.shape, device=real.device)
+    tokens[real] = log_probabilities.gather(1, inputs["labels"][real][:, None])[:, 0]
+    return (tokens.sum(1) / real.sum(1))[:, None].tolist()
