@@ -95,9 +95,8 @@ def run_here(folder: Path, clock: Clock, precision: str, max_tokens: int, accumu
     """The step of train_summarize.py; returns the mean loss of the first four examples."""
     from accelerate import Accelerator
 
-    from utils.fast.cpu import use_fast_layers
-    from utils.fast.packing import laid_end_to_end, remove_padding_of_decoder
-    from utils.models.losses import vocabulary_loss
+    from utils.models.sources import collate, count_tokens
+    from utils.models.summarizer import load_model_and_tokenizer, wrap
     from utils.training.batching import plan_epoch
     from utils.training.memory import keep_memory
     from utils.training.step import parameter_groups
@@ -105,46 +104,33 @@ def run_here(folder: Path, clock: Clock, precision: str, max_tokens: int, accumu
     keep_memory()
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
     rows = json.loads((folder / "rows.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).train()
-    use_fast_layers(model)
-    if not remove_padding_of_decoder(model):
-        raise SystemExit("this model stays padded")
-    head, states = model.get_output_embeddings(), []
+    pretrained, tokenizer = load_model_and_tokenizer(str(folder / "model"))
+    model = wrap(pretrained).train()
 
-    def summed_loss(examples: list[int]) -> torch.Tensor:
-        """Targets are predicted from all but the last token."""
-        pairs = [rows[i] for i in examples]
-        lengths = [len(source) + len(target) - 1 for source, target in pairs]
-        ids = torch.tensor([token for source, target in pairs for token in (source + target)[:-1]])
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        labels = torch.tensor([token for _, target in pairs for token in target])
-        is_last = [torch.arange(n) >= len(source) - 1 for n, (source, _) in zip(lengths, pairs, strict=True)]
-        places = torch.cat(is_last).nonzero()[:, 0]
-        handle = head.register_forward_pre_hook(
-            lambda module, inputs: states.append(inputs[0][0].index_select(0, places)) or (states[-1][None, :1],)
-        )
-        with laid_end_to_end(lengths), accelerator.autocast():
-            model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-            handle.remove()
-            return vocabulary_loss(states.pop(), labels, 0.0, head.weight)[0]
+    def batch_of(examples):
+        return collate([[rows[i][0]] for i in examples], [rows[i][1] for i in examples], tokenizer.pad_token_id)
+
+    def summed_loss(batch) -> torch.Tensor:
+        with accelerator.autocast():
+            return model(**batch, label_smoothing_factor=0.0)[0]
 
     with torch.no_grad():
-        first = summed_loss(range(4)).item() / sum(len(target) for _, target in rows[:4])
+        first = summed_loss(batch_of(range(4))).item() / sum(len(target) for _, target in rows[:4])
     plan = plan_epoch(
         [[len(source), len(target)] for source, target in rows], seed=0, epoch=0,
         gradient_accumulation_steps=accumulation, max_tokens=max_tokens,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=2e-5, fused=True)
     for step in plan:
-        examples = [i for (micro_batch,) in step for i in micro_batch]
-        targets = sum(len(rows[i][1]) for i in examples)
-        for (micro_batch,) in step:
-            accelerator.backward(summed_loss(micro_batch) / targets)
+        batches = [batch_of(micro_batch) for (micro_batch,) in step]
+        targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        for batch in batches:
+            accelerator.backward(summed_loss(batch) / targets)
+            tokens = count_tokens(batch, model.is_packed)
+            clock.count(tokens["tokens"], tokens["slots"])
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tokens = sum(len(source) + len(target) for source, target in map(rows.__getitem__, examples))
-        clock.count(tokens, tokens)
         if clock.end_step():
             return first
     raise SystemExit("too few examples for so many steps")

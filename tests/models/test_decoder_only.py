@@ -132,7 +132,7 @@ def test_a_prompt_has_query_and_passages_and_a_target_its_end(tokenizer, chat):
             text = f"Question: {query}\n\n{text}\nThe summary answers this question: {query}"
         written = tokenizer.decode(ids).replace(" ", "")
         assert written == f"{before}{text}{after}".replace(" ", "")
-        assert len(ids) == sources.length(len(sources.tokenize([query])[0]) if query else 0, document, [2, 0])
+        assert len(ids) == sources.length(len(sources.tokenize_queries([query])[0]), document, [2, 0])
 
     example = Example("e", "Who sold it?", document, ["Anna did."], None, None, None)
     rows = Rows([example], [[(2, 0)]], sources, 128)
@@ -151,10 +151,10 @@ def test_a_source_keeps_its_limit_and_its_prompt_whole(tokenizer):
             assert len(ids) <= limit and 0 < len(read) < 27
             end = "question:" if query else "paragraph."
             assert end in tokenizer.decode(ids)
-            size = len(sources.tokenize([query])[0]) if query else 0
+            size = len(sources.tokenize_queries([query])[0])
             assert sources.length(size, document, range(27)) == len(ids)
-    with pytest.raises(UsageError, match=r"--prompt_template takes \d+ of --max_source_length 40 tokens"):
-        Sources(tokenizer, "concat", 40, "rank", prompt_template=DEFAULT_PROMPT)
+    with pytest.raises(UsageError, match=r"--prompt_template takes \d+ of --max_source_length 32 tokens"):
+        Sources(tokenizer, "concat", 32, "rank", prompt_template=DEFAULT_PROMPT)
 
 
 def test_a_prompt_file_needs_its_marks(tmp_path):

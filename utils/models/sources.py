@@ -5,6 +5,7 @@ A source is one or more token sequences. With fusion "concat", all passages are 
 language model is a prompt.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -81,6 +82,7 @@ class Sources:
     def __post_init__(self):
         self.passage_tokens: dict = {}  # by document: the tokens of all documents of a call, and its first passage
         self.references, self.sources = [], []  # numbers of tokens before any cut
+        self.query_space = ""  # before each query
         self.cut = Counter()  # passages asked for, left out and shortened; queries shortened
         if self.prompt_template is None:
             self._use_special_tokens()
@@ -113,12 +115,28 @@ class Sources:
         self.prompt, self.fixed = {}, {}
         for has_query in (True, False):
             parts = render_prompt(self.tokenizer, self.prompt_template, has_query)
+            before = [part for part, after in itertools.pairwise(parts) if after == "{query}"]
+            if before and all(
+                part.endswith(" ") for part in before
+            ):  # most tokenizers have tokens with a space in front
+                self.query_space = self._space()
+                parts = [part.removesuffix(" ") if part in before else part for part in parts]
             self.prompt[has_query] = [part if MARKS.fullmatch(part) else self.tokenize([part])[0] for part in parts]
             self.fixed[has_query] = sum(len(part) for part in self.prompt[has_query] if not isinstance(part, str))
         self.between = self.tokenize(["\n"])[0]
         self.targets_end = [self.tokenizer.eos_token_id]
         self.queries = max(1, self.prompt[True].count("{query}"))
         self.room = self.max_source_length - max(self.fixed.values())
+
+    def _space(self) -> str:
+        """What a word needs before it to have the tokens that it has within a text."""
+        alone, following = self.tokenize(["word"])[0], self.tokenize(["a word"])[0]
+        return "" if following[-len(alone) :] == alone else " "
+
+    def tokenize_queries(self, queries: Iterable[str]) -> Sequence[list[int]]:
+        """Tokens of each query."""
+        space = self.query_space
+        return self.tokenize(Texts(lambda: (space + query if query else "" for query in queries)))
 
     def tokenize(self, texts: Iterable[str]) -> Sequence[list[int]]:
         """Tokens of each text, without special ones."""
@@ -142,7 +160,7 @@ class Sources:
 
     def build(self, query: str, document, passage_numbers: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         """The token sequences, and the numbers of the passages in them, in the same order."""
-        return self.build_from_tokens(self.tokenize([query])[0] if query else [], document, passage_numbers)
+        return self.build_from_tokens(self.tokenize_queries([query])[0], document, passage_numbers)
 
     def build_from_tokens(self, query: list[int], document, passage_numbers: Sequence[int]):
         """As `build`, from the tokens of the query."""
@@ -240,7 +258,7 @@ class Rows(Sequence):
         self.examples, self.hops, self.sources = examples, hops, sources
         self.documents, summaries = values(examples, "document"), values(examples, "summaries")
         sources.read(self.documents)
-        self.queries = sources.tokenize(values(examples, "query"))
+        self.queries = sources.tokenize_queries(values(examples, "query"))
         references = Texts(lambda: (text for of_example in summaries for text in of_example))
         self.target_tokens = sources.tokenize_targets(references, max_target_length)
         counts = lengths(summaries)
