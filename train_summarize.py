@@ -55,12 +55,12 @@ from utils.data.hand_over import write_predictions
 from utils.data.kept import content_key
 from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.extracts import score_extracts
-from utils.models import summarizer as summarizers
 from utils.models.encoder_decoder import build_small_bart
 from utils.models.generation import describe_generation
 from utils.models.lora import add_adapters
 from utils.models.settings import write_settings
 from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, decode, halves
+from utils.models.summarizer import load_model_and_tokenizer, save_pretrained, set_up, sources_for, wrap
 from utils.models.tokenizer import train_tokenizer
 from utils.retrieval.splits import rank_splits
 from utils.tables import lengths, values
@@ -75,7 +75,7 @@ from utils.training.step import average_gradients, is_sharded, local_gradients, 
 def make_model(train: list, args, accelerator) -> tuple:
     """The summarizer and its tokenizer: a checkpoint, or a small BART with a tokenizer trained on the training text."""
     if args.model_name_or_path:
-        pretrained, tokenizer = summarizers.load_model_and_tokenizer(
+        pretrained, tokenizer = load_model_and_tokenizer(
             args.model_name_or_path, args.dropout, trust_remote_code=args.trust_remote_code
         )
     else:
@@ -86,8 +86,8 @@ def make_model(train: list, args, accelerator) -> tuple:
         )
         tokenizer = train_tokenizer(texts, key=content_key(train))
         pretrained = build_small_bart(tokenizer, dropout=args.dropout or 0.0)
-    summarizers.set_up(pretrained, tokenizer, vars(args))
-    summarizer = summarizers.wrap(pretrained, args.gradient_checkpointing)
+    set_up(pretrained, tokenizer, vars(args))
+    summarizer = wrap(pretrained, args.gradient_checkpointing)
     add_adapters(summarizer, args, accelerator)
     runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
     if runs_twice or pretrained.get_input_embeddings().weight.shape[1] < 256:
@@ -179,7 +179,7 @@ def validate(summarizer, sources: Sources, rows: Rows, extract_scores, *, args, 
 
 def save(summarizer, sources: Sources, folder, weights: dict, args) -> None:
     """A folder that Transformers loads, and the settings that reading needs."""
-    summarizers.save_pretrained(summarizer, sources.tokenizer, folder, weights)
+    save_pretrained(summarizer, sources.tokenizer, folder, weights)
     names = ("model_name_or_path", "fusion", "passage_order", "top_k", "max_source_length", "max_target_length",
              "source_prefix", "source_lang", "target_lang")  # fmt: skip
     write_settings(folder, args, names, prompt_template=sources.prompt_template)
@@ -213,7 +213,7 @@ def main():
     summarizer, tokenizer = make_model(splits["train"], args, accelerator)
     log.say_model(summarizer)
     log.say(describe_generation(summarizer.model, args.source_prefix))
-    sources = summarizers.sources_for(summarizer, tokenizer, vars(args))
+    sources = sources_for(summarizer, tokenizer, vars(args))
     hops, source = rank_splits(splits, args, accelerator=accelerator, say=log.say)
     log.say(f"{describe_splits(splits)}; passages from {source}")
     rows = {split: Rows(examples, hops[split], sources, args.max_target_length) for split, examples in splits.items()}
