@@ -379,7 +379,7 @@ def generation(args) -> list[dict]:
     batch.pop("labels")
     padded = {name: batch[name] for name in ("input_ids", "attention_mask")}
     ways = {"project": functools.partial(ours.generate, **batch, num_beams=4, do_sample=False),
-            "plain": functools.partial(plain.generate, **padded, num_beams=4, do_sample=False)}  # fmt: skip
+            "plain": lambda **options: plain.generate(**padded, **options, num_beams=4, do_sample=False)[:, 1:]}  # fmt: skip
     return [generation_row(ways, dtype, args) for dtype in (torch.float32, torch.bfloat16)]
 
 
@@ -388,7 +388,7 @@ def generation_row(ways: dict, dtype, args) -> dict:
 
     def generate(way: str, new_tokens: int) -> None:
         rows = ways[way](max_new_tokens=new_tokens).tolist()
-        outputs[way] = [[token for token in row[1:] if token != PAD] for row in rows]  # without the start token
+        outputs[way] = [[token for token in row if token != PAD] for row in rows]
 
     with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
         for way in ways:  # a warm-up

@@ -10,13 +10,13 @@ out=${3:-outputs/qmsum_language_model} model=${4:-HuggingFaceTB/SmolLM2-135M-Ins
 reads=(--max_source_length 1024 --max_target_length 192 --max_new_tokens 160 --num_beams 4 --no_repeat_ngram_size 6)
 retrieved=(--train_file "$retriever/retrieved.train.jsonl" --validation_file "$retriever/retrieved.validation.jsonl")
 raw=(--train_file "$data/train.jsonl.xz" --validation_file "$data/validation.jsonl" --merge_passages --passage_words 200)
-train=(--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --label_smoothing_factor 0 --num_train_epochs 2
+train=(--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --label_smoothing_factor 0 --num_train_epochs 1
     --per_device_eval_batch_size 16 --checkpointing_steps 20 --log_steps 5 --metric_for_best rouge1)
 # a step that changes nothing, and then the predictions: a model as it is, with passages from some source
 as_it_is=(--max_train_steps 1 --learning_rate 0 --max_train_examples 1 --per_device_eval_batch_size 16)
 
 python train_summarize.py --output_dir "$out/full" --model_name_or_path "$model" "${retrieved[@]}" "${reads[@]}" \
-    "${train[@]}" --learning_rate 1e-4
+    "${train[@]}" --learning_rate 3e-4
 python train_summarize.py --output_dir "$out/lora" --model_name_or_path "$model" "${retrieved[@]}" "${reads[@]}" \
     "${train[@]}" --learning_rate 1e-3 --lora_rank 16
 python train_summarize.py --output_dir "$out/zero_shot" --model_name_or_path "$model" "${retrieved[@]}" "${reads[@]}" \
