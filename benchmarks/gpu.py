@@ -378,8 +378,9 @@ def generation(args) -> list[dict]:
     batch = move(dict(collate([[source] for source in sources], [[2]] * len(sources), PAD)))
     batch.pop("labels")
     padded = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    ways = {"project": functools.partial(ours.generate, **batch, num_beams=4, do_sample=False),
-            "plain": lambda **options: plain.generate(**padded, **options, num_beams=4, do_sample=False)[:, 1:]}  # fmt: skip
+    beams = {"num_beams": 4, "do_sample": False}
+    ways = {"project": functools.partial(ours.generate, **batch, **beams),
+            "plain": lambda **limit: plain.generate(**padded, **beams, **limit)[:, 1:]}  # fmt: skip
     return [generation_row(ways, dtype, args) for dtype in (torch.float32, torch.bfloat16)]
 
 
