@@ -40,6 +40,13 @@ turns; 128 new tokens of 16 examples for concat (`--fusion concat --examples 16`
 | concat | float32 | 47.53 | 12.87 | 3.69 | 8 of 8 | 605 | 258 |
 | fid | float32 | 100.89 | 18.91 | 5.34 | 8 of 8 | 2915 | 734 |
 
+2026-11-28; an Intel Xeon without bfloat16 instructions, a decoder-only model of SmolLM2-135M's size, 64 new tokens, one
+turn (`--fusion prompt --examples 16 --repeats 1 --compute_dtype float32`):
+
+| source | computed in | generate, s | ours, s | ratio | same outputs | generate, MiB | ours, MiB |
+| --- | --- | --- | --- | --- | --- | ---: | ---: |
+| prompt | float32 | 233.50 | 33.78 | 6.91 | 16 of 16 | 3730 | 999 |
+
 In bfloat16 the two ways round at different places and so part.
 """
 

@@ -11,7 +11,7 @@ are whole steps by wall clock, collating and optimizer included, after one step 
 * here: the step of train_summarize.py with --max_tokens and accumulation: no padding, and logits of targets only.
 * SFTTrainer: its defaults (batches of 8 in random order, padded, gradient checkpointing), but a `max_length` that cuts
   nothing. The completions are the targets. With `packing=True`, its rows have `max_length` tokens.
-* The last two rows are SFTTrainer without gradient checkpointing, in the smaller batches that then fit the memory.
+* The last two rows are SFTTrainer without gradient checkpointing, in the smaller batches that then fit into 24 GiB.
 """
 
 import argparse
@@ -39,13 +39,13 @@ SIZES = {  # and the lengths of sources
 }  # fmt: skip
 TARGETS = (30, 150)
 WARM_UP = 1  # steps that are not counted
-UNCHECKPOINTED = {"gradient_checkpointing": False, "per_device_train_batch_size": 4}
+UNCHECKPOINTED = {"gradient_checkpointing": False, "per_device_train_batch_size": 2}
 CONTENDERS = {  # settings of SFTTrainer
     "here": None,
     "SFTTrainer": {},
     "SFTTrainer, packing": {"packing": True},
     "SFTTrainer, no checkpointing": UNCHECKPOINTED,
-    "SFTTrainer, packing, no checkpointing": UNCHECKPOINTED | {"packing": True, "per_device_train_batch_size": 2},
+    "SFTTrainer, packing, no checkpointing": UNCHECKPOINTED | {"packing": True},
 }
 
 
@@ -199,6 +199,11 @@ def main():
         return
 
     os.environ |= {"ACCELERATE_USE_CPU": "1", "TOKENIZERS_PARALLELISM": "false"}
+    from hardware import hardware
+
+    print(hardware())
+    print(f"{args.model_name_or_path or args.size}, precision {args.precision}, {args.repeats} x {args.steps} steps:")
+    print("real tokens per second, padding, loss of four examples before training", flush=True)
     measured = {name: [] for name in args.rows}
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), args.size, args.model_name_or_path)
@@ -209,22 +214,16 @@ def main():
                 command = [sys.executable, __file__, *map(str, flags), "--run", name, folder]
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
-                    raise SystemExit(f"{name}: {result.stderr[-3000:]}")
-                measured[name].append(json.loads(result.stdout.splitlines()[-1]))
-
-    from hardware import hardware  # here, because children measure imports of their own
-
-    print(hardware())
-    print(f"{args.model_name_or_path or args.size}, precision {args.precision}, {args.repeats} x {args.steps} steps:")
-    print("real tokens per second (lowest to highest), padding, loss of four examples before training")
-    for name, rounds in measured.items():
-        speeds, loss = sorted(r["speed"] for r in rounds), rounds[0]["loss"]
-        print(f"{name:38} {statistics.median(speeds):8.0f}  ({speeds[0]:.0f} to {speeds[-1]:.0f})"
-              f"  {rounds[0]['padding']:6.1%}  {'' if loss is None else f'{loss:.6f}'}")  # fmt: skip
-    for name, rounds in measured.items():
-        if name != "here" and "here" in measured:
-            ratios = [a["speed"] / b["speed"] for a, b in zip(measured["here"], rounds, strict=True)]
-            print(f"here against {name}: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})")
+                    print(f"{name:38} failed, exit code {result.returncode}: {result.stderr[-300:]}", flush=True)
+                    continue
+                row = json.loads(result.stdout.splitlines()[-1])
+                loss = "" if row["loss"] is None else f"{row['loss']:.6f}"
+                print(f"{name:38} {row['speed']:8.0f}  {row['padding']:6.1%}  {loss}", flush=True)
+                measured[name].append(row["speed"])
+    for name, speeds in measured.items():
+        if name != "here" and speeds and measured.get("here"):
+            ratio = statistics.median(measured["here"]) / statistics.median(speeds)
+            print(f"here against {name}: {ratio:.2f}x")
 
 
 if __name__ == "__main__":
