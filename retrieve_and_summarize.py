@@ -84,7 +84,7 @@ from utils.models.encoder import encode, load_retriever, weights_key
 from utils.models.generation import describe_generation
 from utils.models.settings import saved_settings
 from utils.models.sources import Sources, collate, count_generated, decode
-from utils.models.summarizer import load_model_and_tokenizer, set_up, sources_for, wrap
+from utils.models.summarizer import default_source_length, load_model_and_tokenizer, set_up, sources_for, wrap
 from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched, unmatched
 from utils.retrieval.dense import remember_passages, retriever_rankings
 from utils.retrieval.drafts import extract_drafts
@@ -160,7 +160,7 @@ def load_models(args, accelerator) -> Models:
     if args.summarizer != "extract":
         model, tokenizer = load_model_and_tokenizer(args.summarizer, None, "--summarizer", args.trust_remote_code)
         if settings["max_source_length"] is None:  # a model that was not trained here
-            settings["max_source_length"] = 512 if model.config.is_encoder_decoder else 1024
+            settings["max_source_length"] = default_source_length(model, args.max_new_tokens or 128)
         set_up(model, tokenizer, {**settings, **args.generation(), "max_target_length": 0})
         summarizer = wrap(model).to(accelerator.device).eval()
         sources = sources_for(summarizer, tokenizer, settings)

@@ -292,13 +292,14 @@ def test_summaries_are_compared_by_rouge_with_documents_drawn_whole(tmp_path, ca
     references = [["the mill was sold in May", "sold"], ["a bridge"], []]
     for side, predictions in texts.items():
         write_jsonl(tmp_path / f"{side}.jsonl", (
-            {"id": str(number), "doc_id": "one document", "prediction": text, "summary": summaries}
+            {"id": str(number), "prediction": text, "summary": summaries}
+            | ({"doc_id": f"d{number}"} if side == "b" else {})  # older files are without
             for number, (text, summaries) in enumerate(zip(predictions, references, strict=True))))  # fmt: skip
     main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--metric", "rouge1", "--draws", "50"])
     printed = capsys.readouterr().out
     of_each = {side: [rouge_scores(*case)["rouge1"] for case in zip(texts[side][:2], references[:2], strict=True)]
                for side in texts}  # fmt: skip
-    assert "rouge1, 2 queries drawn one by one" in printed  # the third has no reference
+    assert "rouge1, 2 queries about 2 documents, drawn by document" in printed  # the third has no reference
     for name, column in (("A ", of_each["a"]), ("B ", of_each["b"]), ("A - B", np.subtract(*of_each.values()))):
         assert re.search(rf"^{name} *{np.mean(column):.2f} ", printed, re.M)
 

@@ -13,7 +13,7 @@ from utils.errors import UsageError
 from utils.files import write_json
 from utils.models.decoder_only import LanguageModel
 from utils.models.generation import DEFAULTS
-from utils.models.sources import DEFAULT_PROMPT, Rows, Sources, collate, decode
+from utils.models.sources import DEFAULT_PROMPT, Rows, Sources, collate, decode, render_prompt
 from utils.models.summarizer import load_model_and_tokenizer, save_pretrained, set_up, sources_for, wrap
 from utils.models.tokenizer import train_tokenizer
 from utils.retrieval.teacher import passage_likelihoods
@@ -239,6 +239,32 @@ def test_a_model_whose_tokens_see_later_ones_is_refused():
         wrap(BertLMHeadModel(config))
 
 
+@pytest.mark.parametrize("kind", ["rwkv", "recurrent_gemma"])
+def test_a_model_that_reads_the_padding_of_a_batch_is_refused(kind):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=60, hidden_size=32, num_hidden_layers=3, intermediate_size=32,
+                                  num_attention_heads=4, attention_hidden_size=32, lru_width=32)  # fmt: skip
+    with pytest.raises(UsageError, match="it reads the padding of a batch"):
+        wrap(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_prompt_is_the_same_on_another_day_and_a_template_that_fails_is_refused(tokenizer):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %B %Y') }}" + CHAT
+    assert "1 January 2025" in "".join(render_prompt(dated, DEFAULT_PROMPT, True))
+    dated.chat_template = "{{ raise_exception('no system turn') }}"
+    with pytest.raises(UsageError, match=r"its chat template cannot be used, remove it .*: no system turn"):
+        render_prompt(dated, DEFAULT_PROMPT, True)
+
+
+def test_references_are_cut_and_counted_without_the_tokenizers_start_token(tokenizer):
+    sources = Sources(tokenizer, "concat", 128, "rank", prompt_template=DEFAULT_PROMPT)
+    texts = ["Anna sold the old mill.", "Anna did.", "Ben saw the green bridge. " * 4]
+    whole = [len(ids) + 1 for ids in sources.tokenize(texts)]  # with the end
+    assert [len(ids) for ids in sources.tokenize_targets(texts, 6)] == [min(n, 6) for n in whole]
+    assert sources.references[0].tolist() == whole
+
+
 def test_a_chat_models_own_end_tokens_stay_and_the_tokenizers_is_one_of_them(tokenizer, tmp_path):
     folder = save_tiny(tmp_path, tokenizer, eos_token_id=[9, 11])
     model, _ = load_model_and_tokenizer(folder)
@@ -252,7 +278,10 @@ def test_a_teacher_may_be_a_language_model(kind, tokenizer, tmp_path):
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     folder = str(tmp_path)
-    write_json(tmp_path / "settings.json", {"max_source_length": 100, "prompt_template": "{query}\n{passages}"})
+    write_json(
+        tmp_path / "settings.json",
+        {"max_source_length": 100, "max_target_length": 28, "prompt_template": "{query}\n{passages}"},
+    )
     document = Document("d", PASSAGES)
     examples = [Example("a", "Who sold it?", document, ["Anna did.", "Anna sold the mill."], *[None] * 3),
                 Example("b", "", document, ["Ben."], *[None] * 3)]  # fmt: skip
@@ -265,7 +294,7 @@ def test_a_teacher_may_be_a_language_model(kind, tokenizer, tmp_path):
             numbers = passage if isinstance(passage, list) else [passage]
             (prompt,), _ = sources.build(example.query, document, numbers)
             losses = []
-            for target in sources.tokenize_targets(example.summaries, 128):
+            for target in sources.tokenize_targets(example.summaries, 28):
                 labels = torch.tensor([[-100] * len(prompt) + target])
                 with torch.no_grad():
                     losses.append(plain(input_ids=torch.tensor([prompt + target]), labels=labels).loss.item())

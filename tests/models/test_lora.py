@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from test_families import EOS, FAMILIES, build, random_batch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -288,6 +289,7 @@ def test_adapters_on_adapters_and_a_base_model_that_would_be_overwritten_are_ref
     ("change", "said"),
     [
         (lambda folder: shutil.rmtree(folder / "base"), "its adapters need their base model in .*/base, which is not"),
+        (lambda folder: retrain(folder / "base"), "its adapters were trained beside other weights than .*/base holds"),
         (lambda folder: edit(folder, peft_type="IA3"), "only LoRA adapters"),
         (lambda folder: edit(folder, modules_to_save=["shared"]), "only LoRA adapters"),
         (lambda folder: edit(folder, target_modules=["v_proj", "query"]), "its adapters do not fit the base model"),
@@ -307,6 +309,11 @@ def test_adapters_that_cannot_be_used_are_refused_in_one_line(kind, change, said
     with pytest.raises(UsageError, match=said) as refusal:
         load(str(tmp_path / "saved"))
     assert "\n" not in str(refusal.value) and str(tmp_path / "saved") in str(refusal.value)
+
+
+def retrain(folder) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
 def edit(folder, **changes) -> None:

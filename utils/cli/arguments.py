@@ -246,7 +246,7 @@ class LanguageArguments(GenerationArguments):
     """How a summarizer reads and writes."""
 
     prompt_template: str | None = flag(
-        None, "file with a language model's prompt, with {query} and {passages} in it (default: the model's, or ours)"
+        None, "file with a language model's prompt, {query} and {passages} in it (default: that of its training)"
     )
     source_prefix: str | None = flag(None, 'text before every source, as T5 needs it: "summarize: "')
     source_lang: str | None = flag(None, "language of the sources, for tokenizers with languages, such as en_XX")

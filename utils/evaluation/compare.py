@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     left_out = len(set().union(*by_side)) - len(queries)
     if not queries:
         what = "reference" if args.metric in ROUGE else "evidence"
-        raise DataError(f"{args.A} and {args.B} have no query with {what} in common; queries are matched by id")
+        none = f"{args.A} and {args.B} have no query with {what} in common; queries are matched by id"
+        raise DataError(none if args.B else f"{args.A} has no query with {what}")
     if left_out:
         print(f"{left_out} queries are on one side only and left out")
 
@@ -121,7 +122,7 @@ def score_predictions(path: str, metric: str, document_of: dict[str, str]) -> di
         key, prediction = read_identifier(row.record, "id"), row.record.get("prediction")
         if not isinstance(prediction, str):
             raise BadRecord(f"no 'prediction'; {listed_fields(row.record)}")
-        document_of.setdefault(key, row.record.get("doc_id"))
+        document_of[key] = document_of.get(key) or row.record.get("doc_id")
         if references := read_summaries(row.record, "summary", required=False):
             scores[key] = rouge_scores(prediction, references)[metric]
 

@@ -214,6 +214,7 @@ def _attend(
     """
     longest, longest_key = max(lengths), max(key_lengths)
     has_kernel = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    has_kernel = has_kernel and query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     if has_kernel and query.dtype != torch.float32 and not (dropout or window or softcap):
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
         key_starts = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=query.device)

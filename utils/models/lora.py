@@ -26,8 +26,10 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from utils.errors import UsageError, in_one_line
 from utils.fast.cpu import use_fast_layers
+from utils.files import size_and_digest, write_json
 
 NAME = "default"  # of the adapter; it is in no file
+BASE_FILE = "adapter_base.json"  # the checksums of a local base model
 LINEAR = (nn.Linear, Conv1D)  # the second is GPT-2's
 
 
@@ -173,8 +175,14 @@ def save_adapters(model, folder: str | Path, state_dict: dict | None = None, *, 
     save_file(adapters, Path(folder) / "adapter_model.safetensors", {"format": "pt"})
     config.inference_mode = True
     config.save_pretrained(str(folder))
+    write_json(Path(folder) / BASE_FILE, _weight_files(config.base_model_name_or_path))
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+def _weight_files(folder: str) -> dict[str, dict]:
+    """Size and SHA-256 of the weights in a local folder, by file; {} for a model of the Hub, whose name tells them."""
+    return {path.name: size_and_digest(path) for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
 def holds(name_or_path: str | Path, file: str) -> bool:
@@ -205,6 +213,9 @@ def base_model(name_or_path: str | Path, flag: str) -> str:
             f"{name}: its adapters need their base model in {base}, which is not there; put it back, or write its "
             "place into base_model_name_or_path of adapter_config.json"
         )
+    trained_on = Path(name_or_path, BASE_FILE)
+    if trained_on.exists() and json.loads(trained_on.read_text(encoding="utf-8")) != _weight_files(base):
+        raise UsageError(f"{name}: its adapters were trained beside other weights than {base} holds now; put them back")
     return base
 
 

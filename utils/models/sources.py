@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import BatchEncoding
 
-from utils.errors import UsageError
+from utils.errors import UsageError, in_one_line
 from utils.files import digest
 from utils.models.tokenizer import describe_cut, pad, tokenize, tokenizer_key
 from utils.tables import Texts, lengths, values
@@ -30,6 +30,8 @@ DEFAULT_PROMPT = """Question: {query}
 
 Write a summary of the text above in one paragraph.
 The summary answers this question: {query}"""
+# some chat templates tell today's date: a prompt would change from day to day
+SAME_DAY = "{% macro strftime_now(format) %}1 January 2025{% endmacro %}"
 MARKS = re.compile(r"(\{query\}|\{passages\})")
 
 
@@ -43,16 +45,25 @@ def render_prompt(tokenizer, template: str, has_query: bool) -> list[str]:
         template = "\n".join(line for line in template.split("\n") if "{query}" not in line).strip("\n")
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": template}]
-        # models that can think before they answer are not asked to
-        template = tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        try:
+            # models that can think before they answer are not asked to
+            template = tokenizer.apply_chat_template(
+                turn, chat_template=SAME_DAY + tokenizer.get_chat_template(), tokenize=False,
+                add_generation_prompt=True, enable_thinking=False,
+            )  # fmt: skip
+        except Exception as error:  # templates may raise anything
+            raise UsageError(
+                f"{tokenizer.name_or_path}: its chat template cannot be used, remove it or choose another model: "
+                f"{in_one_line(error)}"
+            ) from error
     else:
         start = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else None
         template = f"{start or ''}{template}\n\n"
     parts = [part for part in MARKS.split(template) if part]
     if parts.count("{passages}") != 1:
-        raise UsageError("the tokenizer's chat template does not keep the user's text; remove it or choose another")
+        raise UsageError(
+            f"{tokenizer.name_or_path}: its chat template drops the user's text; remove it or choose another model"
+        )
     return parts
 
 
@@ -89,13 +100,10 @@ class Sources:
         else:
             self._use_prompt()
         if self.room < self.max_source_length // 4:
-            name, size = (
-                "source_prefix" if self.prompt is None else "prompt_template",
-                self.max_source_length - self.room,
-            )
-            raise UsageError(
-                f"--{name} takes {size} of --max_source_length {self.max_source_length} tokens; make it shorter"
-            )
+            name, size = "source_prefix", self.max_source_length - self.room
+            name = name if self.prompt is None else "prompt_template"
+            limit = f"--max_source_length {self.max_source_length}"
+            raise UsageError(f"--{name} takes {size} of {limit} tokens; make it shorter, or raise that limit")
 
     def _use_special_tokens(self) -> None:
         """The tokens between and around the texts of a sequence are those of the tokenizer."""

@@ -21,7 +21,8 @@ from utils.models.sources import DEFAULT_PROMPT, Sources
 from utils.models.tokenizer import check_length, check_vocabulary, position_limit
 
 # the entries of a configuration that --dropout sets, as BART, T5, BERT and GPT-2 call it
-DROPOUTS = ("dropout", "dropout_rate", "hidden_dropout_prob", "resid_pdrop")
+DROPOUTS = ("dropout", "dropout_rate", "hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "embd_pdrop",
+            "resid_dropout", "embed_dropout")  # fmt: skip
 # families whose own loss is another than cross entropy, or is computed otherwise
 REFUSED = {
     "fsmt": "it is for translation, and has no output layer of its own",
@@ -124,14 +125,30 @@ def set_up(model, tokenizer, settings: dict) -> None:
         raise UsageError(f"--fusion fid needs an encoder-decoder, and {name} is decoder-only: use --fusion concat")
     if settings["source_prefix"]:
         raise UsageError(f"--source_prefix: {name} reads a prompt; use --prompt_template")
-    # beyond them, rotary positions are computed too, but were never trained
+    check_positions(model, settings["max_source_length"], max(settings["max_target_length"], most_new_tokens(model)))
+
+
+def positions(model) -> int | None:
+    """The most tokens that a language model has positions for; None if there is no limit.
+
+    Beyond it, rotary positions are computed too, but were never trained.
+    """
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = min((n for n in (trained, position_limit(model)) if n), default=None)
-    written = max(settings["max_target_length"], most_new_tokens(model))
-    if limit is not None and settings["max_source_length"] + written > limit:
+    return min((n for n in (trained, position_limit(model)) if n), default=None)
+
+
+def default_source_length(model, written: int) -> int:
+    """How many tokens a model reads that was not trained here, if it may write so many: 512, or a prompt of 1,024."""
+    return 512 if model.config.is_encoder_decoder else min(1024, (positions(model) or 2048) - written)
+
+
+def check_positions(model, read: int, written: int) -> None:
+    """Raises UsageError if a language model has no positions for a prompt and a summary of so many tokens."""
+    limit = positions(model)
+    if limit is not None and read + written > limit:
         raise UsageError(
-            f"--max_source_length {settings['max_source_length']} and a summary of {written} tokens: "
-            f"{name} has positions for {limit} tokens in all; lower one of them"
+            f"--max_source_length {read} and a summary of {written} tokens: {model.config.name_or_path or 'the model'} "
+            f"has positions for {limit} tokens in all; lower one of them"
         )
 
 

@@ -186,11 +186,13 @@ def whole_lengths(tokenizer, texts: list[str], encoded, options: dict) -> list[i
     if not options.get("truncation"):
         return lengths
     if getattr(encoded, "encodings", None):
-        special = tokenizer.num_special_tokens_to_add()  # each part that was cut off has its own
+        # each part that was cut off has its own
+        special = tokenizer.num_special_tokens_to_add() if options.get("add_special_tokens", True) else 0
         parts = [encoding.overflowing for encoding in encoded.encodings]
         return [n + sum(len(part) - special for part in of_text) for n, of_text in zip(lengths, parts, strict=True)]
     cut = [i for i, length in enumerate(lengths) if length == options["max_length"]]
-    again = tokenizer([texts[i] for i in cut])["input_ids"] if cut else []
+    uncut = {name: value for name, value in options.items() if name not in ("truncation", "max_length")}
+    again = tokenizer([texts[i] for i in cut], **uncut)["input_ids"] if cut else []
     for i, ids in zip(cut, again, strict=True):
         lengths[i] = len(ids)
     return lengths

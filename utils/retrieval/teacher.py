@@ -7,7 +7,7 @@ from accelerate.utils import gather_object
 from utils.models.languages import set_languages
 from utils.models.settings import saved_settings
 from utils.models.sources import collate
-from utils.models.summarizer import load_model_and_tokenizer, sources_for, wrap
+from utils.models.summarizer import check_positions, load_model_and_tokenizer, sources_for, wrap
 
 
 @torch.no_grad()
@@ -26,10 +26,13 @@ def passage_likelihoods(
     summarizer = wrap(pretrained).to(accelerator.device).eval()
     settings = {"max_source_length": 512, "source_prefix": None, "prompt_template": None}
     settings |= {name: value for name, value in saved.items() if name in settings}
+    max_target_length = saved.get("max_target_length", 128)
+    if not pretrained.config.is_encoder_decoder:
+        check_positions(pretrained, settings["max_source_length"], max_target_length)
     sources = sources_for(summarizer, tokenizer, {**settings, "fusion": "concat", "passage_order": "rank"})
     rows = []  # (example, candidate, source, targets)
     for number, (example, passages) in enumerate(zip(examples, candidates, strict=True)):
-        targets = sources.tokenize_targets(example.summaries, saved.get("max_target_length", 128))
+        targets = sources.tokenize_targets(example.summaries, max_target_length)
         for candidate, passage in enumerate(passages):
             numbers = passage if isinstance(passage, list) else [passage]
             source = sources.build(example.query, example.document, numbers)[0]
