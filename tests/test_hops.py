@@ -201,7 +201,7 @@ def test_one_document_is_summarized_on_standard_output_and_explained_on_standard
         ([], "--retriever outputs/retrieve: no such folder; train_retrieve.py makes it, or name another"),
         (["--retriever", "bm25"], "--summarizer outputs/summarize: no such folder; train_summarize.py makes it"),
         (["--retriever", "nowhere", "--summarizer", "extract"], "nowhere: no retriever could be loaded"),
-        (["--summarizer", "nowhere", "--retriever", "bm25"], "--summarizer nowhere: no encoder-decoder"),
+        (["--summarizer", "nowhere", "--retriever", "bm25"], "--summarizer nowhere: no summarizer"),
         (["--summarizer", "extract", "--retriever", "bm25"], "name a --drafter, or a --summarizer"),
         (["--ranking", "hybrid", "--retriever", "bm25", "--summarizer", "extract"], "--ranking needs a --retriever"),
         (["--query", "Why?"], "--query is only for --document"),
