@@ -10,37 +10,27 @@ import warnings
 from contextlib import nullcontext
 
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from utils.errors import UsageError, in_one_line
+from utils.errors import in_one_line
 from utils.fast.beam_search import cache_argument, prompted_search
-from utils.fast.cpu import FunctionalDropout, laid_out_weights, use_fast_layers
+from utils.fast.cpu import FunctionalDropout, laid_out_weights
 from utils.fast.packing import laid_end_to_end, remove_padding_of_decoder
-from utils.models.encoder_decoder import same_contexts
-from utils.models.losses import has_own_logits, label_smoothed_loss, vocabulary_loss
-from utils.models.settings import checkpoint_layers
+from utils.models.losses import label_smoothed_loss, vocabulary_loss
+from utils.models.settings import Summarizer
 from utils.models.tokenizer import pad
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Summarizer):
     """Any decoder-only model of Transformers, with the interface of `encoder_decoder.EncoderDecoder`.
 
     It adds no parameters: `.model` can be saved and loaded without this class.
     """
 
     def __init__(self, model, gradient_checkpointing: bool = False):
-        super().__init__()
-        self.model = model
-        if gradient_checkpointing:
-            checkpoint_layers(model, same_contexts)
-        use_fast_layers(model)
+        super().__init__(model, gradient_checkpointing)
         self.is_packed = remove_padding_of_decoder(model)
-        # the layers that FSDP shards one by one
-        self._no_split_modules = {type(module).__name__ for module in model.modules()}
-        self._no_split_modules &= set(getattr(model, "_no_split_modules", None) or ())
-        self.has_own_logits = has_own_logits(model)
         self._check_loss()
 
     def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):
@@ -115,11 +105,7 @@ class LanguageModel(nn.Module):
             problem = in_one_line(error)
         finally:
             model.train(was_training)
-        if problem:
-            name = model.config.name_or_path or "the model"
-            raise UsageError(
-                f"{name}: models of type {model.config.model_type} are not supported; choose another: {problem}"
-            )
+        self.refuse_if(problem)
 
     def _reads_padding(self, ids) -> bool:
         """Whether padding on the left, as `generate` wants it, changes what follows."""

@@ -6,23 +6,21 @@ tokens of all sequences of an example (Fusion-in-Decoder). Concatenated passages
 
 import inspect
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.overrides import _get_current_function_mode_stack
 from transformers import BartConfig, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.errors import UsageError, in_one_line
 from utils.fast.beam_search import beam_search
-from utils.fast.cpu import FunctionalDropout, laid_out_weights, use_fast_layers
-from utils.fast.packing import laid_as_now, laid_end_to_end, remove_padding_of_both
-from utils.models.losses import has_own_logits, label_smoothed_loss, vocabulary_loss
-from utils.models.settings import checkpoint_layers
+from utils.fast.cpu import FunctionalDropout, laid_out_weights
+from utils.fast.packing import laid_end_to_end, remove_padding_of_both
+from utils.models.losses import label_smoothed_loss, vocabulary_loss
+from utils.models.settings import Summarizer
 from utils.models.sources import tokens_per_example
 
 # most tokens, padding included, that generation encodes at once; fewer on a CPU, to fit its cache
@@ -73,25 +71,17 @@ def start_token(model, name: str) -> int:
     raise UsageError(f"{name}: set decoder_start_token_id in its generation_config.json")
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Summarizer):
     """Fusion-in-Decoder (Izacard and Grave, 2021, arXiv:2007.01282) around any encoder-decoder of Transformers.
 
     It adds no parameters: `.model` can be saved and loaded without this class.
     """
 
     def __init__(self, model, gradient_checkpointing: bool = False):
-        super().__init__()
-        self.model = model
-        if gradient_checkpointing:
-            checkpoint_layers(model, same_contexts)
-        use_fast_layers(model)
+        super().__init__(model, gradient_checkpointing)
         # Longformer has a mask of its own
         self.has_global_attention = "global_attention_mask" in inspect.signature(model.get_encoder().forward).parameters
         self.is_packed = not self.has_global_attention and remove_padding_of_both(model)
-        # the layers that FSDP shards one by one
-        self._no_split_modules = {type(module).__name__ for module in model.modules()}
-        self._no_split_modules &= set(getattr(model, "_no_split_modules", None) or ())
-        self.has_own_logits = has_own_logits(model)
         self._check_loss()
 
     def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):
@@ -176,11 +166,7 @@ class EncoderDecoder(nn.Module):
             problem = in_one_line(error)
         finally:
             model.train(was_training)
-        if problem:
-            name = model.config.name_or_path or "the model"
-            raise UsageError(
-                f"{name}: models of type {model.config.model_type} are not supported; choose another: {problem}"
-            )
+        self.refuse_if(problem)
 
     def _global_attention(self, input_ids, attention_mask) -> dict:
         """A keyword of Longformer's: the first token and the query see all tokens and are seen by all.
@@ -247,18 +233,6 @@ class EncoderDecoder(nn.Module):
                 states[i] = row[: lengths[i]]
         rows = iter(states)
         return _pad_states([torch.cat(list(islice(rows, count))) for count in sequences_per_example.tolist()])
-
-
-def same_contexts() -> tuple:
-    """For `checkpoint_layers`: a layer runs again within the sequences and with the dropout of its first run."""
-    is_fast = any(isinstance(mode, FunctionalDropout) for mode in _get_current_function_mode_stack())
-    return nullcontext(), _both(laid_as_now(), FunctionalDropout() if is_fast else nullcontext())
-
-
-@contextmanager
-def _both(first, second):
-    with first, second:
-        yield
 
 
 def _pad_states(examples) -> tuple[torch.Tensor, torch.Tensor]:

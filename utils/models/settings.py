@@ -2,12 +2,18 @@
 
 import json
 import os
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import noop_context_fn
 
 from utils.errors import UsageError, in_one_line
+from utils.fast.cpu import FunctionalDropout, use_fast_layers
+from utils.fast.packing import laid_as_now
 from utils.files import write_json
+from utils.models.losses import has_own_logits
 
 FILE = "settings.json"
 
@@ -45,3 +51,36 @@ def checkpoint_layers(model, context_fn=noop_context_fn) -> None:
         enable({"use_reentrant": False, "context_fn": context_fn})
     except ValueError as error:
         raise UsageError(f"--gradient_checkpointing: {in_one_line(error).rstrip('.')}; leave the flag out") from error
+
+
+def same_contexts() -> tuple:
+    """For `checkpoint_layers`: a layer runs again within the sequences and with the dropout of its first run."""
+    is_fast = any(isinstance(mode, FunctionalDropout) for mode in _get_current_function_mode_stack())
+    return nullcontext(), _both(laid_as_now(), FunctionalDropout() if is_fast else nullcontext())
+
+
+@contextmanager
+def _both(first, second):
+    with first, second:
+        yield
+
+
+class Summarizer(nn.Module):
+    """What both kinds of summarizers share: they wrap a plain model of Transformers, and add no parameters to it."""
+
+    def __init__(self, model, gradient_checkpointing: bool):
+        super().__init__()
+        self.model = model
+        if gradient_checkpointing:
+            checkpoint_layers(model, same_contexts)
+        use_fast_layers(model)
+        # the layers that FSDP shards one by one
+        self._no_split_modules = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules &= set(getattr(model, "_no_split_modules", None) or ())
+        self.has_own_logits = has_own_logits(model)
+
+    def refuse_if(self, problem: str) -> None:
+        """Raises UsageError if there is a problem with this type of model."""
+        if problem:
+            name, kind = self.model.config.name_or_path or "the model", self.model.config.model_type
+            raise UsageError(f"{name}: models of type {kind} are not supported; choose another: {problem}")
