@@ -10,12 +10,20 @@ summary goes to standard output and what led to it to standard error.
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import LanguageArguments, RankingOverrides, ReadingArguments, RunArguments, flag, parse
+from utils.cli.arguments import (
+    LanguageArguments,
+    RankingOverrides,
+    ReadingArguments,
+    RerankerArguments,
+    RunArguments,
+    flag,
+    parse,
+)
 from utils.errors import DataError, UsageError
 
 
 @dataclass
-class HopArguments(LanguageArguments, ReadingArguments, RankingOverrides, RunArguments):
+class HopArguments(LanguageArguments, ReadingArguments, RerankerArguments, RankingOverrides, RunArguments):
     """The hops."""
 
     output_dir: str = flag("outputs/hops", "the run folder")

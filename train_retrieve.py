@@ -8,14 +8,14 @@ sentence-transformers model and `retrieved.<split>.jsonl` of each split, the han
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import CorpusArguments, RankingArguments, TrainingArguments, flag, parse
+from utils.cli.arguments import CorpusArguments, RankingArguments, RerankerArguments, TrainingArguments, flag, parse
 from utils.errors import UsageError
 
 SCORES = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@10", "ndcg@10", "gold_words@1024")
 
 
 @dataclass
-class RetrieveArguments(TrainingArguments, RankingArguments, CorpusArguments):
+class RetrieveArguments(TrainingArguments, RerankerArguments, RankingArguments, CorpusArguments):
     """The retriever."""
 
     output_dir: str = flag("outputs/retrieve", "the run folder")
@@ -89,6 +89,7 @@ from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import Imitations, first_drafts
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
 from utils.retrieval.ranking import KEPT
+from utils.retrieval.reranking import load_scorer, remember_scores, with_reranker
 from utils.retrieval.two_hops import search_hops
 from utils.tables import values
 from utils.training.batching import batch_shape, plan_epoch
@@ -225,10 +226,11 @@ def main():
     retriever = make_retriever(documents, train, args)
     add_adapters(retriever, args, accelerator)
     log.say_model(retriever)
+    make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
 
     index = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
                         language=args.language, log=log, accelerator=accelerator)  # fmt: skip
-    pairs = Pairs(args, train, documents, retriever, lexical=index.bm25_rankings, accelerator=accelerator)
+    pairs = Pairs(args, train, documents, retriever, search=index.bm25_rankings, accelerator=accelerator)
     log.say(f"{describe_splits(splits)}; {pairs.describe()}")
     gold = gold_passages(validation, args)
     bm25_rankings = index.bm25_rankings(validation, args.top_k if args.corpus_file else KEPT, say=log.say)
@@ -260,7 +262,8 @@ def main():
     # ---- training
 
     encode_texts = partial(encoder.encode, retriever, accelerator=accelerator, poll=run.poll)
-    rank_by = partial(index.retriever_rankings, settings=vars(args))
+    score = make_scorer and remember_scores(make_scorer(poll=run.poll))
+    rank_by = with_reranker(partial(index.retriever_rankings, settings=vars(args)), score, vars(args) | of_reranker)
     search_now = partial(search_hops, rank_by, encode_texts, kept=max(KEPT, args.top_k))
     validation_search = partial(search_now, write_drafts=given or (imitate and imitate(validation)))
     validate_now = partial(validate, validation, gold, bm25_scores, validation_search, poll=run.poll)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 # The smallest runs that have everything in them: two epochs, accumulation, dropout, draws of negatives.
 SMALL = {
     "train_retrieve.py": ["--sample_documents", 8, "--num_hard_negatives", 2],
+    "train_rerank.py": ["--sample_documents", 8, "--num_hard_negatives", 2, "--retriever", "bm25", "--rerank_top_k", 4],
     "train_summarize.py": ["--sample_documents", 8, "--dropout", 0.1, "--max_new_tokens", 2, "--num_beams", 1],
 }
 LOOP = ["--num_train_epochs", 2, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2,

@@ -80,7 +80,7 @@ def test_help_lists_every_flag_without_imports_that_take_seconds(script):
 
 def test_help_is_grouped_by_purpose_with_the_most_used_flags_first_and_fits_the_terminal():
     flags = set()
-    for script in (*SCRIPTS, "retrieve_and_summarize.py"):
+    for script in (*SCRIPTS, "train_rerank.py", "retrieve_and_summarize.py"):
         text = run(script, "--help").stdout
         assert max(map(len, text.splitlines())) <= 120
         groups = re.split(r"\n\n([a-z ,]+):\n", text.partition("\noptions:")[2])

@@ -42,7 +42,7 @@ def make_pairs(encoder, documents=None, examples=None, lexical=bm25_rankings, **
                 "num_positives": 1, "num_hard_negatives": 1, "negatives_margin": 0.05, "supervision": "evidence",
                 "oracle_passages": 5, "teacher": None, "language": None, "mine_negatives_every": 0}  # fmt: skip
     args = SimpleNamespace(**defaults | flags)
-    return Pairs(args, examples, documents, encoder, lexical=lexical, accelerator=None)
+    return Pairs(args, examples, documents, encoder, search=lexical, accelerator=None)
 
 
 def draws(pairs, number, epochs=400):

@@ -64,8 +64,8 @@ MAY_CHANGE = frozenset(
     per_device_train_batch_size per_device_eval_batch_size max_tokens gradient_accumulation_steps curriculum_epochs
     group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
     min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
-    validation_drafts_file ranking bm25_weight smooth_window smooth_decay index trec_run gradient_checkpointing
-    trust_remote_code merge_lora
+    validation_drafts_file ranking bm25_weight smooth_window smooth_decay reranker rerank_top_k rerank_weight index
+    trec_run gradient_checkpointing trust_remote_code merge_lora
     """.split()
 )
 
@@ -213,6 +213,32 @@ class RankingOverrides:
             raise UsageError("--smooth_decay has no effect without --smooth_window")
         if saved == {} and settings["ranking"] == "hybrid":  # a retriever from elsewhere, which has no language of ours
             settings["language"] = getattr(self, "language", None)
+        return settings
+
+
+@dataclass
+class RerankerArguments:
+    """A reranker that looks again at the best passages. What is not set is what it was trained with."""
+
+    reranker: str | None = flag(None, "what reranks the best passages: a folder of train_rerank.py, or a Hub name")
+    rerank_top_k: int | None = flag(
+        None, "best passages that are reranked (default: the reranker's setting, else 50)", at_least=2
+    )
+    rerank_weight: float | None = flag(
+        None, "weight of the reranker's score; the search's is 1 (default: the reranker's, else 1)", at_least=0
+    )
+
+    def rerank_settings(self, saved: dict) -> dict:
+        """How to rerank: explicit flags, else what was `saved` with the reranker, else the defaults.
+
+        Raises UsageError for a flag that has no effect.
+        """
+        settings = {}
+        for name, default in (("rerank_top_k", 50), ("rerank_weight", 1.0)):
+            given = getattr(self, name)
+            if given is not None and not self.reranker:
+                raise UsageError(f"--{name} has no effect without --reranker")
+            settings[name] = saved.get(name, default) if given is None else given
         return settings
 
 
@@ -420,9 +446,11 @@ GROUPS = {
         teacher teacher_candidates teacher_temperature
     """,
     "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words",
-    "ranking": "ranking language bm25_weight smooth_window smooth_decay index trec_run",
+    "ranking": """
+        ranking language bm25_weight smooth_window smooth_decay index trec_run reranker rerank_top_k rerank_weight
+    """,
     "model, loss and generation": """
-        max_seq_length query_prompt passage_prompt dropout attention_dropout temperature gradient_cache_tokens
+        max_seq_length query_prompt passage_prompt dropout attention_dropout loss temperature gradient_cache_tokens
         passage_order prompt_template source_prefix source_lang target_lang max_target_length label_smoothing_factor
         length_penalty min_new_tokens no_repeat_ngram_size trust_remote_code
     """,

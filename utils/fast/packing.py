@@ -5,6 +5,7 @@ Cross-contamination" (Krell et al., 2021, arXiv:2107.02027). Nothing of it is sa
 
 * `remove_padding(retriever)`: for the encoder of a SentenceTransformer. Its inputs and outputs stay padded. Only on a
   CPU, and only before pooling, outputs are flat, in a form that sentence-transformers can pool.
+* `remove_padding_of_classifier(reranker)`: for that of a CrossEncoder.
 * `remove_padding_of_both(model)`: for an encoder-decoder, which then accepts sequences within `laid_end_to_end`.
 * `remove_padding_of_decoder(model)`: the same for a decoder-only language model.
 
@@ -16,6 +17,7 @@ attention function; and the `embed_positions` of BART-like models. Sentence-tran
 `modality_config` and `model_forward_params` of its `Transformer`, and that its pooling understands `cu_seq_lens_q`.
 """
 
+import inspect
 import logging
 import sys
 from contextlib import contextmanager
@@ -410,6 +412,67 @@ def remove_padding(retriever) -> bool:
     is_removed = _keep_if_equal(transformer, encoder, NAME, hooks, embed, embed)
     transformer.is_pooled_packed = is_removed and len(retriever) > 1 and isinstance(retriever[1], Pooling)
     return is_removed
+
+
+# ---- classifiers of sequences
+
+
+def remove_padding_of_classifier(reranker) -> bool:
+    """Makes the encoder of a CrossEncoder compute without padding, if that changes no score. Else False, as above.
+
+    Its inputs stay padded. The encoder's outputs are padded again for the head, which reads the first token of each
+    sequence, or a mean over its tokens.
+    """
+    model, config = reranker[0].auto_model, reranker[0].auto_model.config
+    encoder = model.base_model
+    if encoder is model or not model.is_backend_compatible() or not hasattr(config, "vocab_size"):
+        return False
+    names = list(inspect.signature(encoder.forward).parameters)
+    running: list[Packing] = []
+
+    def pack(module, arguments, options):
+        options = dict(zip(names, arguments, strict=False)) | options
+        mask = options.get("attention_mask")
+        if mask is None or mask.ndim != 2 or config._attn_implementation != NAME:
+            return None
+        packing = plan_packing(mask)
+        running.append(packing)
+        packed = {
+            name: packing.pack(value) if torch.is_tensor(value) and value.shape == mask.shape else value
+            for name, value in options.items()
+            if name != "attention_mask"
+        }
+        places = packing.index[None] % mask.shape[1] + _first_position(encoder)
+        return (), {**packed, "position_ids": places, "packing": packing}
+
+    def first_tokens(module, arguments):
+        if not running:
+            return None
+        starts = torch.tensor([0, *accumulate(running[-1].lengths[: running[-1].shape[0] - 1])])
+        return arguments[0][0].index_select(0, starts.to(arguments[0].device))[:, None], *arguments[1:]
+
+    def unpack(module, arguments, output):
+        if running:
+            output.last_hidden_state = running.pop().unpack(output.last_hidden_state)
+        return output
+
+    hooks = [encoder.register_forward_pre_hook(pack, with_kwargs=True), encoder.register_forward_hook(unpack)]
+    if isinstance(getattr(encoder, "pooler", None), nn.Module):
+        hooks.append(encoder.pooler.register_forward_pre_hook(first_tokens))
+    longest = min(2 * (getattr(config, "sliding_window", None) or 0) + 40,
+                  getattr(config, "max_position_embeddings", 2**20) - 8)  # fmt: skip
+    mask = (torch.arange(longest) < torch.tensor([[longest], [5], [20]])).long().to(model.device)
+    ids = torch.randint(
+        config.vocab_size // 2, config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)
+    )
+
+    def scores():
+        try:
+            return model(input_ids=ids.to(model.device), attention_mask=mask).logits
+        finally:
+            running.clear()  # if it failed
+
+    return _keep_if_equal(model, model, NAME, hooks, scores, scores)
 
 
 # ---- models with a decoder

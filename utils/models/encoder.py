@@ -277,7 +277,7 @@ def in_chunks(
     for side, length in zip(sides, lengths, strict=True):
         parts = [side]
         if max_tokens:
-            batches = _longest_first([token_ids[i] for i in side], max_tokens, is_padded=not packed)
+            batches = longest_first([len(token_ids[i]) for i in side], max_tokens, is_padded=not packed)
             parts = [[side[i] for i in batch] for batch in batches]
         for part in parts:
             features = pad([token_ids[i] for i in part], retriever.tokenizer.pad_token_id)
@@ -291,11 +291,11 @@ def count_tokens(retriever: SentenceTransformer, chunks: list[dict[str, torch.Te
     return tokens, tokens if is_packed(retriever[0]) else sum(chunk["attention_mask"].numel() for chunk in chunks)
 
 
-def _longest_first(token_ids: list[list[int]], max_tokens: int, *, is_padded: bool) -> list[list[int]]:
-    """Numbers of the texts in batches of at most `max_tokens`; a longer text has a batch of its own."""
+def longest_first(lengths: Sequence[int], max_tokens: int, *, is_padded: bool) -> list[list[int]]:
+    """Numbers of texts in batches of at most `max_tokens`; a longer text has a batch of its own."""
     batches, tokens, longest = [], 0, 0
-    for number in sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i])):
-        length = len(token_ids[number])
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[number]
         width = longest if is_padded else length
         if not batches or tokens + width > max_tokens:
             batches.append([])
@@ -331,7 +331,7 @@ def encode(
     if cost is not None:
         cost["encoder_tokens"] += sum(map(len, token_ids))
     process, processes = (0, 1) if alone else (accelerator.process_index, accelerator.num_processes)
-    batches = _longest_first(token_ids, max_tokens, is_padded=True)
+    batches = longest_first(list(map(len, token_ids)), max_tokens, is_padded=True)
     was_training = model.training
     model.eval()
     parts = [np.empty((0, model.get_embedding_dimension()), dtype=np.float32)]

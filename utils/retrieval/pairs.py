@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,13 @@ from utils.data.hand_over import read_drafts
 from utils.data.kept import content_key
 from utils.errors import UsageError
 from utils.files import digest, write_json
-from utils.models.encoder import tokenize, tokens_key
+from utils.models import encoder
 from utils.models.tokenizer import describe_cut
 from utils.retrieval.bm25 import say_unmatched, unmatched
 from utils.retrieval.drafts import READ, imitate_draft, without_last_word
 from utils.retrieval.oracle import greedy_rouge_oracle
-from utils.retrieval.ranking import hard_negatives, search_text
+from utils.retrieval.ranking import RANKED_AT_ONCE, hard_negatives, search_text
 from utils.tables import Table, Texts, cached, lengths, values, write_table
-
-RANKED_AT_ONCE = 2**11  # examples
 
 
 def is_marked(example: Example, supervision: str) -> bool:
@@ -119,26 +118,32 @@ class Pairs(Sequence):
     Args:
         args: the flags of train_retrieve.py about positives, negatives, drafts and the teacher.
         documents: the documents of the examples, or the one corpus.
-        lexical: `lexical(examples, top_k, queries)` ranks passages by BM25.
+        model: the retriever or reranker that is trained.
+        module: `encoder` or `cross_encoder`, which tokenizes for the model.
+        search: `search(examples, top_k=None, queries=None)` ranks the passages among which hard negatives are found.
+        search_key: what decides its result, beside examples and queries.
     """
 
     def __init__(
-        self, args, examples: Sequence[Example], documents: list[Document], retriever, *, lexical, accelerator
-    ):
-        self.args, self.examples, self.documents, self.retriever = args, examples, documents, retriever
-        self.is_corpus, self.lexical = isinstance(documents[0], Corpus), lexical
+        self, args, examples: Sequence[Example], documents: list[Document], model, *, module=encoder, search,
+        search_key: Sequence = (), accelerator,
+    ):  # fmt: skip
+        self.args, self.examples, self.documents, self.model = args, examples, documents, model
+        self.tokenize, self.tokens_key = partial(module.tokenize, model), module.tokens_key(model)
+        self.is_corpus, self.search = isinstance(documents[0], Corpus), search
         places = np.cumsum([0, *(len(document.passages) for document in documents)]).tolist()
         self.place = dict(zip(documents, places, strict=False))
         self.drafts = read_drafts(args.drafts_file, examples) if args.drafts_file else None
         self.whole = {kind: [] for kind in ("queries", "queries with a draft", "passages")}  # tokens before any cut
-        self.query_tokens = tokenize(retriever, values(examples, "query"), "query", whole=self.whole["queries"])
+        self.query_tokens = self.tokenize(values(examples, "query"), "query", whole=self.whole["queries"])
         taught = self._ask_teacher(accelerator) if args.teacher else {}
 
         names = ("negatives_pool", "supervision", "oracle_passages", "teacher")
         of_teacher = [[number, keys, weights.round(4).tolist()] for number, (keys, weights) in taught.items()]
         key = [
             {name: getattr(args, name) for name in names}, bool(args.draft_share), READ, content_key(examples),
-            documents[0].id, tokens_key(retriever), digest([self.drafts]), digest(of_teacher), args.language,
+            documents[0].id, self.tokens_key, list(search_key), digest([self.drafts]), digest(of_teacher),
+            args.language,
         ]  # fmt: skip
 
         def write(folder: Path) -> None:
@@ -202,7 +207,8 @@ class Pairs(Sequence):
             searches = list(map(self.searches, examples, drafts))
             hops = len(searches[0])
             # one call for all hops, so that each document is indexed once
-            ranked = self.lexical([e for e in examples for _ in range(hops)], top_k, list(itertools.chain(*searches)))
+            repeated, queries = [e for e in examples for _ in range(hops)], list(itertools.chain(*searches))
+            ranked = self.search(repeated, top_k=top_k, queries=queries)
             ranked = [ranked[hop::hops] for hop in range(hops)]
             without_words += unmatched(examples, ranked[0])
             longest = self._longest_searches(examples, drafts, with_draft)
@@ -229,12 +235,12 @@ class Pairs(Sequence):
 
     def _longest_searches(self, examples: Sequence[Example], drafts: Sequence[list], with_draft: list) -> list[int]:
         """The most tokens of a search text of each example: of its query alone, or with a reference or draft."""
-        longest = list(map(len, tokenize(self.retriever, [e.query for e in examples], "query", keep=False)))
+        longest = list(map(len, self.tokenize([e.query for e in examples], "query", keep=False)))
         if self.args.draft_share:
             texts = [[*e.summaries, *(text for text, _ in own)] for e, own in zip(examples, drafts, strict=True)]
             of_texts = [(number, text) for number, of_example in enumerate(texts) for text in of_example]
             searches = [search_text(examples[number].query, text) for number, text in of_texts]
-            tokens = tokenize(self.retriever, searches, "query", keep=False, whole=with_draft)
+            tokens = self.tokenize(searches, "query", keep=False, whole=with_draft)
             for (number, _), search in zip(of_texts, tokens, strict=True):
                 longest[number] = max(longest[number], len(search))
         return longest
@@ -256,7 +262,7 @@ class Pairs(Sequence):
         args, examples = self.args, self.examples
         unmarked = [number for number, example in enumerate(examples) if not is_marked(example, args.supervision)]
         asking = [examples[number] for number in unmarked]
-        rankings = self.lexical(asking, args.teacher_candidates, values(asking, "query"))
+        rankings = self.search(asking, top_k=args.teacher_candidates)
         candidates = [sorted(passage for passage, _ in ranking) for ranking in rankings]
         likelihoods = passage_likelihoods(args.teacher, asking, candidates, accelerator,
                                           trust_remote_code=args.trust_remote_code)  # fmt: skip
@@ -271,11 +277,11 @@ class Pairs(Sequence):
             wanted = {key for row in self._rows() for key in sum(row["negatives"], row["evidence"])}
             if keys := sorted(wanted - self.passage_tokens.keys()):
                 texts = self.documents[0].passages[keys]
-                texts = tokenize(self.retriever, texts, "passage", whole=self.whole["passages"])
+                texts = self.tokenize(texts, "passage", whole=self.whole["passages"])
                 self.passage_tokens.update(zip(keys, texts, strict=True))
         elif not self.passage_tokens:
             texts = Texts(lambda: (text for document in self.documents for text in document.passages))
-            self.passage_tokens = tokenize(self.retriever, texts, "passage", whole=self.whole["passages"])
+            self.passage_tokens = self.tokenize(texts, "passage", whole=self.whole["passages"])
 
     def _rows(self) -> Iterator[dict]:
         """The rows of the table, with the hard negatives that were mined, if any."""
@@ -288,7 +294,7 @@ class Pairs(Sequence):
         others = "the teacher" if self.args.teacher else "the ROUGE oracle"
         sources = {"gold evidence": marked, others: len(self) - marked}
         positives_from = ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
-        limit = self.retriever.max_seq_length or self.retriever.tokenizer.model_max_length
+        limit = self.model.max_seq_length or self.model.tokenizer.model_max_length
         cut = describe_cut(
             "max_seq_length", limit, {kind: np.concatenate(of_kind) for kind, of_kind in self.whole.items()}
         )
@@ -297,7 +303,7 @@ class Pairs(Sequence):
     def digest(self) -> str:
         """A checksum of the training data."""
         return digest([
-            content_key(self.examples), self.documents[0].id, tokens_key(self.retriever), digest([self.drafts]),
+            content_key(self.examples), self.documents[0].id, self.tokens_key, digest([self.drafts]),
             # rounded, because a teacher's likelihoods differ slightly between GPU models
             *(row | {"weights": [round(weight, 4) for weight in row["weights"]]} for row in self.table.read()),
         ])  # fmt: skip
@@ -345,10 +351,10 @@ class Pairs(Sequence):
             if weights[missing].any():  # a later hop should find what the draft did not use
                 weights = weights * np.where(missing, 1.0, 0.5 if args.found_weight is None else args.found_weight)
                 weights = weights / weights.sum()
-            search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query", keep=False)[0]
+            search = self.tokenize([search_text(pair.example.query, draft)], "query", keep=False)[0]
             while len(search) > pair.longest:  # invented words may have more tokens than those of the reference
                 draft = without_last_word(draft)
-                search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query", keep=False)[0]
+                search = self.tokenize([search_text(pair.example.query, draft)], "query", keep=False)[0]
         if pair.is_distribution:
             drawn = list(pair.evidence)
         else:

@@ -13,7 +13,7 @@ from utils.tables import values
 SHARPNESS = 0.7  # factor of the standardized scores before `combine` takes their exponentials
 FADES_BACK = 2  # a score fades twice as fast backward: what belongs to a topic mostly comes after its first mention
 
-
+RANKED_AT_ONCE = 2**11  # examples
 KEPT = 1025  # passages of a ranking that are kept: those that can be among the first 1,024 words, and the next
 
 
@@ -93,7 +93,11 @@ def smooth(scores: np.ndarray, window: int, decay: float) -> np.ndarray:
 
 def _standardized(ranking: Ranking) -> np.ndarray:
     """(passages,) The scores of a ranking of all passages, in document order, with mean 0 and deviation 1."""
-    scores = np.array([score for _, score in sorted(ranking)])
+    return standardized(np.array([score for _, score in sorted(ranking)]))
+
+
+def standardized(scores: np.ndarray) -> np.ndarray:
+    """Scores (passages,) with mean 0 and deviation 1; if all are equal, 0."""
     return (scores - scores.mean()) / (scores.std() or 1.0)
 
 

@@ -1,21 +1,26 @@
 """Ranks the passages of all splits from one source, as the summarizer reads them."""
 
 import itertools
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
+from accelerate.utils import broadcast_object_list
 
 from utils.data.examples import Example, Ranking
 from utils.data.hand_over import have_rankings
 from utils.data.kept import content_key
 from utils.data.trec import run_rankings
+from utils.errors import UsageError
 from utils.models.settings import saved_settings
 from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
 from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched
 from utils.retrieval.dense import retriever_rankings
-from utils.tables import Table, cached, values, write_table
+from utils.retrieval.ranking import RANKED_AT_ONCE
+from utils.tables import Table, cached, find_cached, values, write_table
 
 BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ranking}
 RANKINGS = pa.schema([("passages", pa.large_list(pa.int64())), ("is_matched", pa.bool_())])
@@ -38,22 +43,64 @@ def rank_splits(
     check_language(args.language, source, settings if is_trained else {})
     if given:
         return {split: _given(examples, top_k) for split, examples in splits.items()}, source
+    if args.reranker and not (is_trained or source == "bm25"):
+        raise UsageError(
+            f"--reranker: passages from {source} are not searched for; set --retriever bm25, or a retriever"
+        )
+    if args.reranker or is_trained:
+        return _search(splits, source if is_trained else None, settings, args, accelerator, say), source
     if source == "bm25" or source in BASELINES:
         return {split: _kept(examples, source, args, say) for split, examples in splits.items()}, source
-    if Path(source).is_file():
-        # in one call, which refuses ids that two splits have
-        ranked = iter(run_rankings(source, list(itertools.chain(*splits.values()))))
-        of_splits = {split: itertools.islice(ranked, len(examples)) for split, examples in splits.items()}
-    else:
-        from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
-
-        retriever = load_retriever(source, trust_remote_code=args.trust_remote_code).to(accelerator.device)
-        encode_texts = partial(encode, retriever, accelerator=accelerator)
-        of_splits = {
-            split: retriever_rankings(examples, encode_texts, settings, top_k=top_k)
-            for split, examples in splits.items()
-        }
+    # a TREC run, in one call, which refuses ids that two splits have
+    ranked = iter(run_rankings(source, list(itertools.chain(*splits.values()))))
+    of_splits = {split: list(itertools.islice(ranked, len(examples))) for split, examples in splits.items()}
     return {split: [[_best(ranking, top_k)] for ranking in rankings] for split, rankings in of_splits.items()}, source
+
+
+def _search(splits: dict, retriever_name: str | None, settings: dict, args, accelerator, say) -> dict[str, Hops]:
+    """Rankings of a trained retriever or (None) of BM25, reranked if that is asked for, and kept on disk."""
+    from utils.models.encoder import encode, load_retriever, weights_key  # imports sentence-transformers: seconds
+    from utils.retrieval.reranking import load_scorer, with_reranker
+
+    options, encode_texts, key = {"trust_remote_code": args.trust_remote_code}, None, [args.language]
+    rank_by = partial(_by_bm25, language=args.language)
+    if retriever_name:
+        retriever = load_retriever(retriever_name, **options).to(accelerator.device)
+        encode_texts, key = partial(encode, retriever, accelerator=accelerator), [settings, weights_key(retriever)]
+        rank_by = partial(retriever_rankings, settings=settings)
+    cost = Counter()
+    make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
+    rank_by = with_reranker(
+        rank_by, make_scorer and make_scorer(cost=cost), settings | of_reranker if retriever_name else of_reranker
+    )
+    found = {}
+    for split, examples in splits.items():
+        of_split = [*key, of_reranker, content_key(examples), args.top_k, accelerator.mixed_precision]
+        kept = [find_cached("rankings", of_split) if accelerator.is_main_process else None]
+        if folder := broadcast_object_list(kept)[0]:
+            found[split] = [[tuple(row["passages"])] for row in Table(folder / "rankings.arrow").read()]
+            continue
+        began, hops = time.perf_counter(), []
+        for first in range(0, len(examples), RANKED_AT_ONCE):
+            block = examples[first : first + RANKED_AT_ONCE]
+            hops += [[_best(ranking, args.top_k)] for ranking in rank_by(block, encode_texts)]
+        found[split] = hops
+        if args.reranker:
+            pairs, seconds = cost["pairs"] / len(examples), (time.perf_counter() - began) / len(examples)
+            say(f"reranked {split}: {pairs:.1f} pairs and {seconds:.3g} s a query")
+            cost.clear()
+        if accelerator.is_main_process:
+            cached("rankings", of_split, partial(_write_rankings, hops=hops))
+    return found
+
+
+def _by_bm25(examples: Sequence[Example], encode=None, queries=None, *, language) -> list[Ranking]:
+    return bm25_rankings(examples, queries=queries, language=language)
+
+
+def _write_rankings(folder: Path, hops: Hops) -> None:
+    rows = ({"passages": of_example[0], "is_matched": True} for of_example in hops)
+    write_table(folder / "rankings.arrow", RANKINGS, rows)
 
 
 def _best(ranking: Ranking, top_k: int) -> tuple[int, ...]:

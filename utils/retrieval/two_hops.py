@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from utils.data.examples import Hop
 from utils.retrieval.dense import remember_passages
 from utils.retrieval.drafts import READ
-from utils.retrieval.pairs import RANKED_AT_ONCE
-from utils.retrieval.ranking import KEPT, fuse_hops, search_text
+from utils.retrieval.ranking import KEPT, RANKED_AT_ONCE, fuse_hops, search_text
 
 
 def search_hops(

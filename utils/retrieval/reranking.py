@@ -1,0 +1,133 @@
+"""A second look at the best passages of a ranking: a reranker reads each with the query, and its scores are added.
+
+Nogueira and Cho, 2019, arXiv:1901.04085. The scores are standardized and smoothed over neighbours like those of the
+search (see `combine`), so that neither kind of score outweighs the other.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from utils.data.examples import Example, Ranking
+from utils.models import cross_encoder
+from utils.models.encoder import weights_key
+from utils.models.settings import saved_settings
+from utils.retrieval.ranking import SHARPNESS, search_texts, smooth, standardized
+
+Score = Callable[[list[tuple[str, str]]], np.ndarray]  # of pairs of search text and passage
+
+
+def rerank(
+    examples: Sequence[Example],
+    rankings: Sequence[Ranking],
+    score: Score,
+    settings: dict,
+    queries: Sequence[str] | None = None,
+) -> list[Ranking]:
+    """Ranks anew, with the scores of the `rerank_top_k` best passages for each example's query or search text.
+
+    `rankings` are a search's, of all passages where it smooths. `settings` are those of the reranker and the search:
+    `rerank_top_k`, `rerank_weight`, and `smooth_window` and `smooth_decay` where the search smooths. Passages beyond
+    the `rerank_top_k` best count as if they had the lowest score of these.
+    """
+    heads = [[passage for passage, _ in ranking[: settings["rerank_top_k"]]] for ranking in rankings]
+    pairs = []
+    for example, search, head in zip(examples, search_texts(examples, queries), heads, strict=True):
+        pairs += [(search, text) for text in passage_texts(example.document, head)]
+    scores, ranked, start = score(pairs), [], 0
+    for ranking, head in zip(rankings, heads, strict=True):
+        ranked.append(_fuse(ranking, scores[start : start + len(head)], settings))
+        start += len(head)
+    return ranked
+
+
+def passage_texts(document, numbers: list[int]) -> list[str]:
+    """The texts of some passages; those of a corpus are read at once, which is much faster than one by one."""
+    if isinstance(document.passages, list | tuple):
+        return [document.passages[number] for number in numbers]
+    return list(document.passages[numbers]) if numbers else []
+
+
+def _fuse(ranking: Ranking, scores: np.ndarray, settings: dict) -> Ranking:
+    """Adds the reranker's scores of the best passages, (passages,), to the scores of the whole ranking."""
+    if len(scores) < 2:  # nothing to compare
+        return ranking
+    weight, window = settings["rerank_weight"], settings.get("smooth_window") or 0
+    found = standardized(scores.astype(np.float64))
+    own = np.array([score for _, score in ranking])
+    added = np.full(len(ranking), found.min())
+    added[: len(scores)] = found
+    if window:
+        passages = np.array([passage for passage, _ in ranking])
+        in_order = np.empty(len(ranking))
+        in_order[passages] = np.exp(SHARPNESS * added)
+        total = own + weight * smooth(in_order, window, settings["smooth_decay"])[passages]
+    else:
+        head = own[: len(scores)]
+        total = (own - head.mean()) / (head.std() or 1.0) + weight * added
+    best_first = np.argsort(-total, kind="stable")  # ties stay in the order of the search
+    return [(ranking[place][0], float(total[place])) for place in best_first]
+
+
+def with_reranker(rank_by: Callable, score: Score | None, settings: dict) -> Callable:
+    """A search with the parameters of `rank_by(examples, encode, queries=None)` whose rankings are reranked."""
+    if score is None:
+        return rank_by
+
+    def rank_anew(examples: Sequence[Example], encode, queries: Sequence[str] | None = None) -> list[Ranking]:
+        return rerank(examples, rank_by(examples, encode, queries=queries), score, settings, queries)
+
+    return rank_anew
+
+
+def load_scorer(args, *, accelerator) -> tuple[Callable[..., Score] | None, dict]:
+    """What makes a scorer as `--reranker` and its flags say, and its settings; (None, {}) without a reranker.
+
+    Call it with the options of `scorer`, such as `poll`. The settings hold a checksum of the reranker.
+    """
+    settings = args.rerank_settings(saved_settings(args.reranker) if args.reranker else {})
+    if not args.reranker:
+        return None, {}
+    reranker = cross_encoder.load_reranker(args.reranker, trust_remote_code=args.trust_remote_code)
+    key = [weights_key(reranker), cross_encoder.tokens_key(reranker)]
+    make = functools.partial(scorer, reranker.to(accelerator.device), accelerator=accelerator)
+    return make, settings | {"reranker": key}
+
+
+def scorer(reranker, *, accelerator, poll=None, alone: bool = False, cost: dict | None = None) -> Score:
+    """Scores pairs of texts with a cross-encoder; each text is tokenized once, and each pair is scored once in a call.
+
+    `cost` grows by the numbers of `pairs` and `pair_tokens` that are scored. Other parameters are as in
+    `cross_encoder.score`.
+    """
+
+    def score(pairs: list[tuple[str, str]]) -> np.ndarray:
+        tokens = {}
+        for kind, texts in zip(cross_encoder.KINDS, zip(*pairs, strict=True), strict=False):
+            distinct = list(dict.fromkeys(texts))
+            tokens[kind] = dict(
+                zip(distinct, cross_encoder.tokenize(reranker, distinct, kind, keep=False), strict=True)
+            )
+        places: dict[tuple[str, str], int] = {}
+        numbers = [places.setdefault(pair, len(places)) for pair in pairs]
+        of_pairs = [(tokens["query"][query], tokens["passage"][passage]) for query, passage in places]
+        if cost is not None:
+            cost["pairs"] = cost.get("pairs", 0) + len(of_pairs)
+            cost["pair_tokens"] = cost.get("pair_tokens", 0) + sum(len(part) for pair in of_pairs for part in pair)
+        found = cross_encoder.score(reranker, of_pairs, accelerator=accelerator, poll=poll, alone=alone)
+        return found[numbers]
+
+    return score
+
+
+def remember_scores(score: Score) -> Score:
+    """Wraps `score` so that it scores each pair only once. Its memory is freed with the wrapper."""
+    known: dict[tuple[str, str], float] = {}
+
+    def score_once(pairs: list[tuple[str, str]]) -> np.ndarray:
+        if new := [pair for pair in dict.fromkeys(pairs) if pair not in known]:
+            known.update(zip(new, score(new).tolist(), strict=True))
+        return np.array([known[pair] for pair in pairs], dtype=np.float32)
+
+    return score_once
