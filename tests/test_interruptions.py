@@ -11,7 +11,11 @@ from conftest import STEPS, assert_same_run, events, history, kill_all, run, sta
 from safetensors.torch import save_file
 
 
-@pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param("train_retrieve.py", marks=pytest.mark.slow),
+     pytest.param("train_rerank.py", marks=pytest.mark.slow), "train_summarize.py"],
+)  # fmt: skip
 def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(script, undisturbed, tmp_path):
     for step in (3, 8):  # in the middle of the first epoch, and of the second
         process = start(script, tmp_path, "--checkpointing_steps", 1, "--dataloader_num_workers", 2)
@@ -33,6 +37,8 @@ slow = pytest.mark.slow
         pytest.param("train_summarize.py", signal.SIGUSR1, 2, marks=slow),  # to one worker of two
         pytest.param("train_summarize.py", signal.SIGINT, 1, marks=slow),
         pytest.param("train_summarize.py", signal.SIGUSR1, 1, marks=slow),
+        ("train_rerank.py", signal.SIGTERM, 1),
+        pytest.param("train_rerank.py", signal.SIGUSR1, 2, marks=slow),
         pytest.param("train_retrieve.py", signal.SIGTERM, 1, marks=slow),
         pytest.param("train_retrieve.py", signal.SIGINT, 1, marks=slow),
         pytest.param("train_retrieve.py", signal.SIGUSR1, 1, marks=slow),
