@@ -13,7 +13,6 @@ from conftest import FORWARD, LOSS, SCRIPTS, assert_close, events, inject, read_
 
 from utils.training.loop_state import LoopState, stop_reason
 
-
 # with a larger epsilon, AdamW does not scale rounding up; the listwise loss gives the last bias no gradient
 EXACT = {"train_rerank.py": ("--adam_epsilon", 1e-2, "--loss", "binary")}
 
