@@ -23,7 +23,7 @@ class Corpus(Document):
     """The one document of examples that search a corpus; its text is a memory-mapped file.
 
     `id` is a checksum of ids and passages. Each index access to `passages` or `ids` (a number, a slice or a list of
-    numbers) reads the file; a slice is by far the fastest way to read many.
+    numbers) reads the file.
     """
 
     ids: Sequence[str]  # the corpus's own, one for each passage
