@@ -17,6 +17,10 @@ class Document:
         """The name of a passage in files, such as those of TREC."""
         return f"{self.id}#{number}"
 
+    def excerpt(self, numbers: Sequence[int]) -> tuple["Document", Sequence[int]]:
+        """The document in which somebody reads these passages, and their numbers there."""
+        return self, numbers
+
 
 @dataclass(eq=False, slots=True)
 class Corpus(Document):
@@ -31,6 +35,10 @@ class Corpus(Document):
     def passage_id(self, number: int) -> str:
         """The id of a passage in the corpus."""
         return self.ids[number]
+
+    def excerpt(self, numbers: Sequence[int]) -> tuple[Document, Sequence[int]]:
+        """A document of these passages only. Their order is that in which they are given, as in hand-over files."""
+        return Document(self.id, self.passages[list(numbers)]), range(len(numbers))
 
 
 def blocks(texts: Sequence[str], size: int = 2**16) -> Iterator[list[str]]:

@@ -3,32 +3,33 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from utils.data.examples import Hop
-from utils.retrieval.dense import remember_passages
 from utils.retrieval.drafts import READ
 from utils.retrieval.pairs import RANKED_AT_ONCE
-from utils.retrieval.ranking import KEPT, fuse_hops, search_text
+from utils.retrieval.ranking import fuse_hops, search_text
 
 
 def search_hops(
-    rank_by: Callable,
+    search,
     encode_texts: Callable,
+    settings: dict,
     examples: Sequence,
     write_drafts: Callable | None = None,
-    *,
-    kept: int = KEPT,
 ) -> Iterator[list[Hop]]:
     """Ranks the passages of each example: with one hop or, with `write_drafts(examples, read, first)`, with two.
 
-    Gives the `kept` best passages of each. Block by block, so that few vectors and rankings are held in memory.
+    `search` (see `make_search`) ranks as `settings` say. Gives the `search.depth` best passages of each hop. Block by
+    block, so that few vectors and rankings are held in memory.
     """
+    kept = search.depth
     for first in range(0, len(examples), RANKED_AT_ONCE):
-        block, encode_once = examples[first : first + RANKED_AT_ONCE], remember_passages(encode_texts)
-        one = rank_by(block, encode_once)
+        block, encode_once = examples[first : first + RANKED_AT_ONCE], search.remember(encode_texts)
+        one = search.retriever_rankings(block, encode_once, settings)
         if write_drafts is None:
             yield from ([Hop("", [], ranking[:kept])] for ranking in one)
             continue
         read = [[passage for passage, _ in ranking[:READ]] for ranking in one]
         drafts = write_drafts(block, read, first)
-        two = rank_by(block, encode_once, queries=list(map(search_text, [e.query for e in block], drafts)))
+        queries = list(map(search_text, [e.query for e in block], drafts))
+        two = search.retriever_rankings(block, encode_once, settings, queries)
         for draft, of_hop, *rankings in zip(drafts, read, one, two, strict=True):
             yield [Hop(draft, of_hop, rankings[0][:kept]), Hop("", [], fuse_hops(rankings)[:kept])]
