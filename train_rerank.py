@@ -42,7 +42,6 @@ class RerankArguments(TrainingArguments, RankingOverrides, CorpusArguments):
     oracle_passages: int = flag(5, "maximum positives that the ROUGE oracle chooses", at_least=1)
     rerank_top_k: int = flag(50, "best passages of the retriever that are reranked", at_least=2)
     rerank_weight: float = flag(1.0, "weight of the reranker's score (the retriever's: 1)", at_least=0)
-    index: str = flag("flat", "search of a corpus: exact, or two faster ones", choices=("flat", "ivf", "hnsw"))
     top_k: int = flag(100, "passages per example in the hand-over files", at_least=1)
     trec_run: bool = flag(False, "also write rankings and evidence as TREC run and qrels files")
 
@@ -82,10 +81,9 @@ from utils.models.lora import add_adapters
 from utils.models.settings import saved_settings
 from utils.retrieval.bm25 import check_language
 from utils.retrieval.corpus_search import make_search
-from utils.retrieval.drafts import Imitations, first_drafts
+from utils.retrieval.drafts import first_drafts, imitations
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
-from utils.retrieval.ranking import KEPT
-from utils.retrieval.reranking import scorer, with_reranker
+from utils.retrieval.reranking import rank_passages, scorer
 from utils.retrieval.two_hops import search_hops
 from utils.tables import values
 from utils.training.batching import batch_shape, plan_epoch
@@ -147,27 +145,25 @@ def make_reranker(documents: list, examples: list, args):
     return reranker
 
 
-def load_search(documents: list, args, *, accelerator, run_folder, log) -> tuple:
-    """The search `rank_by(examples, encode, queries, top_k)` with its `encode`, its settings, and a key of these."""
+def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple:
+    """What finds the candidates: the search, its `encode` (None: BM25), how it ranks, and a key of all these."""
     is_trained = args.retriever != "bm25"
     settings = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)
     check_language(args.language, args.retriever, settings if is_trained else {})
-    retriever = None
+    if args.corpus_file and settings["smooth_window"] and is_trained:
+        raise UsageError("--smooth_window cannot be used with --corpus_file, whose passages have no neighbours: set it to 0")
+    retriever = encode = None
+    key = ["bm25"]
     if is_trained:
         retriever = encoder.load_retriever(args.retriever, trust_remote_code=args.trust_remote_code)
         retriever = retriever.to(accelerator.device)
-    index = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
-                        language=args.language, log=log, accelerator=accelerator)  # fmt: skip
-    if not is_trained:
-        return partial(search_by_bm25, index), None, {}, ["bm25"]
-    encode = partial(encoder.encode, retriever, accelerator=accelerator)
-    key = [settings, encoder.weights_key(retriever), accelerator.mixed_precision]
-    return partial(index.retriever_rankings, settings=settings), encode, settings, key
-
-
-def search_by_bm25(index, examples, encode=None, queries=None, top_k=None) -> list:
-    """A search with the parameters of one by a retriever."""
-    return index.bm25_rankings(examples, top_k, queries)
+        encode = partial(encoder.encode, retriever, accelerator=accelerator)
+        key = [settings, encoder.weights_key(retriever), accelerator.mixed_precision]
+    language = settings.get("language") if is_trained else args.language
+    search = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
+                         top_k=max(args.top_k, args.rerank_top_k), language=language, say=say,
+                         accelerator=accelerator)  # fmt: skip
+    return search, encode, settings if is_trained else {}, key
 
 
 def validate(examples: list, gold: list, first_scores: dict, search_now, *, poll) -> dict:
@@ -218,18 +214,18 @@ def main():
     splits = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
     train, validation = splits["train"], splits["validation"]
     documents = list(dict.fromkeys(values(train, "document")))  # or the one corpus of all examples
-    rank_by, encode_texts, settings, search_key = load_search(documents, args, accelerator=accelerator,
-                                                              run_folder=run_folder, log=log)  # fmt: skip
-    settings = settings | {"rerank_top_k": args.rerank_top_k, "rerank_weight": args.rerank_weight}
+    search, encode_texts, settings, search_key = load_search(documents, args, accelerator=accelerator,
+                                                             run_folder=run_folder, say=log.say)  # fmt: skip
+    of_reranker = {"rerank_top_k": args.rerank_top_k, "rerank_weight": args.rerank_weight}
     reranker = make_reranker(documents, train, args)
     add_adapters(reranker, args, accelerator)
     log.say_model(reranker)
     pairs = Pairs(args, train, documents, reranker, module=cross_encoder, search_key=search_key,
-                  search=partial(rank_by, encode=encode_texts), accelerator=accelerator)  # fmt: skip
+                  search=partial(rank_passages, search, encode=encode_texts, settings=settings),
+                  accelerator=accelerator)  # fmt: skip
     log.say(f"{describe_splits(splits)}; {pairs.describe()}")
     gold = gold_passages(validation, args)
-    # what writes the drafts of a second hop in training and validation; without a summarizer, an imitation
-    imitate = partial(Imitations, seed=args.seed) if args.draft_share else None
+    # drafts for the second hop of validation; without them, they are imitations
     given = args.validation_drafts_file and partial(first_drafts, read_drafts(args.validation_drafts_file, validation))
 
     # ---- optimizer, schedule
@@ -252,14 +248,12 @@ def main():
 
     # ---- training
 
-    kept = max(KEPT, args.top_k)
-    first_drafts_of = given or (imitate and imitate(validation))
-    search_first = partial(search_hops, rank_by, encode_texts, kept=kept)
     score = scorer(reranker, accelerator=accelerator, poll=run.poll)
-    search_now = partial(search_hops, with_reranker(rank_by, score, settings), encode_texts,
-                         kept=kept)  # fmt: skip
-    first_scores = score_hops(validation, list(search_first(validation, write_drafts=first_drafts_of)), gold)
-    validation_search = partial(search_now, write_drafts=first_drafts_of)
+    search_first = partial(search_hops, search, encode_texts, settings)
+    search_now = partial(search_hops, search, encode_texts, settings | of_reranker, score=score)
+    drafts = given or imitations(validation, args)
+    first_scores = score_hops(validation, list(search_first(validation, write_drafts=drafts)), gold)
+    validation_search = partial(search_now, write_drafts=drafts)
     validate_now = partial(validate, validation, gold, first_scores, validation_search, poll=run.poll)
     model.train()
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, reranker=reranker, args=args)
@@ -306,10 +300,10 @@ def main():
         publish(run_folder, lambda folder: cross_encoder.save_pretrained(whole, folder, args))
     rows = {"retriever": scores["retriever"], "reranked": scores}
     if "hop2" in scores:
-        drafts = "given" if given else "imitated"
-        rows |= {f"retriever, hop 2, {drafts} drafts": scores["retriever"]["hop2"],
-                 f"reranked, hop 2, {drafts} drafts": scores["hop2"]}  # fmt: skip
-    write_drafts = {"train": imitate and imitate(train), "validation": given}
+        kind = "given" if given else "imitated"
+        rows |= {f"retriever, hop 2, {kind} drafts": scores["retriever"]["hop2"],
+                 f"reranked, hop 2, {kind} drafts": scores["hop2"]}  # fmt: skip
+    write_drafts = {"train": imitations(train, args), "validation": given}
     for split, examples in splits.items():
         drafts = write_drafts.get(split)
         rows |= hand_over(run, split, search_now(examples, write_drafts=drafts), examples, search_first)

@@ -43,13 +43,12 @@ class RetrieveArguments(TrainingArguments, RerankerArguments, RankingArguments, 
     teacher: str | None = flag(None, "folder of a summarizer that replaces the ROUGE oracle by its likelihoods")
     teacher_candidates: int = flag(20, "best BM25 passages that the teacher compares", at_least=1)
     teacher_temperature: float = flag(0.1, "temperature of the teacher's log-likelihoods per token", above=0)
-    index: str = flag("flat", "search of a corpus: exact, or two faster ones", choices=("flat", "ivf", "hnsw"))
     top_k: int = flag(100, "passages per example in the hand-over files", at_least=1)
     trec_run: bool = flag(False, "also write rankings and evidence as TREC run and qrels files")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("supervision", "teacher", "drafts_file", "validation_drafts_file"):
+        for name in ("supervision", "teacher"):
             if self.corpus_file and getattr(self, name) not in (None, "evidence"):
                 raise UsageError(f"--{name} cannot be used with --corpus_file; leave it out")
         for name in ("drafts_file", "found_weight"):
@@ -57,6 +56,8 @@ class RetrieveArguments(TrainingArguments, RerankerArguments, RankingArguments, 
                 raise UsageError(f"--{name} has no effect with --draft_share 0")
         if self.corpus_file and self.smooth_window:
             raise UsageError("--smooth_window cannot be used with --corpus_file, whose passages have no neighbours")
+        if self.index != "flat" and not self.corpus_file:
+            raise UsageError(f"--index {self.index} has no effect without --corpus_file")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
@@ -86,10 +87,9 @@ from utils.evaluation.hops import score_beside_bm25, score_hops, score_one_hop
 from utils.models import contrastive, encoder
 from utils.models.lora import add_adapters
 from utils.retrieval.corpus_search import make_search
-from utils.retrieval.drafts import Imitations, first_drafts
+from utils.retrieval.drafts import first_drafts, imitations
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
-from utils.retrieval.ranking import KEPT
-from utils.retrieval.reranking import load_scorer, remember_scores, with_reranker
+from utils.retrieval.reranking import load_scorer, remember_scores
 from utils.retrieval.two_hops import search_hops
 from utils.tables import values
 from utils.training.batching import batch_shape, plan_epoch
@@ -229,14 +229,13 @@ def main():
     make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
 
     index = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
-                        language=args.language, log=log, accelerator=accelerator)  # fmt: skip
+                        top_k=max(args.top_k, of_reranker.get("rerank_top_k", 0)), language=args.language, say=log.say,
+                        accelerator=accelerator)  # fmt: skip
     pairs = Pairs(args, train, documents, retriever, search=index.bm25_rankings, accelerator=accelerator)
     log.say(f"{describe_splits(splits)}; {pairs.describe()}")
     gold = gold_passages(validation, args)
-    bm25_rankings = index.bm25_rankings(validation, args.top_k if args.corpus_file else KEPT, say=log.say)
-    bm25_scores = score_one_hop(validation, bm25_rankings, gold)
-    # what writes the drafts of a second hop in training and validation; without a summarizer, an imitation
-    imitate = partial(Imitations, seed=args.seed) if args.draft_share and not args.corpus_file else None
+    bm25_scores = score_one_hop(validation, index.bm25_rankings(validation, index.depth, say=log.say), gold)
+    # drafts for the second hop of validation; without them, they are imitations
     given = args.validation_drafts_file and partial(first_drafts, read_drafts(args.validation_drafts_file, validation))
 
     # ---- optimizer, schedule
@@ -263,9 +262,8 @@ def main():
 
     encode_texts = partial(encoder.encode, retriever, accelerator=accelerator, poll=run.poll)
     score = make_scorer and remember_scores(make_scorer(poll=run.poll))
-    rank_by = with_reranker(partial(index.retriever_rankings, settings=vars(args)), score, vars(args) | of_reranker)
-    search_now = partial(search_hops, rank_by, encode_texts, kept=max(KEPT, args.top_k))
-    validation_search = partial(search_now, write_drafts=given or (imitate and imitate(validation)))
+    search_now = partial(search_hops, index, encode_texts, vars(args) | of_reranker, score=score)
+    validation_search = partial(search_now, write_drafts=given or imitations(validation, args))
     validate_now = partial(validate, validation, gold, bm25_scores, validation_search, poll=run.poll)
     model.train()
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, retriever=retriever, args=args)
@@ -319,7 +317,7 @@ def main():
         publish(run_folder, lambda folder: encoder.save_pretrained(whole, folder, args))
     rows = {"BM25": scores["bm25"], "retriever": scores}
     rows |= {f"hop 2, {'given' if given else 'imitated'} drafts": scores["hop2"]} if "hop2" in scores else {}
-    write_drafts = {"train": imitate and imitate(train), "validation": given}
+    write_drafts = {"train": imitations(train, args), "validation": given}
     for split, examples in splits.items():
         rows |= hand_over(run, split, search_now(examples, write_drafts=write_drafts.get(split)), examples, index)
     log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))

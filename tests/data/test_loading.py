@@ -600,6 +600,23 @@ def test_hand_over_of_a_corpus_is_read_without_it(tmp_path, corpus):
     assert [record["passage_ids"] for record in records] == [["d 3", "2", "d1"], ["d1"], ["2"]]
 
 
+def test_hops_over_a_corpus_are_read_back_with_the_passages_that_they_name(tmp_path):
+    corpus = load_corpus(write(tmp_path / "c.jsonl", *({"_id": f"d{n}", "text": "w " * (n + 1)} for n in range(9))))
+    path = write(tmp_path / "q.jsonl", {"_id": "q", "text": "who?", "summary": "s", "evidence": ["d7", "d5"]})
+    (example,) = load_examples(path, corpus=corpus, **BEIR)
+    hops = [Hop("first", [8, 5, 0], [(8, 0.5), (5, 0.25)]), Hop("second", [2, 8], [(2, 0.75), (8, 0.5)]),
+            Hop("third", [], [])]  # fmt: skip
+    write_jsonl(tmp_path / "h.jsonl", [hops_record(example, hops[:2], "the summary"), hops_record(example, hops)])
+    record, _ = map(json.loads, (tmp_path / "h.jsonl").read_text(encoding="utf-8").splitlines())
+    assert record["passage_ids"] == ["d2", "d8", "d5", "d0", "d7"]
+    assert record["passages"] == [corpus.passages[int(key[1:])] for key in record["passage_ids"]]
+    write(tmp_path / "h.jsonl", record, {**hops_record(example, hops), "id": "r"})
+    again, last = load_examples(tmp_path / "h.jsonl")
+    assert again.hops == [Hop("first", [1, 2, 3], [(1, 0.5), (2, 0.25)]), Hop("second", [0, 1], [(0, 0.75), (1, 0.5)])]
+    assert (again.retrieved, again.evidence, again.evidence_words) == ([(0, 0.75), (1, 0.5)], [2, 4], [6, 8])
+    assert (last.retrieved, last.hops[2]) == ([], Hop("third", [], []))  # a hop that found nothing
+
+
 def test_hand_over_leaves_out_examples_for_which_nothing_was_found(tmp_path, corpus, caplog):
     path = write(tmp_path / "q.jsonl", *({"_id": n, "text": "x", "summary": "s"} for n in "ab"))
     write_retrieved(tmp_path / "r.jsonl", load_examples(path, corpus=corpus, **BEIR), one_hop([[], [(0, 1.0)]]))

@@ -5,7 +5,7 @@ import pytest
 
 from utils.data.examples import Corpus, Document, Example
 from utils.retrieval.ranking import rank
-from utils.retrieval.reranking import remember_scores, rerank, with_reranker
+from utils.retrieval.reranking import rank_passages, remember_scores, rerank
 
 PASSAGES = [f"passage {number}" for number in range(12)]
 SETTINGS = {"rerank_top_k": 4, "rerank_weight": 1.0}
@@ -89,19 +89,31 @@ def test_a_corpus_is_reranked_too():
     assert numbers(ranking)[:4] == [2, 1, 3, 0]
 
 
-def test_a_search_with_a_reranker_takes_the_search_texts_of_later_hops():
+def test_a_search_is_by_bm25_or_the_retriever_and_is_reranked_with_the_search_texts_of_later_hops():
     log, asked = [], []
 
-    def rank_by(examples, encode, queries=None):
-        asked.append(queries)
-        return [RANKING for _ in examples]
+    class Search:
+        def bm25_rankings(self, examples, top_k=None, queries=None):
+            asked.append(("bm25", top_k, queries))
+            return [RANKING[:top_k] for _ in examples]
 
-    search = with_reranker(rank_by, preferring(log=log), SETTINGS)
-    search([example()], None)
-    search([example()], None, queries=["q and a draft"])
-    assert asked == [None, ["q and a draft"]]
+        def retriever_rankings(self, examples, encode, settings, queries=None, top_k=None):
+            asked.append((settings["ranking"], top_k, queries))
+            return [RANKING[:top_k] for _ in examples]
+
+    score, settings = preferring(0, 3, 1, 2, log=log), SETTINGS | {"ranking": "dense", "rerank_weight": 100.0}
+    plain = rank_passages(Search(), [example()], None, {}, top_k=5)
+    assert plain == [RANKING[:5]]
+    reranked = rank_passages(Search(), [example()], encode_nothing, settings, score=score, top_k=5)
+    assert numbers(reranked[0]) == [2, 1, 3, 0, 4]
+    rank_passages(Search(), [example()], None, settings, ["q and a draft"], score=score)
+    # a search that is reranked gives all that it has
+    assert asked == [("bm25", 5, None), ("dense", None, None), ("bm25", None, ["q and a draft"])]
     assert [pairs[0][0] for pairs in log] == ["q", "q and a draft"]
-    assert with_reranker(rank_by, None, {}) is rank_by
+
+
+def encode_nothing(texts, kind):
+    raise AssertionError("a stand-in")
 
 
 def test_each_pair_is_scored_once():

@@ -124,12 +124,19 @@ class DataArguments(ReadingArguments):
 
 
 @dataclass
-class CorpusArguments(DataArguments):
-    """One corpus that all examples search."""
+class SearchArguments(ReadingArguments):
+    """What is searched: the passages of the examples, or one corpus."""
 
     corpus_file: str | None = flag(
         None, "a corpus that all examples search, as records of `_id`, `title`, `text` (BEIR)"
     )
+    index: str = flag("flat", "search of a corpus: exact, or two faster ones", choices=("flat", "ivf", "hnsw"))
+
+
+@dataclass
+class CorpusArguments(SearchArguments, DataArguments):
+    """One corpus that all examples search, with their evidence."""
+
     train_qrels_file: str | None = flag(
         None, "evidence of the training queries in the corpus, in BEIR's or TREC's format"
     )
@@ -436,7 +443,7 @@ GROUPS = {
         max_source_length num_beams max_new_tokens seed
     """,
     "data": """
-        test_file documents_file validation_documents_file test_documents_file corpus_file train_qrels_file
+        test_file documents_file validation_documents_file test_documents_file corpus_file qrels_file train_qrels_file
         validation_qrels_file test_qrels_file split dataset_config_name id_column query_column document_column
         passages_column summary_column evidence_column passage_words merge_passages skip_bad_examples max_examples
         max_train_examples max_eval_examples max_test_examples sample_documents cache_dir

@@ -17,13 +17,17 @@ class Document:
         """The name of a passage in files, such as those of TREC."""
         return f"{self.id}#{number}"
 
+    def excerpt(self, numbers: Sequence[int]) -> tuple["Document", Sequence[int]]:
+        """The document in which somebody reads these passages, and their numbers there."""
+        return self, numbers
+
 
 @dataclass(eq=False, slots=True)
 class Corpus(Document):
     """The one document of examples that search a corpus; its text is a memory-mapped file.
 
     `id` is a checksum of ids and passages. Each index access to `passages` or `ids` (a number, a slice or a list of
-    numbers) reads the file; a slice is by far the fastest way to read many.
+    numbers) reads the file.
     """
 
     ids: Sequence[str]  # the corpus's own, one for each passage
@@ -31,6 +35,10 @@ class Corpus(Document):
     def passage_id(self, number: int) -> str:
         """The id of a passage in the corpus."""
         return self.ids[number]
+
+    def excerpt(self, numbers: Sequence[int]) -> tuple[Document, Sequence[int]]:
+        """A document of these passages only. Their order is that in which they are given, as in hand-over files."""
+        return Document(self.id, self.passages[list(numbers)]), range(len(numbers))
 
 
 def blocks(texts: Sequence[str], size: int = 2**16) -> Iterator[list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from utils.data.examples import Document, Example, Hop, Ranking
+from utils.data.examples import Corpus, Document, Example, Hop, Ranking
 from utils.files import digest
 from utils.tables import Column, Table, cached, table_writer
 
@@ -64,8 +64,9 @@ def content_key(examples: Sequence[Example]) -> str:
     if isinstance(examples, Examples):
         return examples.id
     return digest([
-        [e.id, e.query, e.document.id, list(e.document.passages), e.summaries, e.evidence, e.evidence_words,
-         e.retrieved, [[hop.draft, hop.read, hop.retrieved] for hop in e.hops]] for e in examples
+        [e.id, e.query, e.document.id, [] if isinstance(e.document, Corpus) else list(e.document.passages),
+         e.summaries, e.evidence, e.evidence_words, e.retrieved,
+         [[hop.draft, hop.read, hop.retrieved] for hop in e.hops]] for e in examples
     ])  # fmt: skip
 
 
@@ -120,14 +121,14 @@ def keeper(folder: Path) -> Iterator[Keeper]:
 
 def kept_examples(folder: Path, corpus: Document | None = None) -> Examples:
     """The examples of a folder; all of them are about the `corpus`, if there is one."""
-    documents = [corpus]
+    documents, id = [corpus], (folder / "id").read_text()
     if corpus is None:
         documents, passages, first = [], Table(folder / "passages.arrow"), 0
         for row in Table(folder / "documents.arrow").read():
             stop = first + row["passages"]
             documents.append(Document(row["id"], Column(passages, 0, first, stop)))
             first = stop
-    return Examples(Table(folder / "examples.arrow"), documents, (folder / "id").read_text())
+    return Examples(Table(folder / "examples.arrow"), documents, f"{id} {corpus.id}" if corpus else id)
 
 
 def keep_examples(name: str, key: list, examples: Callable[[], Iterable[Example]]) -> Examples:

@@ -7,7 +7,7 @@ import evaluate
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 
-from utils.data.examples import Corpus, Example, Ranking
+from utils.data.examples import Example, Ranking
 from utils.data.words import count_words
 from utils.evaluation.rouge import LocalMetric, _check_equally_many
 
@@ -103,11 +103,7 @@ def score_rankings(examples: Sequence[Example], rankings: Sequence[Ranking], evi
         # only these passages are read, and numbered anew: a corpus may be large
         numbers = list(dict.fromkeys([passage for passage, _ in ranking] + (relevant or [])))
         places = {passage: place for place, passage in enumerate(numbers)}
-        texts = example.document.passages
-        if isinstance(example.document, Corpus):
-            texts = texts[numbers] if numbers else []
-        else:
-            texts = [texts[number] for number in numbers]
+        texts = [example.document.passages[number] for number in numbers]
         columns["predictions"].append([places[passage] for passage, _ in ranking])
         columns["references"].append([places[passage] for passage in relevant or []])
         columns["passage_words"].append(list(map(count_words, texts)))

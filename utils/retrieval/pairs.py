@@ -137,6 +137,8 @@ class Pairs(Sequence):
         self.whole = {kind: [] for kind in ("queries", "queries with a draft", "passages")}  # tokens before any cut
         self.query_tokens = self.tokenize(values(examples, "query"), "query", whole=self.whole["queries"])
         taught = self._ask_teacher(accelerator) if args.teacher else {}
+        # whether queries search with drafts: only where there is something to make them of
+        self.has_drafts = bool(args.draft_share and (self.drafts or any(values(examples, "summaries"))))
 
         names = ("negatives_pool", "supervision", "oracle_passages", "teacher")
         of_teacher = [[number, keys, weights.round(4).tolist()] for number, (keys, weights) in taught.items()]
@@ -159,6 +161,8 @@ class Pairs(Sequence):
         self.whole["queries with a draft"] = [np.load(folder / "with_draft.npy")]
         without_words = json.loads((folder / "unmatched.json").read_text(encoding="utf-8"))
         say_unmatched(without_words, len(examples), args.language, self.warnings.append)
+        if args.draft_share and not self.has_drafts:
+            self.warnings.append("no query searches with a draft: no training example has a summary to imitate")
         self.table = Table(folder / "pairs.arrow")
         if not len(self.table):
             remedy = "" if self.is_corpus else " or shares a word with its summary"
@@ -189,7 +193,7 @@ class Pairs(Sequence):
 
     def searches(self, example: Example, drafts: Sequence[tuple[str, list[int]]]) -> list[str]:
         """The texts that hard negatives are searched with: the query, and the query with a draft if there are any."""
-        if not self.args.draft_share:
+        if not self.has_drafts:
             return [example.query]
         draft = ["", *example.summaries[:1], *(text for text, _ in drafts)][-1]
         return [example.query, search_text(example.query, draft)]

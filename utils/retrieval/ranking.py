@@ -69,12 +69,13 @@ def combine(
 
 
 def fuse_scores(first: Ranking, second: Ranking, weight: float) -> Ranking:
-    """Ranks by the standardized scores of `first` plus `weight` times those of `second`.
+    """Ranks by the standardized scores of `first` plus `weight` times those of `second`, which rank the same passages.
 
-    Scores of different kinds can be added once they are standardized (mean 0, deviation 1 over the document's
-    passages). Unlike reciprocal ranks they tell by how much one passage is better than the next.
+    Scores of different kinds can be added once they are standardized (mean 0, deviation 1 over these passages). Unlike
+    reciprocal ranks they tell by how much one passage is better than the next.
     """
-    return rank(_standardized(first) + weight * _standardized(second))
+    passages = sorted(passage for passage, _ in first)
+    return [(passages[place], score) for place, score in rank(_standardized(first) + weight * _standardized(second))]
 
 
 def smooth(scores: np.ndarray, window: int, decay: float) -> np.ndarray:
@@ -92,7 +93,7 @@ def smooth(scores: np.ndarray, window: int, decay: float) -> np.ndarray:
 
 
 def _standardized(ranking: Ranking) -> np.ndarray:
-    """(passages,) The scores of a ranking of all passages, in document order, with mean 0 and deviation 1."""
+    """(passages,) The scores of a ranking, in the order of the passages' numbers, with mean 0 and deviation 1."""
     return standardized(np.array([score for _, score in sorted(ranking)]))
 
 

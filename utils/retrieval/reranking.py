@@ -70,15 +70,20 @@ def _fuse(ranking: Ranking, scores: np.ndarray, settings: dict) -> Ranking:
     return [(ranking[place][0], float(total[place])) for place in best_first]
 
 
-def with_reranker(rank_by: Callable, score: Score | None, settings: dict) -> Callable:
-    """A search with the parameters of `rank_by(examples, encode, queries=None)` whose rankings are reranked."""
-    if score is None:
-        return rank_by
+def rank_passages(
+    search, examples: Sequence[Example], encode, settings: dict, queries: Sequence[str] | None = None, *,
+    score: Score | None = None, top_k: int | None = None,
+) -> list[Ranking]:  # fmt: skip
+    """Ranks passages for each example's query or search text: by BM25 if `encode` is None, else by the retriever.
 
-    def rank_anew(examples: Sequence[Example], encode, queries: Sequence[str] | None = None) -> list[Ranking]:
-        return rerank(examples, rank_by(examples, encode, queries=queries), score, settings, queries)
-
-    return rank_anew
+    `search` is that of `make_search`. With `score`, the best passages are reranked. Gives the `top_k` best, or
+    as many as the search gives.
+    """
+    if encode is None:
+        rankings = search.bm25_rankings(examples, None if score else top_k, queries)
+    else:
+        rankings = search.retriever_rankings(examples, encode, settings, queries, None if score else top_k)
+    return [r[:top_k] for r in rerank(examples, rankings, score, settings, queries)] if score else rankings
 
 
 def load_scorer(args, *, accelerator) -> tuple[Callable[..., Score] | None, dict]:

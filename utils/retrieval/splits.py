@@ -18,7 +18,7 @@ from utils.errors import UsageError
 from utils.models.settings import saved_settings
 from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
 from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched
-from utils.retrieval.dense import retriever_rankings
+from utils.retrieval.document_search import DocumentSearch
 from utils.retrieval.ranking import RANKED_AT_ONCE
 from utils.tables import Table, cached, find_cached, values, write_table
 
@@ -60,19 +60,17 @@ def rank_splits(
 def _search(splits: dict, retriever_name: str | None, settings: dict, args, accelerator, say) -> dict[str, Hops]:
     """Rankings of a trained retriever or (None) of BM25, reranked if that is asked for, and kept on disk."""
     from utils.models.encoder import encode, load_retriever, weights_key  # imports sentence-transformers: seconds
-    from utils.retrieval.reranking import load_scorer, with_reranker
+    from utils.retrieval.reranking import load_scorer, rank_passages
 
     options, encode_texts, key = {"trust_remote_code": args.trust_remote_code}, None, [args.language]
-    rank_by = partial(_by_bm25, language=args.language)
     if retriever_name:
         retriever = load_retriever(retriever_name, **options).to(accelerator.device)
         encode_texts, key = partial(encode, retriever, accelerator=accelerator), [settings, weights_key(retriever)]
-        rank_by = partial(retriever_rankings, settings=settings)
     cost = Counter()
     make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
-    rank_by = with_reranker(
-        rank_by, make_scorer and make_scorer(cost=cost), settings | of_reranker if retriever_name else of_reranker
-    )
+    score = make_scorer and make_scorer(cost=cost)
+    of_search = (settings if retriever_name else {}) | of_reranker  # BM25 alone does not smooth
+    rank = partial(rank_passages, DocumentSearch(args.language), score=score, top_k=args.top_k)
     found = {}
     for split, examples in splits.items():
         of_split = [*key, of_reranker, content_key(examples), args.top_k, accelerator.mixed_precision]
@@ -83,7 +81,7 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
         began, hops = time.perf_counter(), []
         for first in range(0, len(examples), RANKED_AT_ONCE):
             block = examples[first : first + RANKED_AT_ONCE]
-            hops += [[_best(ranking, args.top_k)] for ranking in rank_by(block, encode_texts)]
+            hops += [[_best(ranking, args.top_k)] for ranking in rank(block, encode_texts, of_search)]
         found[split] = hops
         if args.reranker:
             pairs, seconds = cost["pairs"] / len(examples), (time.perf_counter() - began) / len(examples)
@@ -92,10 +90,6 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
         if accelerator.is_main_process:
             cached("rankings", of_split, partial(_write_rankings, hops=hops))
     return found
-
-
-def _by_bm25(examples: Sequence[Example], encode=None, queries=None, *, language) -> list[Ranking]:
-    return bm25_rankings(examples, queries=queries, language=language)
 
 
 def _write_rankings(folder: Path, hops: Hops) -> None:

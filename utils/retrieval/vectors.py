@@ -30,6 +30,14 @@ class Vectors:
             # "c" (copy on write) because torch warns about read-only arrays; nothing writes to them
             yield first, np.lib.format.open_memmap(_shard_file(self.folder, first // self.shard_size), mode="c")
 
+    def rows(self, passages: np.ndarray) -> np.ndarray:
+        """(passages, dimension) The vectors of some passages, whose numbers are sorted."""
+        found = [np.empty((0, self.dimension), dtype=np.float32)]
+        for first, shard in self.shards():
+            start, stop = np.searchsorted(passages, [first, first + len(shard)])
+            found.append(shard[passages[start:stop] - first])
+        return np.concatenate(found)
+
 
 def encode_corpus(
     passages: Sequence[str],
