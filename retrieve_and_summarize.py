@@ -150,7 +150,7 @@ def load_models(args, accelerator) -> Models:
     is_trained = args.retriever != "bm25"
     ranking = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)
     check_language(args.language, args.retriever, ranking if is_trained else {})
-    retriever = load(args.retriever).to(accelerator.device) if is_trained else None
+    retriever = load(args.retriever, truncate_dim=args.truncate_dim).to(accelerator.device) if is_trained else None
     saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": None, "passage_order": "document", "top_k": 5,
                 "prompt_template": None, "source_prefix": None, "source_lang": None, "target_lang": None}  # fmt: skip

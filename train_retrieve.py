@@ -8,7 +8,7 @@ sentence-transformers model and `retrieved.<split>.jsonl` of each split, the han
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import CorpusArguments, RankingArguments, TrainingArguments, flag, parse
+from utils.cli.arguments import CorpusArguments, RankingArguments, TrainingArguments, check_descending, flag, parse
 from utils.errors import UsageError
 
 SCORES = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@10", "ndcg@10", "gold_words@1024")
@@ -28,6 +28,7 @@ class RetrieveArguments(TrainingArguments, RankingArguments, CorpusArguments):
     attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster on a CPU", at_least=0, below=1)
     gradient_cache_tokens: int = flag(0, "gradient caching: tokens whose graph is kept at a time; 0: off", at_least=0)
     temperature: float = flag(0.05, "temperature of the contrastive loss", above=0)
+    matryoshka_dims: str = flag("", "the loss is the mean over embeddings cut to these sizes, such as 384,128 [whole]")
     num_positives: int = flag(1, "evidence passages drawn per query", at_least=1)
     num_hard_negatives: int = flag(3, "hard negatives drawn per query", at_least=0)
     negatives_pool: int = flag(20, "hard negatives are drawn from so many best-ranked passages", at_least=1)
@@ -49,6 +50,7 @@ class RetrieveArguments(TrainingArguments, RankingArguments, CorpusArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_descending("matryoshka_dims", self.matryoshka_dims)
         for name in ("supervision", "teacher", "drafts_file", "validation_drafts_file"):
             if self.corpus_file and getattr(self, name) not in (None, "evidence"):
                 raise UsageError(f"--{name} cannot be used with --corpus_file; leave it out")
@@ -146,7 +148,7 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
                     loss, right = contrastive.contrastive_loss(
                         queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
                         evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
-                        temperature=args.temperature,
+                        temperature=args.temperature, **encoder.matryoshka(retriever, args),
                     )  # fmt: skip
                 # times the number of processes, because gradients are averaged over them
                 accelerator.backward(loss * accelerator.num_processes / count)

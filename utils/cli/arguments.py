@@ -47,6 +47,13 @@ def check_values(arguments) -> None:
         raise UsageError(f"--min_new_tokens {least}: must be at most --max_new_tokens {most}")
 
 
+def check_descending(name: str, value: str) -> None:
+    """Raises UsageError if a flag is no list of whole numbers such as 384,128, each less than the one before."""
+    numbers = [int(part) if part.isdecimal() else 0 for part in value.split(",")]
+    if value and (0 in numbers or numbers != sorted(set(numbers), reverse=True)):
+        raise UsageError(f"--{name} {value}: must be numbers of at least 1, the largest first, such as 384,256,128,64")
+
+
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
                  "inverse_sqrt")  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
@@ -195,6 +202,9 @@ class RankingOverrides:
     )
     smooth_decay: float | None = flag(
         None, "decay of the shared score per passage (default: the retriever's, else 0.5)", at_least=0
+    )
+    truncate_dim: int | None = flag(
+        None, "search with embeddings cut to so many dimensions (default: the retriever's setting)", at_least=1
     )
 
     def ranking_settings(self, saved: dict | None) -> dict:
@@ -420,9 +430,10 @@ GROUPS = {
         teacher teacher_candidates teacher_temperature
     """,
     "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words",
-    "ranking": "ranking language bm25_weight smooth_window smooth_decay index trec_run",
+    "ranking": "ranking language bm25_weight smooth_window smooth_decay truncate_dim index trec_run",
     "model, loss and generation": """
-        max_seq_length query_prompt passage_prompt dropout attention_dropout temperature gradient_cache_tokens
+        max_seq_length query_prompt passage_prompt dropout attention_dropout temperature matryoshka_dims
+        gradient_cache_tokens
         passage_order prompt_template source_prefix source_lang target_lang max_target_length label_smoothing_factor
         length_penalty min_new_tokens no_repeat_ngram_size trust_remote_code
     """,
