@@ -254,5 +254,8 @@ def test_cut_embeddings_are_those_of_sentence_transformers(similarity, tmp_path)
         np.testing.assert_allclose(ours[0] @ ours[1].T, similarities, rtol=1e-4, atol=1e-4)
         with pytest.raises(UsageError, match=f"base: its embeddings are cut to {size} dimensions"):
             set_up(retriever, FLAGS)
+    with pytest.raises(UsageError, match=r"--matryoshka_dims 33,8: the embeddings have 32 dimensions only"):
+        set_up(load_retriever(str(save_hub(tmp_path / "b", "bge-m3"))),
+               SimpleNamespace(**vars(FLAGS) | {"matryoshka_dims": "33,8"}))  # fmt: skip
     with pytest.raises(UsageError, match=r"--truncate_dim 33: the embeddings of .* have 32 dimensions"):
         load_retriever(folder, truncate_dim=33)

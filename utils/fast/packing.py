@@ -213,6 +213,8 @@ def _attend(
     forward pass share.
     """
     longest, longest_key = max(lengths), max(key_lengths)
+    if window and longest <= window:  # hides nothing
+        window = None
     has_kernel = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     has_kernel = has_kernel and query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     if has_kernel and query.dtype != torch.float32 and not (dropout or window or softcap):

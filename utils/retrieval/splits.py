@@ -47,9 +47,8 @@ def rank_splits(
     else:
         from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
 
-        retriever = load_retriever(
-            source, trust_remote_code=args.trust_remote_code, truncate_dim=args.truncate_dim
-        ).to(accelerator.device)
+        options = {"trust_remote_code": args.trust_remote_code, "truncate_dim": args.truncate_dim}
+        retriever = load_retriever(source, **options).to(accelerator.device)
         encode_texts = partial(encode, retriever, accelerator=accelerator)
         of_splits = {
             split: retriever_rankings(examples, encode_texts, settings, top_k=top_k)
