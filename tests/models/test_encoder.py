@@ -263,6 +263,8 @@ def test_models_of_others_are_trained_and_searched_with_as_sentence_transformers
         if len(retriever) > len(plain):  # a model without unit length, whose similarity is the cosine
             expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
         np.testing.assert_allclose(embeddings, expected, atol=1e-5)
+    if is_packed(retriever[0]):  # on which side sentence-transformers pads is then the same
+        np.testing.assert_allclose(retriever.encode_document(texts), expected, atol=1e-5)
     # a training batch, whole and in chunks: packed if the encoder can, else padded
     expected = np.concatenate(theirs)
     expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)

@@ -219,6 +219,8 @@ def test_a_trained_retriever_is_saved_as_sentence_transformers_loads_it(kind, lo
     again = load_retriever(str(tmp_path / "saved"))
     assert is_packed(again[0])
     assert_equal(ours, embeddings_of(again))
+    cut = SentenceTransformer(str(tmp_path / "saved"), device="cpu", truncate_dim=8)
+    assert_equal(embeddings_of(load_retriever(str(tmp_path / "saved"), truncate_dim=8)), theirs(cut))
 
 
 # ---- plain checkpoints

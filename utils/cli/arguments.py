@@ -71,7 +71,7 @@ MAY_CHANGE = frozenset(
     per_device_train_batch_size per_device_eval_batch_size max_tokens gradient_accumulation_steps curriculum_epochs
     group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
     min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
-    validation_drafts_file ranking bm25_weight smooth_window smooth_decay index trec_run gradient_checkpointing
+    validation_drafts_file ranking bm25_weight smooth_window smooth_decay truncate_dim index trec_run gradient_checkpointing
     trust_remote_code merge_lora
     """.split()
 )
