@@ -219,7 +219,7 @@ def make(folder, family="bert", modules=None, left=False, prompts=None, **tokeni
     torch.manual_seed(0)
     own = small().tokenizer
     if left:
-        own.padding_side = "left"
+        own.padding_side = own.init_kwargs["padding_side"] = "left"  # the second is what is saved
     own.model_max_length = 128
     for name, value in tokenizer.items():
         setattr(own, name, value)

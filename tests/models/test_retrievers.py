@@ -155,6 +155,7 @@ def test_embeddings_are_those_of_sentence_transformers(kind, tmp_path):
     folder = str(save_hub(tmp_path, kind))
     retriever, plain = load_retriever(folder, 0.0), SentenceTransformer(folder, device="cpu")
     assert is_packed(retriever[0])
+    assert plain.tokenizer.padding_side == ("left" if kind == "Qwen3-Embedding" else "right")
     config = retriever[0].auto_model.config
     assert 0.0 in {getattr(config, name, None) for name in ("attention_dropout", "attention_probs_dropout_prob")}
     template = HUB[kind][2].split()
