@@ -44,6 +44,7 @@ class RetrieveArguments(TrainingArguments, RankingArguments, CorpusArguments):
     teacher: str | None = flag(None, "folder of a summarizer that replaces the ROUGE oracle by its likelihoods")
     teacher_candidates: int = flag(20, "best BM25 passages that the teacher compares", at_least=1)
     teacher_temperature: float = flag(0.1, "temperature of the teacher's log-likelihoods per token", above=0)
+    guide: str | None = flag(None, "a retriever that excludes negatives it finds as similar to the query as evidence")
     index: str = flag("flat", "search of a corpus: exact, or two faster ones", choices=("flat", "ivf", "hnsw"))
     top_k: int = flag(100, "passages per example in the hand-over files", at_least=1)
     trec_run: bool = flag(False, "also write rankings and evidence as TREC run and qrels files")
@@ -67,7 +68,6 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 import collections
 import copy
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -114,7 +114,7 @@ def collate_pairs(batch: list[Pair], dummy: bool, *, epoch: int, pairs: Pairs, r
         "passage_keys": torch.full((len(keys),), -2) if dummy else torch.tensor(keys),
         "evidence_keys": torch.full((len(batch), 1), -1) if dummy else evidence,
         "evidence_weights": torch.zeros(len(batch), 1) if dummy else weights,
-        "is_distribution": torch.tensor([pair.is_distribution for pair in batch]),
+        **{name: torch.tensor([getattr(pair, name) for pair in batch]) for name in ("number", "is_distribution")},
     }
 
 
@@ -129,7 +129,7 @@ def plan_steps(lengths: list, groups: list, args, shape_of, epoch: int, without=
 # ---- training and validation
 
 
-def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever, args) -> dict:
+def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, args) -> dict:
     """Adds this micro-batch's share of the gradient of the step's mean loss over `count` pairs, of all processes."""
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
     texts, states, sides = batch["texts"], None, (len(batch["evidence_keys"]), len(batch["passage_keys"]))
@@ -148,7 +148,8 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
                     loss, right = contrastive.contrastive_loss(
                         queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
                         evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
-                        temperature=args.temperature, **encoder.matryoshka(retriever, args),
+                        is_excluded=pairs.excluded(batch, keys), temperature=args.temperature,
+                        **encoder.matryoshka(pairs.retriever, args),
                     )  # fmt: skip
                 # times the number of processes, because gradients are averaged over them
                 accelerator.backward(loss * accelerator.num_processes / count)
@@ -158,8 +159,8 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
                     contrastive.backward_by_chunk(model, texts, gradient, states)
                 else:
                     embeddings.backward(gradient)
-    pairs, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(retriever, texts)
-    counts = {"count": pairs, "examples": pairs, "tokens": tokens if pairs else 0, "slots": slots}  # a dummy has none
+    real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.retriever, texts)
+    counts = {"count": real, "examples": real, "tokens": tokens if real else 0, "slots": slots}  # a dummy has none
     return {"loss": loss.detach(), "right": right, **counts}
 
 
@@ -267,7 +268,7 @@ def main():
     validation_search = partial(search_now, write_drafts=given or (imitate and imitate(validation)))
     validate_now = partial(validate, validation, gold, bm25_scores, validation_search, poll=run.poll)
     model.train()
-    micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, retriever=retriever, args=args)
+    micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, pairs=pairs, args=args)
     if run.state.validation_due:  # a signal interrupted it
         between_steps(run, validate_now, args)
     for epoch in itertools.count(run.state.epoch):
@@ -289,7 +290,7 @@ def main():
                 failure = "memory ran out"
             else:
                 average_gradients(accelerator, model)
-                gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
+                gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf")))
                 failure = run.check_gradients(sums, gnorm)
             if failure:
                 run.skip(failure)  # nothing of the step is applied, on any process

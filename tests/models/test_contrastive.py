@@ -168,6 +168,25 @@ def test_bf16_embeddings_are_compared_in_float32():
     assert contrastive_loss(**halves)[0].item() == contrastive_loss(**rounded)[0].item()
 
 
+def test_excluded_passages_are_no_negatives_and_evidence_stays():
+    batch = random_batch()
+    excluded = torch.zeros(5, 12, dtype=torch.bool)
+    excluded[:, 7] = excluded[:, 2] = True  # the second is the positive of query 2
+    kept = [passage for passage in range(12) if passage != 7]
+    without = {**batch, "passages": batch["passages"][kept].detach(), "passage_keys": torch.tensor(kept)}
+    both = [contrastive_loss(**batch, is_excluded=excluded)[0], contrastive_loss(**without)[0]]
+    assert both[0].item() < both[1].item()  # 2 is no negative of the other queries
+    batch["evidence_keys"][:, 1] = without["evidence_keys"][:, 1] = torch.tensor([2, 2, -1, 2, 2])
+    weights = {"evidence_weights": torch.tensor([[1.0, 0.0, 0.0]] * 5)}
+    loss, right = contrastive_loss(**batch, **weights, is_excluded=excluded)
+    expected, expected_right = reference_loss(**without, **weights)
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and right.item() == expected_right
+    soft = {"evidence_weights": torch.tensor([[0.7, 0.3, 0.0]] * 5), "is_distribution": torch.tensor([True] * 5)}
+    pair = [contrastive_loss(**each, **soft, **options)[0].item()
+            for each, options in ((batch, {"is_excluded": excluded}), (without, {}))]  # fmt: skip
+    assert pair[0] == pytest.approx(pair[1], rel=1e-5)
+
+
 # ---- embeddings cut to several sizes
 
 

@@ -71,8 +71,8 @@ MAY_CHANGE = frozenset(
     per_device_train_batch_size per_device_eval_batch_size max_tokens gradient_accumulation_steps curriculum_epochs
     group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
     min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
-    validation_drafts_file ranking bm25_weight smooth_window smooth_decay truncate_dim index trec_run gradient_checkpointing
-    trust_remote_code merge_lora
+    validation_drafts_file ranking bm25_weight smooth_window smooth_decay truncate_dim index trec_run
+    gradient_checkpointing trust_remote_code merge_lora
     """.split()
 )
 
@@ -427,7 +427,7 @@ GROUPS = {
     """,
     "positives and negatives": """
         num_positives negatives_pool mine_negatives_every negatives_margin group_by_document supervision oracle_passages
-        teacher teacher_candidates teacher_temperature
+        teacher teacher_candidates teacher_temperature guide
     """,
     "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words",
     "ranking": "ranking language bm25_weight smooth_window smooth_decay truncate_dim index trec_run",

@@ -19,6 +19,7 @@ def contrastive_loss(
     temperature: float,
     evidence_weights: torch.Tensor | None = None,
     is_distribution: torch.Tensor | None = None,
+    is_excluded: torch.Tensor | None = None,
     matryoshka_dims: Sequence[int] = (),
     is_unit: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +40,7 @@ def contrastive_loss(
         is_distribution: (queries,) bool, True where the weights are a teacher's distribution over passages. The loss of
             such a query is the cross entropy with this distribution, in which positives compete with each other
             (perplexity distillation, Izacard et al., 2022, arXiv:2208.03299). None: no such query.
+        is_excluded: (queries, passages) bool, True where a passage is no negative of a query. None: nowhere.
         matryoshka_dims: the loss is the mean over embeddings cut to each of these sizes, the largest first (Kusupati
             et al., 2022, arXiv:2205.13147). None given: whole embeddings.
         is_unit: whether embeddings that were cut get unit length again, as cosine similarity wants it.
@@ -58,6 +60,8 @@ def contrastive_loss(
     counted = _is_first(passage_keys) & (passage_keys != -2)
     weights = weights * counted
     weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    if is_excluded is not None:
+        counted = counted & (~is_excluded | (weights > 0))
     is_negative = counted & ~is_evidence
     # not -inf: a query without any negative must not give nan
     negatives = similarities.masked_fill(~is_negative, -1e9).logsumexp(2, keepdim=True)
