@@ -152,7 +152,7 @@ def load_models(args, accelerator) -> Models:
     if args.corpus_file and ranking["smooth_window"]:
         reason = f"--smooth_window {ranking['smooth_window']} cannot be used with --corpus_file"
         raise UsageError(f"{reason}, whose passages have no neighbours; set it to 0")
-    retriever = load(args.retriever).to(accelerator.device) if is_trained else None
+    retriever = load(args.retriever, truncate_dim=args.truncate_dim).to(accelerator.device) if is_trained else None
     saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": None, "passage_order": "document", "top_k": 5,
                 "prompt_template": None, "source_prefix": None, "source_lang": None, "target_lang": None}  # fmt: skip

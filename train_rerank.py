@@ -19,7 +19,7 @@ SCORES = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@1
 class RerankArguments(TrainingArguments, RankingOverrides, CorpusArguments):
     """The reranker."""
 
-    teacher = None  # flags of train_retrieve.py only
+    teacher = guide = None  # flags of train_retrieve.py only
     mine_negatives_every = 0
 
     output_dir: str = flag("outputs/rerank", "the run folder")
@@ -151,14 +151,14 @@ def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple
     settings = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)
     check_language(args.language, args.retriever, settings if is_trained else {})
     if args.corpus_file and settings["smooth_window"] and is_trained:
-        raise UsageError("--smooth_window cannot be used with --corpus_file, whose passages have no neighbours: set it to 0")
+        raise UsageError("--smooth_window cannot be used with --corpus_file, which has no neighbours; set it to 0")
     retriever = encode = None
     key = ["bm25"]
     if is_trained:
-        retriever = encoder.load_retriever(args.retriever, trust_remote_code=args.trust_remote_code)
-        retriever = retriever.to(accelerator.device)
+        options = {"trust_remote_code": args.trust_remote_code, "truncate_dim": args.truncate_dim}
+        retriever = encoder.load_retriever(args.retriever, **options).to(accelerator.device)
         encode = partial(encoder.encode, retriever, accelerator=accelerator)
-        key = [settings, encoder.weights_key(retriever), accelerator.mixed_precision]
+        key = [settings, encoder.weights_key(retriever), args.truncate_dim, accelerator.mixed_precision]
     language = settings.get("language") if is_trained else args.language
     search = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
                          top_k=max(args.top_k, args.rerank_top_k), language=language, say=say,

@@ -28,6 +28,7 @@ class RetrieveArguments(TrainingArguments, RerankerArguments, RankingArguments, 
     attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster on a CPU", at_least=0, below=1)
     gradient_cache_tokens: int = flag(0, "gradient caching: tokens whose graph is kept at a time; 0: off", at_least=0)
     temperature: float = flag(0.05, "temperature of the contrastive loss", above=0)
+    matryoshka_dims: str = flag("", "the loss is the mean over embeddings cut to these sizes, such as 384,128 [whole]")
     num_positives: int = flag(1, "evidence passages drawn per query", at_least=1)
     num_hard_negatives: int = flag(3, "hard negatives drawn per query", at_least=0)
     negatives_pool: int = flag(20, "hard negatives are drawn from so many best-ranked passages", at_least=1)
@@ -43,6 +44,7 @@ class RetrieveArguments(TrainingArguments, RerankerArguments, RankingArguments, 
     teacher: str | None = flag(None, "folder of a summarizer that replaces the ROUGE oracle by its likelihoods")
     teacher_candidates: int = flag(20, "best BM25 passages that the teacher compares", at_least=1)
     teacher_temperature: float = flag(0.1, "temperature of the teacher's log-likelihoods per token", above=0)
+    guide: str | None = flag(None, "a retriever that excludes negatives it finds as similar to the query as evidence")
     top_k: int = flag(100, "passages per example in the hand-over files", at_least=1)
     trec_run: bool = flag(False, "also write rankings and evidence as TREC run and qrels files")
 
@@ -66,7 +68,6 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 import collections
 import copy
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -113,7 +114,7 @@ def collate_pairs(batch: list[Pair], dummy: bool, *, epoch: int, pairs: Pairs, r
         "passage_keys": torch.full((len(keys),), -2) if dummy else torch.tensor(keys),
         "evidence_keys": torch.full((len(batch), 1), -1) if dummy else evidence,
         "evidence_weights": torch.zeros(len(batch), 1) if dummy else weights,
-        "is_distribution": torch.tensor([pair.is_distribution for pair in batch]),
+        **{name: torch.tensor([getattr(pair, name) for pair in batch]) for name in ("number", "is_distribution")},
     }
 
 
@@ -128,7 +129,7 @@ def plan_steps(lengths: list, groups: list, args, shape_of, epoch: int, without=
 # ---- training and validation
 
 
-def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever, args) -> dict:
+def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, args) -> dict:
     """Adds this micro-batch's share of the gradient of the step's mean loss over `count` pairs, of all processes."""
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
     texts, states, sides = batch["texts"], None, (len(batch["evidence_keys"]), len(batch["passage_keys"]))
@@ -147,7 +148,8 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
                     loss, right = contrastive.contrastive_loss(
                         queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
                         evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
-                        temperature=args.temperature,
+                        is_excluded=pairs.excluded(batch, keys), temperature=args.temperature,
+                        **encoder.matryoshka(pairs.retriever, args),
                     )  # fmt: skip
                 # times the number of processes, because gradients are averaged over them
                 accelerator.backward(loss * accelerator.num_processes / count)
@@ -157,8 +159,8 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
                     contrastive.backward_by_chunk(model, texts, gradient, states)
                 else:
                     embeddings.backward(gradient)
-    pairs, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(retriever, texts)
-    counts = {"count": pairs, "examples": pairs, "tokens": tokens if pairs else 0, "slots": slots}  # a dummy has none
+    real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.retriever, texts)
+    counts = {"count": real, "examples": real, "tokens": tokens if real else 0, "slots": slots}  # a dummy has none
     return {"loss": loss.detach(), "right": right, **counts}
 
 
@@ -266,7 +268,7 @@ def main():
     validation_search = partial(search_now, write_drafts=given or imitations(validation, args))
     validate_now = partial(validate, validation, gold, bm25_scores, validation_search, poll=run.poll)
     model.train()
-    micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, retriever=retriever, args=args)
+    micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, pairs=pairs, args=args)
     if run.state.validation_due:  # a signal interrupted it
         between_steps(run, validate_now, args)
     for epoch in itertools.count(run.state.epoch):
@@ -288,7 +290,7 @@ def main():
                 failure = "memory ran out"
             else:
                 average_gradients(accelerator, model)
-                gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
+                gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf")))
                 failure = run.check_gradients(sums, gnorm)
             if failure:
                 run.skip(failure)  # nothing of the step is applied, on any process

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from retrieval_cases import make_corpus
 
 from utils.data.examples import Document, Example
@@ -40,9 +41,10 @@ def make_pairs(encoder, documents=None, examples=None, lexical=bm25_rankings, **
     ]
     defaults = {"seed": 1, "draft_share": 0.0, "drafts_file": None, "found_weight": 0.5, "negatives_pool": 2,
                 "num_positives": 1, "num_hard_negatives": 1, "negatives_margin": 0.05, "supervision": "evidence",
-                "oracle_passages": 5, "teacher": None, "language": None, "mine_negatives_every": 0}  # fmt: skip
+                "oracle_passages": 5, "teacher": None, "language": None, "mine_negatives_every": 0, "guide": None,
+                "trust_remote_code": False}  # fmt: skip
     args = SimpleNamespace(**defaults | flags)
-    return Pairs(args, examples, documents, encoder, search=lexical, accelerator=None)
+    return Pairs(args, examples, documents, encoder, search=lexical, accelerator=Accelerator(cpu=True))
 
 
 def draws(pairs, number, epochs=400):

@@ -45,6 +45,12 @@ def check_values(arguments) -> None:
     least, most = (getattr(arguments, name, None) for name in ("min_new_tokens", "max_new_tokens"))
     if least is not None and most is not None and least > most:
         raise UsageError(f"--min_new_tokens {least}: must be at most --max_new_tokens {most}")
+    dims = getattr(arguments, "matryoshka_dims", "")
+    numbers = [int(part) if part.isdecimal() else 0 for part in dims.split(",")]
+    if dims and (0 in numbers or numbers != sorted(set(numbers), reverse=True)):
+        raise UsageError(
+            f"--matryoshka_dims {dims}: must be numbers of at least 1, the largest first, such as 384,256,128,64"
+        )
 
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -64,8 +70,8 @@ MAY_CHANGE = frozenset(
     per_device_train_batch_size per_device_eval_batch_size max_tokens gradient_accumulation_steps curriculum_epochs
     group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
     min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
-    validation_drafts_file ranking bm25_weight smooth_window smooth_decay reranker rerank_top_k rerank_weight index
-    trec_run gradient_checkpointing trust_remote_code merge_lora
+    validation_drafts_file ranking bm25_weight smooth_window smooth_decay truncate_dim reranker rerank_top_k
+    rerank_weight index trec_run gradient_checkpointing trust_remote_code merge_lora
     """.split()
 )
 
@@ -202,6 +208,9 @@ class RankingOverrides:
     )
     smooth_decay: float | None = flag(
         None, "decay of the shared score per passage (default: the retriever's, else 0.5)", at_least=0
+    )
+    truncate_dim: int | None = flag(
+        None, "search with embeddings cut to so many dimensions (default: the retriever's setting)", at_least=1
     )
 
     def ranking_settings(self, saved: dict | None) -> dict:
@@ -450,14 +459,16 @@ GROUPS = {
     """,
     "positives and negatives": """
         num_positives negatives_pool mine_negatives_every negatives_margin group_by_document supervision oracle_passages
-        teacher teacher_candidates teacher_temperature
+        teacher teacher_candidates teacher_temperature guide
     """,
     "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words",
     "ranking": """
-        ranking language bm25_weight smooth_window smooth_decay index trec_run reranker rerank_top_k rerank_weight
+        ranking language bm25_weight smooth_window smooth_decay truncate_dim index trec_run reranker rerank_top_k
+        rerank_weight
     """,
     "model, loss and generation": """
-        max_seq_length query_prompt passage_prompt dropout attention_dropout loss temperature gradient_cache_tokens
+        max_seq_length query_prompt passage_prompt dropout attention_dropout loss temperature matryoshka_dims
+        gradient_cache_tokens
         passage_order prompt_template source_prefix source_lang target_lang max_target_length label_smoothing_factor
         length_penalty min_new_tokens no_repeat_ngram_size trust_remote_code
     """,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from utils.data.examples import Corpus, Document, Example, Ranking, blocks
 from utils.data.hand_over import read_drafts
@@ -23,6 +24,7 @@ from utils.models import encoder
 from utils.models.tokenizer import describe_cut
 from utils.retrieval.bm25 import say_unmatched, unmatched
 from utils.retrieval.drafts import READ, imitate_draft, without_last_word
+from utils.retrieval.guide import Guide
 from utils.retrieval.oracle import greedy_rouge_oracle
 from utils.retrieval.ranking import RANKED_AT_ONCE, hard_negatives, search_text
 from utils.tables import Table, Texts, cached, lengths, values, write_table
@@ -169,6 +171,11 @@ class Pairs(Sequence):
             raise UsageError(f"no training example has evidence{remedy}: nothing to train on")
         self.mined: list[list[list[int]]] | None = None  # hard negatives that replace those of the table
         self.passage_tokens: Sequence[list[int]] | dict[int, list[int]] = {}
+        self.guide = None
+        if args.guide:
+            self.guide = Guide(args.guide, values(examples, "query"), accelerator=accelerator,
+                               trust_remote_code=args.trust_remote_code)  # fmt: skip
+            self.asking = self.table.array("example")
         self._tokenize_passages()
 
     def __len__(self) -> int:
@@ -281,11 +288,22 @@ class Pairs(Sequence):
             wanted = {key for row in self._rows() for key in sum(row["negatives"], row["evidence"])}
             if keys := sorted(wanted - self.passage_tokens.keys()):
                 texts = self.documents[0].passages[keys]
-                texts = self.tokenize(texts, "passage", whole=self.whole["passages"])
-                self.passage_tokens.update(zip(keys, texts, strict=True))
+                tokens = self.tokenize(texts, "passage", whole=self.whole["passages"])
+                self.passage_tokens.update(zip(keys, tokens, strict=True))
+                if self.guide:
+                    self.guide.read(keys, texts)
         elif not self.passage_tokens:
             texts = Texts(lambda: (text for document in self.documents for text in document.passages))
             self.passage_tokens = self.tokenize(texts, "passage", whole=self.whole["passages"])
+            if self.guide:
+                self.guide.read(*zip(*dict(zip(self.keys.tolist(), texts, strict=True)).items(), strict=True))
+
+    def excluded(self, batch: dict, passage_keys) -> torch.Tensor | None:
+        """(pairs, passages) True where the guide takes a passage for as good as a pair's evidence; None without it."""
+        if self.guide is None:
+            return None
+        examples = self.asking[batch["number"].cpu().numpy()]
+        return self.guide.excluded(examples, batch["evidence_keys"], passage_keys)
 
     def _rows(self) -> Iterator[dict]:
         """The rows of the table, with the hard negatives that were mined, if any."""
@@ -308,6 +326,7 @@ class Pairs(Sequence):
         """A checksum of the training data."""
         return digest([
             content_key(self.examples), self.documents[0].id, self.tokens_key, digest([self.drafts]),
+            *([self.guide.key] if self.guide else []),
             # rounded, because a teacher's likelihoods differ slightly between GPU models
             *(row | {"weights": [round(weight, 4) for weight in row["weights"]]} for row in self.table.read()),
         ])  # fmt: skip

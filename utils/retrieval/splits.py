@@ -62,10 +62,12 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
     from utils.models.encoder import encode, load_retriever, weights_key  # imports sentence-transformers: seconds
     from utils.retrieval.reranking import load_scorer, rank_passages
 
-    options, encode_texts, key = {"trust_remote_code": args.trust_remote_code}, None, [args.language]
+    options = {"trust_remote_code": args.trust_remote_code, "truncate_dim": args.truncate_dim}
+    encode_texts, key = None, [args.language]
     if retriever_name:
         retriever = load_retriever(retriever_name, **options).to(accelerator.device)
-        encode_texts, key = partial(encode, retriever, accelerator=accelerator), [settings, weights_key(retriever)]
+        encode_texts = partial(encode, retriever, accelerator=accelerator)
+        key = [settings, weights_key(retriever), args.truncate_dim]
     cost = Counter()
     make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
     score = make_scorer and make_scorer(cost=cost)
