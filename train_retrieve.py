@@ -41,18 +41,17 @@ class RetrieveArguments(TrainingArguments, RerankerArguments, RankingArguments, 
     group_by_document: bool = flag(False, "fill batches with queries about the same document")
     supervision: str = flag("evidence", "positives: gold evidence, or a ROUGE oracle's", choices=("evidence", "rouge"))
     oracle_passages: int = flag(5, "maximum positives that the ROUGE oracle chooses", at_least=1)
-    teacher: str | None = flag(None, "folder of a summarizer that replaces the ROUGE oracle by its likelihoods")
+    teacher: str | None = flag(None, "a summarizer that replaces the ROUGE oracle, or a reranker that is learned from")
     teacher_candidates: int = flag(20, "best BM25 passages that the teacher compares", at_least=1)
-    teacher_temperature: float = flag(0.1, "temperature of the teacher's log-likelihoods per token", above=0)
+    teacher_temperature: float | None = flag(None, "the teacher's, of likelihoods [0.1] or scores [1]", above=0)
     guide: str | None = flag(None, "a retriever that excludes negatives it finds as similar to the query as evidence")
     top_k: int = flag(100, "passages per example in the hand-over files", at_least=1)
     trec_run: bool = flag(False, "also write rankings and evidence as TREC run and qrels files")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("supervision", "teacher"):
-            if self.corpus_file and getattr(self, name) not in (None, "evidence"):
-                raise UsageError(f"--{name} cannot be used with --corpus_file; leave it out")
+        if self.corpus_file and self.supervision != "evidence":
+            raise UsageError("--supervision cannot be used with --corpus_file; leave it out")
         for name in ("drafts_file", "found_weight"):
             if getattr(self, name) is not None and not self.draft_share:
                 raise UsageError(f"--{name} has no effect with --draft_share 0")

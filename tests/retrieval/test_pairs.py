@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from retrieval_cases import make_corpus
+from sentence_transformers import CrossEncoder
 
 from utils.data.examples import Document, Example
 from utils.data.loading import load_examples
@@ -49,6 +50,36 @@ def make_pairs(encoder, documents=None, examples=None, lexical=bm25_rankings, **
 
 def draws(pairs, number, epochs=400):
     return [pairs.draw(pairs[number], epoch) for epoch in range(epochs)]
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory):
+    from utils.models.cross_encoder import build_small_reranker, save_pretrained
+
+    folder = tmp_path_factory.mktemp("reranker")
+    torch.manual_seed(5)
+    model = build_small_reranker([*PASSAGES, *SECOND], vocab_size=300, hidden_size=32, layers=1)
+    model[0].auto_model.classifier.weight.data *= 30  # scores that differ
+    save_pretrained(model, folder, SimpleNamespace(model_name_or_path=None, rerank_top_k=5, rerank_weight=1.0))
+    return folder
+
+
+@pytest.mark.parametrize("temperature", [None, 3.0])
+def test_a_reranker_teaches_all_examples_with_their_evidence_among_the_candidates(encoder, reranker, temperature):
+    options = {"teacher": str(reranker), "teacher_candidates": 2, "teacher_temperature": temperature}
+    pairs = make_pairs(encoder, **options)
+    assert [pair.example.id for pair in pairs] == ["a", "b", "c", "d"]  # also where no evidence is known
+    assert "positives from the teacher: 4" in pairs.describe()
+    plain = CrossEncoder(str(reranker), device="cpu", activation_fn=torch.nn.Identity())
+    for pair, evidence in zip(pairs, ([0, 3], [], [], [2]), strict=True):
+        best = {passage for passage, _ in bm25_rankings([pair.example], 2)[0]}
+        candidates = sorted(best | set(evidence))
+        assert pair.is_distribution and pair.evidence == [pair.document + number for number in candidates]
+        texts = [pair.example.document.passages[number] for number in candidates]
+        scores = torch.tensor(plain.predict([(pair.example.query, text) for text in texts]))
+        expected = (scores / (temperature or 1.0)).softmax(0)
+        assert expected.max() - expected.min() > 1e-3 or len(candidates) == 1
+        np.testing.assert_allclose(pair.weights, expected, atol=1e-4)
 
 
 def test_positives_are_marked_evidence_or_what_the_oracle_chooses(encoder):

@@ -111,7 +111,7 @@ def load_reranker(
     check_loaded(reranker, name_or_path, flag)
     if len(reranker) > 1 or getattr(reranker[0], "transformer_task", None) != "sequence-classification":
         raise UsageError(f"{name}: is no classifier of sequences; choose another cross-encoder")
-    if needs_head and not _has_trained_head(name_or_path):
+    if needs_head and not is_reranker(name_or_path):
         raise UsageError(f"{name}: is an encoder that scores no pairs; train_rerank.py makes a reranker of it")
     if reranker[0].modality_config.keys() != {"text"} or not hasattr(reranker.tokenizer, "backend_tokenizer"):
         raise UsageError(f"{name}: does not read plain pairs of texts with a fast tokenizer; choose another")
@@ -130,8 +130,12 @@ def load_reranker(
     return reranker
 
 
-def _has_trained_head(name_or_path: str) -> bool:
-    names = AutoConfig.from_pretrained(base_model(name_or_path, "")).architectures or []
+def is_reranker(name_or_path: str) -> bool:
+    """Whether a model's configuration says that it classifies sequences, with a head that was trained."""
+    try:
+        names = AutoConfig.from_pretrained(base_model(name_or_path, "")).architectures or []
+    except (OSError, ValueError):  # what loads the model says so
+        return False
     return any(name.endswith("ForSequenceClassification") for name in names)
 
 

@@ -1,7 +1,8 @@
 """The retriever's training data: pairs of a query and the passages that it is compared with.
 
-Positives are gold evidence, passages chosen by a ROUGE oracle, or passages that make the reference likely to a
-summarizer (the teacher). Hard negatives are other passages that rank high for the pair's search text.
+Positives are gold evidence, passages chosen by a ROUGE oracle, or what a teacher prefers: passages that make the
+reference likely to a summarizer, or that a reranker scores high. Hard negatives are other passages that rank high for
+the pair's search text.
 """
 
 import itertools
@@ -238,7 +239,7 @@ class Pairs(Sequence):
                     "evidence": list(weight_of),
                     "weights": weights / sum(weights),
                     "is_distribution": number in taught,
-                    "is_marked": is_marked(example, args.supervision),
+                    "is_marked": number not in taught and is_marked(example, args.supervision),
                     "read": first_hop(ranked[0][place], evidence),
                     "longest": longest[place],
                     "negatives": [self._negatives(of_hop[place], first, weight_of) for of_hop in ranked],
@@ -267,19 +268,31 @@ class Pairs(Sequence):
         return hard_negatives(by_key, evidence, self.args.negatives_pool, margin)
 
     def _ask_teacher(self, accelerator) -> dict[int, tuple]:
-        """Returns passage numbers and the probability of each, by the number of an example without gold evidence."""
-        from utils.retrieval.teacher import passage_likelihoods  # slow to import, and only needed here
+        """Returns passage numbers and the probability of each, by the number of the example.
 
-        args, examples = self.args, self.examples
-        unmarked = [number for number, example in enumerate(examples) if not is_marked(example, args.supervision)]
-        asking = [examples[number] for number in unmarked]
+        A summarizer is asked about examples without gold evidence. A reranker is asked about all of them, and their
+        gold evidence is among the candidates.
+        """
+        from utils.models.cross_encoder import is_reranker  # slow to import, and only needed here
+        from utils.retrieval.teacher import passage_likelihoods, passage_scores
+
+        args, examples, reranks = self.args, self.examples, is_reranker(self.args.teacher)
+        if self.is_corpus and not reranks:
+            raise UsageError("--teacher cannot be a summarizer with --corpus_file; choose a reranker")
+        numbers = [n for n, example in enumerate(examples) if reranks or not is_marked(example, args.supervision)]
+        asking = [examples[number] for number in numbers]
         rankings = self.search(asking, top_k=args.teacher_candidates)
-        candidates = [sorted(passage for passage, _ in ranking) for ranking in rankings]
-        likelihoods = passage_likelihoods(args.teacher, asking, candidates, accelerator,
-                                          trust_remote_code=args.trust_remote_code)  # fmt: skip
+        candidates = [
+            sorted({passage for passage, _ in ranking} | set(example.evidence or () if reranks else ()))
+            for example, ranking in zip(asking, rankings, strict=True)
+        ]
+        ask = passage_scores if reranks else passage_likelihoods
+        scores = ask(args.teacher, asking, candidates, accelerator, trust_remote_code=args.trust_remote_code)
+        temperature = args.teacher_temperature or (1.0 if reranks else 0.1)
         return {  # the weights are divided by their sum
-            number: (passages, np.exp((of_each - of_each.max()) / args.teacher_temperature))
-            for number, passages, of_each in zip(unmarked, candidates, likelihoods, strict=True)
+            number: (passages, np.exp((of_each - of_each.max()) / temperature))
+            for number, passages, of_each in zip(numbers, candidates, scores, strict=True)
+            if passages
         }
 
     def _tokenize_passages(self) -> None:
