@@ -307,7 +307,7 @@ def main():
     end_run(accelerator)
 
 
-SHOWN = ("recall@5", "new_evidence", "gold_words@1024", "rouge2", "rougeL", "examples", "encoder_tokens",
+SHOWN = ("recall@5", "new_evidence", "gold_words@1024", "rouge2", "rougeL", "examples", "encoder_tokens", "pairs",
          "source_tokens", "seconds")  # fmt: skip
 
 

@@ -248,7 +248,7 @@ def main():
 
     # ---- training
 
-    score = scorer(reranker, accelerator=accelerator, poll=run.poll)
+    score = scorer(reranker, accelerator=accelerator, poll=run.poll, say=log.say)
     search_first = partial(search_hops, search, encode_texts, settings)
     search_now = partial(search_hops, search, encode_texts, settings | of_reranker, score=score)
     drafts = given or imitations(validation, args)

@@ -262,7 +262,7 @@ def main():
     # ---- training
 
     encode_texts = partial(encoder.encode, retriever, accelerator=accelerator, poll=run.poll)
-    score = make_scorer and remember_scores(make_scorer(poll=run.poll))
+    score = make_scorer and remember_scores(make_scorer(poll=run.poll, say=log.say))
     search_now = partial(search_hops, index, encode_texts, vars(args) | of_reranker, score=score)
     validation_search = partial(search_now, write_drafts=given or imitations(validation, args))
     validate_now = partial(validate, validation, gold, bm25_scores, validation_search, poll=run.poll)

@@ -5,6 +5,7 @@ search (see `combine`), so that neither kind of score outweighs the other.
 """
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -100,20 +101,22 @@ def load_scorer(args, *, accelerator) -> tuple[Callable[..., Score] | None, dict
     return make, settings | {"reranker": key}
 
 
-def scorer(reranker, *, accelerator, poll=None, alone: bool = False, cost: dict | None = None) -> Score:
+def scorer(
+    reranker, *, accelerator, poll=None, alone: bool = False, cost: dict | None = None, say: Callable | None = None
+) -> Score:
     """Scores pairs of texts with a cross-encoder; each text is tokenized once, and each pair is scored once in a call.
 
-    `cost` grows by the numbers of `pairs` and `pair_tokens` that are scored. Other parameters are as in
-    `cross_encoder.score`.
+    `cost` grows by the numbers of `pairs` and `pair_tokens` that are scored. The first call says with `say` what a pair
+    costs. Other parameters are as in `cross_encoder.score`.
     """
+    said = [say is None]
 
     def score(pairs: list[tuple[str, str]]) -> np.ndarray:
-        tokens = {}
+        began, tokens = time.perf_counter(), {}
         for kind, texts in zip(cross_encoder.KINDS, zip(*pairs, strict=True), strict=False):
             distinct = list(dict.fromkeys(texts))
-            tokens[kind] = dict(
-                zip(distinct, cross_encoder.tokenize(reranker, distinct, kind, keep=False), strict=True)
-            )
+            ids = cross_encoder.tokenize(reranker, distinct, kind, keep=False)
+            tokens[kind] = dict(zip(distinct, ids, strict=True))
         places: dict[tuple[str, str], int] = {}
         numbers = [places.setdefault(pair, len(places)) for pair in pairs]
         of_pairs = [(tokens["query"][query], tokens["passage"][passage]) for query, passage in places]
@@ -121,6 +124,10 @@ def scorer(reranker, *, accelerator, poll=None, alone: bool = False, cost: dict 
             cost["pairs"] = cost.get("pairs", 0) + len(of_pairs)
             cost["pair_tokens"] = cost.get("pair_tokens", 0) + sum(len(part) for pair in of_pairs for part in pair)
         found = cross_encoder.score(reranker, of_pairs, accelerator=accelerator, poll=poll, alone=alone)
+        if pairs and not said[0]:
+            said[0], seconds = True, time.perf_counter() - began
+            queries = len({query for query, _ in places})
+            say(f"the reranker scored {len(places) / queries:.1f} passages a query in {seconds / queries:.2g} s")
         return found[numbers]
 
     return score

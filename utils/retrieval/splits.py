@@ -1,8 +1,6 @@
 """Ranks the passages of all splits from one source, as the summarizer reads them."""
 
 import itertools
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,9 +66,8 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
         retriever = load_retriever(retriever_name, **options).to(accelerator.device)
         encode_texts = partial(encode, retriever, accelerator=accelerator)
         key = [settings, weights_key(retriever), args.truncate_dim]
-    cost = Counter()
     make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
-    score = make_scorer and make_scorer(cost=cost)
+    score = make_scorer and make_scorer(say=say)
     of_search = (settings if retriever_name else {}) | of_reranker  # BM25 alone does not smooth
     rank = partial(rank_passages, DocumentSearch(args.language), score=score, top_k=args.top_k)
     found = {}
@@ -80,15 +77,11 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
         if folder := broadcast_object_list(kept)[0]:
             found[split] = [[tuple(row["passages"])] for row in Table(folder / "rankings.arrow").read()]
             continue
-        began, hops = time.perf_counter(), []
+        hops = []
         for first in range(0, len(examples), RANKED_AT_ONCE):
             block = examples[first : first + RANKED_AT_ONCE]
             hops += [[_best(ranking, args.top_k)] for ranking in rank(block, encode_texts, of_search)]
         found[split] = hops
-        if args.reranker:
-            pairs, seconds = cost["pairs"] / len(examples), (time.perf_counter() - began) / len(examples)
-            say(f"reranked {split}: {pairs:.1f} pairs and {seconds:.3g} s a query")
-            cost.clear()
         if accelerator.is_main_process:
             cached("rankings", of_split, partial(_write_rankings, hops=hops))
     return found
