@@ -148,7 +148,7 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, arg
                         queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
                         evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
                         is_excluded=pairs.excluded(batch, keys), temperature=args.temperature,
-                        **encoder.matryoshka(pairs.retriever, args),
+                        **encoder.matryoshka(pairs.model, args),
                     )  # fmt: skip
                 # times the number of processes, because gradients are averaged over them
                 accelerator.backward(loss * accelerator.num_processes / count)
@@ -158,7 +158,7 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, arg
                     contrastive.backward_by_chunk(model, texts, gradient, states)
                 else:
                     embeddings.backward(gradient)
-    real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.retriever, texts)
+    real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.model, texts)
     counts = {"count": real, "examples": real, "tokens": tokens if real else 0, "slots": slots}  # a dummy has none
     return {"loss": loss.detach(), "right": right, **counts}
 

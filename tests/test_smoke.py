@@ -333,6 +333,51 @@ def test_a_teacher_supervises_examples_without_evidence(smoke, tmp_path):
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_a_reranker_is_trained_and_ranks_alike_in_all_scripts(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # nothing is kept from elsewhere
+    rerank, retriever = tmp_path / "rerank", smoke["retrieve"]
+    data = ["--sample_documents", 8, "--log_steps", 2]  # six validation examples
+    result = launch("train_rerank.py", "--output_dir", rerank, "--retriever", retriever, *data, "--num_train_epochs", 1,
+                    "--num_hard_negatives", 3, "--rerank_top_k", 6, "--rerank_weight", 2.5)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "the reranker scored 6.0 passages a query in" in result.stdout
+    validation = events(rerank, "validation")[-1]
+    assert {"hop2", "retriever"} <= validation.keys() and "hop2" in validation["retriever"]
+    ranked = [line["retrieved"] for line in read_jsonl(rerank / "retrieved.validation.jsonl")]
+    without = [line["retrieved"] for line in read_jsonl(retriever / "retrieved.validation.jsonl")][:6]
+
+    def order(rankings, top=None):
+        return [[entry["passage"] for entry in ranking[:top]] for ranking in rankings]
+
+    assert order(ranked) != order(without)
+    assert [sorted(of_one) for of_one in order(ranked, 6)] == [sorted(of_one) for of_one in order(without, 6)]
+
+    use = ["--retriever", retriever, "--reranker", rerank]
+    hops = launch("retrieve_and_summarize.py", *use, "--summarizer", "extract", "--num_hops", 1, "--max_examples", 6,
+                  "--output_dir", tmp_path / "hops")  # fmt: skip
+    assert hops.returncode == 0, hops.stderr
+    found = [line["retrieved"] for line in read_jsonl(tmp_path / "hops/predictions.validation.jsonl")]
+    assert order(found) == order(ranked)
+    assert json.loads((tmp_path / "hops/hops.validation.json").read_text())[0]["pairs"] == 6 * 6
+
+    stage_2 = [*use, *data, "--max_train_steps", 1, "--num_beams", 1, "--max_new_tokens", 2, "--passage_order", "rank"]
+    for number in range(2):  # the second time, the rankings are found where they were kept
+        result = launch("train_summarize.py", *stage_2, "--output_dir", tmp_path / f"summarize_{number}")
+        assert result.returncode == 0, result.stderr
+        assert ("the reranker scored" in result.stdout) == (number == 0)
+        read = [line["passages"] for line in read_jsonl(tmp_path / f"summarize_{number}/predictions.validation.jsonl")]
+        assert order(read) == order(ranked, 5)
+
+    # the same retriever, trained for nothing
+    result = launch("train_retrieve.py", *data, "--model_name_or_path", retriever, "--reranker", rerank,
+                    "--max_train_steps", 1, "--learning_rate", 0, "--output_dir", tmp_path / "retrieve")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "the reranker scored" in result.stdout
+    found = [line["retrieved"] for line in read_jsonl(tmp_path / "retrieve/retrieved.validation.jsonl")]
+    assert order(found, 6) == order(ranked, 6)
+    assert events(tmp_path / "retrieve", "validation")[-1]["ndcg@10"] == pytest.approx(validation["ndcg@10"], abs=0.01)
+
+
 @pytest.mark.parametrize("script", ["train_retrieve.py", "train_summarize.py"])
 def test_a_broken_data_file_gives_one_readable_error_and_exit_code_2(tmp_path, script):
     data = tmp_path / "train.jsonl"
