@@ -310,7 +310,7 @@ def test_a_retriever_from_elsewhere_ranks_as_the_flags_say(smoke, tmp_path):
     elsewhere = tmp_path / "elsewhere"  # as on the Hub: with prompts, without settings of ours
     model = SentenceTransformer(str(smoke["retrieve"]), device="cpu", prompts={"query": "ask: ", "document": "text: "})
     model.save_pretrained(str(elsewhere), create_model_card=False)
-    wanted = {"ranking": "hybrid", "bm25_weight": 0.9, "smooth_window": 2, "smooth_decay": 0.6}
+    wanted = {"ranking": "hybrid", "bm25_weight": 0.9, "smooth_window": 2, "smooth_decay": 0.6, "truncate_dim": 16}
     flags = [word for name, value in wanted.items() for word in (f"--{name}", value)]
     rest = ["--retriever", elsewhere, "--summarizer", "extract", "--num_hops", 1, "--max_examples", 6]
     written = {}
@@ -320,10 +320,11 @@ def test_a_retriever_from_elsewhere_ranks_as_the_flags_say(smoke, tmp_path):
         written[name] = load_examples(tmp_path / name / "predictions.validation.jsonl")
 
     def encode(texts, kind):
-        return (model.encode_query if kind == "query" else model.encode_document)(texts)
+        return (model.encode_query if kind == "query" else model.encode_document)(texts, normalize_embeddings=True)
 
     for name, settings in (("dense", {}), ("flags", wanted)):
-        expected = retriever_rankings(written[name], encode, settings)
+        with model.truncate_embeddings(settings.get("truncate_dim")):
+            expected = retriever_rankings(written[name], encode, settings)
         for example, ranking in zip(written[name], expected, strict=True):
             assert [score for _, score in example.retrieved] == pytest.approx([score for _, score in ranking], abs=1e-4)
             assert example.retrieved[0][0] == ranking[0][0]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from utils.errors import UsageError
 from utils.fast.packing import is_packed
@@ -199,13 +199,17 @@ FLAGS = SimpleNamespace(model_name_or_path="base", ranking="dense", bm25_weight=
                         passage_prompt=None, gradient_checkpointing=False, matryoshka_dims="")  # fmt: skip
 
 
+def add_adapters(retriever, rank: int) -> None:
+    lora.add_adapters(retriever, SimpleNamespace(**vars(FLAGS) | {"lora_rank": rank}),
+                      SimpleNamespace(mixed_precision="no", distributed_type="NO"))  # fmt: skip
+
+
 @every_kind
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_trained_retriever_is_saved_as_sentence_transformers_loads_it(kind, lora_rank, tmp_path):
     retriever = load_retriever(str(save_hub(tmp_path / "base", kind)), 0.0)
     before = {name: p.clone() for name, p in retriever.named_parameters()}
-    lora.add_adapters(retriever, SimpleNamespace(**vars(FLAGS) | {"lora_rank": lora_rank}),
-                      SimpleNamespace(mixed_precision="no", distributed_type="NO"))  # fmt: skip
+    add_adapters(retriever, lora_rank)
     trained = {name for name, p in retriever.named_parameters() if p.requires_grad}
     assert {".lora_" in name for name in trained} == {lora_rank > 0}
     if not lora_rank:
@@ -227,12 +231,20 @@ def test_a_trained_retriever_is_saved_as_sentence_transformers_loads_it(kind, lo
 # ---- plain checkpoints
 
 
-@pytest.mark.parametrize(("kind", "pooling"), [("Qwen3-Embedding", "lasttoken"), ("modernbert-embed", "mean")])
-def test_a_plain_checkpoint_reads_texts_as_they_are_and_pools_as_sentence_transformers(kind, pooling, tmp_path):
+@pytest.mark.parametrize(("kind", "pooling", "lora_rank"), [
+    ("Qwen3-Embedding", "lasttoken", 0), ("Qwen3-Embedding", "lasttoken", 4), ("modernbert-embed", "mean", 0),
+])  # fmt: skip
+def test_a_plain_checkpoint_reads_texts_as_they_are_and_pools_as_sentence_transformers(
+    kind, pooling, lora_rank, tmp_path
+):
     save_plain(tmp_path / "plain", kind, chat_template=CHAT, pad_token=None)
-    retriever = load_retriever(str(tmp_path / "plain"))
+    if pooling == "lasttoken":  # with an output layer
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "plain")
+    retriever = load_retriever(str(tmp_path / "plain"), 0.0)
     assert retriever[1].pooling_mode == pooling
     assert tokenize(retriever, ["budget"], "query") == retriever.tokenizer(["budget"])["input_ids"]
+    add_adapters(retriever, lora_rank)
+    train(retriever)
     ours = embeddings_of(retriever)
     save_pretrained(retriever, tmp_path / "saved", FLAGS)
     plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")

@@ -18,7 +18,7 @@ ENCODED_AT_ONCE = 2**14  # texts
 
 
 class Guide:
-    """A guide's embeddings of questions and passages, which are mapped into memory.
+    """A guide's embeddings of questions and passages, which are mapped into memory; UsageError if it cannot be loaded.
 
     Args:
         name_or_path: of the model; it embeds with its own prompts.
