@@ -71,6 +71,8 @@ class HopArguments(LanguageArguments, SearchArguments, RerankerArguments, Rankin
             raise UsageError("--qrels_file needs --corpus_file, whose passages it names, and --input_file")
         if self.index != "flat" and (self.retriever == "bm25" or not self.corpus_file):
             raise UsageError(f"--index {self.index} needs a --corpus_file, and a --retriever other than bm25")
+        if self.passage_order == "document" and self.corpus_file:
+            raise UsageError("--passage_order document cannot be used with --corpus_file: its passages have no order")
         if "/" in self.split:
             raise UsageError(f"--split {self.split}: must not contain /")
 
@@ -236,7 +238,7 @@ def run_hops(examples: list, models: Models, search, *, args, accelerator, poll)
         else:
             drafts = extract_drafts(asking, read, score_sentences, args.draft_words)
         for i, passages, draft in zip(searching, read, drafts, strict=True):
-            hops[i].append(Hop(draft, passages, fused[i][:RANKED]))
+            hops[i].append(Hop(draft, passages, fused[i][: max(RANKED, models.top_k)]))
         is_last = not searching or len(costs) + 1 == args.num_hops
         if models.summarizer and models.sentence_scorer and is_last:
             summaries = write(examples, [of_example[-1].read for of_example in hops])
@@ -291,7 +293,7 @@ def main():
         records, costs = read_parts(parts, blocks, args.num_hops)
         write_jsonl(run_folder / f"predictions.{split}.jsonl", records)
         if args.retriever == "bm25":
-            first = [[(0, entry["score"]) for entry in record["hops"][0]["retrieved"]] for record in records]
+            first = [[(0, best["score"]) for best in record["hops"][0]["retrieved"][:1]] for record in records]
             say_unmatched(unmatched(examples, first), len(examples), args.language, say)
         if is_one:
             show(records[0], say)

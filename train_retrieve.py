@@ -236,7 +236,7 @@ def main():
     log.say(f"{describe_splits(splits)}; {pairs.describe()}")
     gold = gold_passages(validation, args)
     bm25_scores = score_one_hop(validation, index.bm25_rankings(validation, index.depth, say=log.say), gold)
-    # drafts for the second hop of validation; without them, they are imitations
+    # what writes the drafts of the second hop in validation; None: they are imitations
     given = args.validation_drafts_file and partial(first_drafts, read_drafts(args.validation_drafts_file, validation))
 
     # ---- optimizer, schedule

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from utils.data.examples import Hop
+from utils.files import write_jsonl
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,6 +116,34 @@ def smoke(tmp_path_factory):
         result = launch(f"train_{stage}.py", *flags[stage])
         assert result.returncode == 0, result.stderr
     return {"retrieve": retrieve, "summarize": summarize, "flags": flags}
+
+
+def write_beir(folder, **documents: int) -> dict[str, str]:
+    """The embedded transcripts, so many for each split, as one corpus in BEIR's layout, with questions and qrels."""
+    from utils.data.sample import sample_examples
+
+    corpus = {}
+    for split, count in documents.items():
+        examples = sample_examples(split, count)
+        queries = [{"_id": e.id, "text": e.query, "summary": e.summaries[0]} for e in examples]
+        qrels = ["query-id\tcorpus-id\tscore\n"]
+        for example in examples:
+            ids = [f"{split} {example.document.passage_id(n)}" for n in range(len(example.document.passages))]
+            corpus |= dict(zip(ids, example.document.passages, strict=True))
+            qrels += [f"{example.id}\t{ids[passage]}\t1\n" for passage in example.evidence]
+        write_jsonl(folder / f"queries.{split}.jsonl", queries)
+        (folder / f"qrels.{split}.tsv").write_text("".join(qrels))
+    write_jsonl(folder / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in corpus.items()])
+    return corpus
+
+
+def beir_flags(folder) -> list:
+    """Flags of train_retrieve.py for what `write_beir` wrote."""
+    flags = ["--corpus_file", folder / "corpus.jsonl", "--id_column", "_id", "--query_column", "text"]
+    for split in ("train", "validation"):
+        flags += [f"--{split}_file", folder / f"queries.{split}.jsonl"]
+        flags += [f"--{split}_qrels_file", folder / f"qrels.{split}.tsv"]
+    return flags
 
 
 CHAT = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}</s>{% endfor %}"

@@ -364,6 +364,7 @@ def test_one_document_is_summarized_on_standard_output_and_explained_on_standard
         (["--corpus_file", "c"], "--corpus_file needs --input_file, whose queries search it, or one --query"),
         (["--qrels_file", "x", "--corpus_file", "c", "--query", "Why?"], "--qrels_file needs --corpus_file, whose"),
         (["--index", "hnsw", "--input_file", "x"], "--index hnsw needs a --corpus_file"),
+        (["--passage_order", "document", "--corpus_file", "c", "--query", "Why?"], "its passages have no order"),
         (["--corpus_file", "nowhere.jsonl", "--query", "Why?"], "nowhere.jsonl: no such file or folder"),
         (["--num_hop", "2"], "did you mean --num_hops?"),
     ],

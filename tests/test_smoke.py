@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from conftest import ROOT, events, launch, read_jsonl
+from conftest import ROOT, beir_flags, events, launch, read_jsonl, write_beir
 
 from utils.data.examples import Document
 from utils.data.loading import load_examples
-from utils.data.sample import sample_examples, sample_records
+from utils.data.sample import sample_records
 from utils.data.trec import read_qrels, read_run
 from utils.evaluation.retrieval import retrieval_scores
 from utils.evaluation.rouge import rouge_scores
@@ -436,23 +436,6 @@ def test_the_embedded_data_set_prints_as_files_that_load(tmp_path):
 # ---- an open corpus
 
 
-def write_beir(folder):
-    """The embedded transcripts as one corpus in BEIR's layout, with the questions and qrels of each split."""
-    corpus = {}
-    for split, documents in (("train", 12), ("validation", 4), ("test", 2)):
-        examples = sample_examples(split, documents)
-        queries = [{"_id": e.id, "text": e.query, "summary": e.summaries[0]} for e in examples]
-        qrels = ["query-id\tcorpus-id\tscore\n"]
-        for example in examples:
-            ids = [f"{split} {example.document.passage_id(n)}" for n in range(len(example.document.passages))]
-            corpus |= dict(zip(ids, example.document.passages, strict=True))
-            qrels += [f"{example.id}\t{ids[passage]}\t1\n" for passage in example.evidence]
-        write_jsonl(folder / f"queries.{split}.jsonl", queries)
-        (folder / f"qrels.{split}.tsv").write_text("".join(qrels))
-    write_jsonl(folder / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in corpus.items()])
-    return corpus
-
-
 def check_with_trec_eval(folder, split):
     """trec_eval finds in the TREC files of a split what the log says."""
     run, qrels = (read(folder / f"{name}.{split}.trec") for name, read in (("run", read_run), ("qrels", read_qrels)))
@@ -465,14 +448,11 @@ def check_with_trec_eval(folder, split):
 
 
 def test_a_corpus_is_searched_with_its_own_ids_and_handed_over_to_stage_2(tmp_path, monkeypatch):
-    corpus = write_beir(tmp_path)
+    corpus = write_beir(tmp_path, train=12, validation=4, test=2)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    flags = ["--output_dir", tmp_path / "run", "--corpus_file", tmp_path / "corpus.jsonl", "--id_column", "_id",
-             "--query_column", "text", "--num_train_epochs", 2, "--mine_negatives_every", 1, "--ranking", "hybrid",
-             "--top_k", 20, "--trec_run", "--per_device_train_batch_size", 8]  # fmt: skip
-    for split in ("train", "validation"):
-        flags += [f"--{split}_file", tmp_path / f"queries.{split}.jsonl"]
-        flags += [f"--{split}_qrels_file", tmp_path / f"qrels.{split}.tsv"]
+    flags = ["--output_dir", tmp_path / "run", "--num_train_epochs", 2, "--mine_negatives_every", 1,
+             "--ranking", "hybrid", "--top_k", 20, "--trec_run", "--per_device_train_batch_size", 8,
+             *beir_flags(tmp_path)]  # fmt: skip
     result = launch("train_retrieve.py", *flags)
     assert result.returncode == 0, result.stderr
     handed = read_jsonl(tmp_path / "run" / "retrieved.validation.jsonl")
@@ -480,6 +460,14 @@ def test_a_corpus_is_searched_with_its_own_ids_and_handed_over_to_stage_2(tmp_pa
     for line in handed:
         assert [corpus[key] for key in line["passage_ids"]] == line["passages"]
         assert [entry["passage"] for entry in line["retrieved"]] == list(range(20))
+
+    # the second hop, with imitated drafts: its scores, and the training examples with what both hops found
+    assert all(line["hop2"]["recall@20"] > 0 for line in events(tmp_path / "run", "validation"))
+    for line in read_jsonl(tmp_path / "run" / "retrieved.train.jsonl"):
+        first, second = line["hops"]
+        assert first["draft"] and first["read"] == [entry["passage"] for entry in first["retrieved"][:5]]
+        assert line["retrieved"] == second["retrieved"] and len(line["passages"]) == len(line["passage_ids"]) < 50
+        assert [corpus[key] for key in line["passage_ids"]] == line["passages"]
 
     check_with_trec_eval(tmp_path / "run", "validation")
 

@@ -15,6 +15,7 @@ from utils.cli.arguments import CorpusArguments
 from utils.data.corpus import load_corpus
 from utils.data.examples import Corpus, Document, Hop, blocks
 from utils.data.hand_over import have_rankings, hops_record, write_retrieved
+from utils.data.kept import content_key
 from utils.data.loading import load_examples, load_splits
 from utils.data.passages import split_document
 from utils.data.trec import read_qrels
@@ -503,6 +504,15 @@ def test_examples_share_the_corpus_and_name_their_evidence_by_its_ids(tmp_path, 
     assert first.document is second.document is corpus
     assert (first.evidence, first.evidence_words, first.summaries) == ([1, 2], [3, 3], [])
     assert (second.evidence, second.query, second.summaries) == (None, "what?", ["flour"])
+
+
+def test_the_checksum_of_examples_is_another_if_the_passages_of_their_corpus_are(tmp_path):
+    path = write(tmp_path / "q.jsonl", {"_id": "q1", "text": "who?"})
+    corpora = [load_corpus(write(tmp_path / f"{text}.jsonl", {"_id": "d", "text": text})) for text in ("a", "b")]
+    examples = [load_examples(path, corpus=corpus, **BEIR) for corpus in (*corpora, corpora[0])]
+    for ours in (examples, [list(of_corpus) for of_corpus in examples]):
+        first, second, third = map(content_key, ours)
+        assert first == third != second
 
 
 @pytest.mark.parametrize(

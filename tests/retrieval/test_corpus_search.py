@@ -12,6 +12,8 @@ from utils.data.examples import Document
 from utils.retrieval.bm25 import bm25_scores
 from utils.retrieval.corpus_search import CorpusSearch
 from utils.retrieval.dense import retriever_rankings
+from utils.retrieval.ranking import fuse_hops
+from utils.retrieval.two_hops import search_hops
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,25 @@ def test_a_process_that_searches_alone_asks_no_other_and_encodes_nothing_again(s
 
     assert search.dense_rankings(examples, encode_alone) == together and kinds == ["query"]
     assert [len(ranking) for ranking in together] == [8] * 3
+
+
+def test_two_hops_over_a_corpus_fuse_its_rankings_and_hold_no_vectors(search):
+    kinds = []
+
+    def counted(texts, kind):
+        kinds.append((kind, len(texts)))
+        return Encoder()(texts)
+
+    examples = [make_example(query=query, document=search.corpus) for query in QUERIES]
+    settings = {"ranking": "hybrid", "bm25_weight": 0.5}
+    found = list(search_hops(search, counted, settings, examples, lambda block, read, first: ["wheat", "", "bread"]))
+    assert kinds == [("passage", 40), ("query", 3), ("query", 3)]
+    assert search.remember(counted) is counted
+    one = search.retriever_rankings(examples, encode, settings)
+    two = search.retriever_rankings(examples, encode, settings, ["bread wheat", QUERIES[1], f"{QUERIES[2]} bread"])
+    for hops, *rankings in zip(found, one, two, strict=True):
+        assert hops[0].retrieved == rankings[0] and hops[0].read == [passage for passage, _ in rankings[0][:5]]
+        assert hops[1].retrieved == fuse_hops(rankings)[:8]
 
 
 def test_many_examples_have_larger_blocks_and_few_have_enough_for_all_processes(search):

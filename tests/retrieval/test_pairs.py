@@ -284,3 +284,14 @@ def test_evidence_with_equal_texts_is_drawn_once_with_the_weight_of_both(encoder
     # a draft that was written from the twin of evidence has used it
     assert pairs[0].read[0] in (0, 2)
     assert {tuple(weights.round(3)) for _, weights, _ in drawn} == {(0.5, 0.5), (0.333, 0.667)}
+
+
+def test_examples_without_summaries_are_searched_for_without_drafts_and_the_log_says_so(encoder, tmp_path):
+    document = make_corpus(tmp_path, PASSAGES)
+    for summaries, searches in (([], 1), (["It was sold."], 2)):
+        example = Example("a", "the mill", document, summaries, [0], [3], None)
+        pairs = make_pairs(encoder, [document], [example], draft_share=0.5)
+        assert len(pairs[0].negatives) == searches
+        assert ("no training example has a summary to imitate" in pairs.describe()) == (searches == 1)
+        have_drafts = {len(search) > len(pairs[0].query) for search, *_ in draws(pairs, 0, 20)}
+        assert have_drafts == ({False} if searches == 1 else {False, True})

@@ -56,7 +56,8 @@ class CorpusSearch:
         """
         key = f"{self.corpus.id} {self.weights_key()} {self.accelerator.mixed_precision}"
         self.vectors = encode_corpus(self.corpus.passages, lambda texts: encode(texts, "passage"), self.folder,
-                                     key=key, accelerator=self.accelerator)  # fmt: skip
+                                     key=key, accelerator=self.accelerator,
+                                     say=self.say if self.alone else None)  # fmt: skip
         if self.alone and self.index != "flat":  # now, because it may take longer than processes wait for each other
             if self.accelerator.is_main_process:
                 approximate_index(self.vectors, self.index)

@@ -47,6 +47,7 @@ def encode_corpus(
     key: str,
     accelerator,
     shard_size: int = 2**14,
+    say: Callable[[str], None] | None = None,
 ) -> Vectors:
     """Encodes a corpus into files in `folder`, one shard of `shard_size` passages in memory at a time.
 
@@ -59,6 +60,8 @@ def encode_corpus(
     dimension, missing = broadcast_object_list(
         _open_shards(folder, wanted) if accelerator.is_main_process else [None, None]
     )
+    if missing and say:
+        say(f"encoding {len(missing)} of {-(-len(passages) // shard_size)} parts of the corpus")
     for shard in missing:
         texts = list(passages[shard * shard_size : (shard + 1) * shard_size])
         vectors = np.ascontiguousarray(encode(texts), dtype=np.float32)
