@@ -86,7 +86,6 @@ import time
 from collections import Counter
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -101,7 +100,7 @@ from utils.evaluation.hops import score_hop
 from utils.files import digest, write_jsonl
 from utils.models.encoder import encode, load_retriever, weights_key
 from utils.models.generation import describe_generation
-from utils.models.settings import saved_settings
+from utils.models.settings import check_made, saved_settings
 from utils.models.sources import Sources, collate, count_generated, decode
 from utils.models.summarizer import default_source_length, load_model_and_tokenizer, set_up, sources_for, wrap
 from utils.retrieval.bm25 import check_language, say_unmatched, unmatched
@@ -143,10 +142,8 @@ class Models:
 
 def load_models(args, accelerator) -> Models:
     """The models that the flags name; a flag that is not set is what the summarizer was trained with."""
-    for flag_name, name, script in (("retriever", args.retriever, "train_retrieve.py"),
-                                    ("summarizer", args.summarizer, "train_summarize.py")):  # fmt: skip
-        if name.startswith("outputs/") and not Path(name).is_dir():  # no name to ask the Hub for
-            raise UsageError(f"--{flag_name} {name}: no such folder; {script} makes it, or name another")
+    check_made("--retriever", args.retriever, "train_retrieve.py")
+    check_made("--summarizer", args.summarizer, "train_summarize.py")
     load = partial(load_retriever, trust_remote_code=args.trust_remote_code)
     is_trained = args.retriever != "bm25"
     ranking = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)

@@ -78,7 +78,7 @@ from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.hops import score_hops
 from utils.models import cross_encoder, encoder
 from utils.models.lora import add_adapters
-from utils.models.settings import saved_settings
+from utils.models.settings import check_made, saved_settings
 from utils.retrieval.bm25 import check_language
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import first_drafts, imitations
@@ -148,6 +148,7 @@ def make_reranker(documents: list, examples: list, args):
 def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple:
     """What finds the candidates: the search, its `encode` (None: BM25), how it ranks, and a key of all these."""
     is_trained = args.retriever != "bm25"
+    check_made("--retriever", args.retriever, "train_retrieve.py")
     settings = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)
     check_language(args.language, args.retriever, settings if is_trained else {})
     if args.corpus_file and settings["smooth_window"] and is_trained:
