@@ -95,7 +95,7 @@ def load_reranker(
     if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         raise UsageError(f"{name}: this folder holds no reranker; train_rerank.py writes it at the end of training")
     base_model(name_or_path, flag)
-    if needs_head and (folder / "config.json").exists() and not is_reranker(name_or_path):
+    if needs_head and is_reranker(name_or_path) is False:
         raise UsageError(f"{name}: is an encoder that scores no pairs; train_rerank.py makes a reranker of it")
     config = dict.fromkeys(ATTENTION_DROPOUTS, attention_dropout) if attention_dropout is not None else {}
     config |= dict.fromkeys((*DROPOUTS, "classifier_dropout"), dropout) if dropout is not None else {}
@@ -113,8 +113,6 @@ def load_reranker(
     check_loaded(reranker, name_or_path, flag)
     if len(reranker) > 1 or getattr(reranker[0], "transformer_task", None) != "sequence-classification":
         raise UsageError(f"{name}: is no classifier of sequences; choose another cross-encoder")
-    if needs_head and not is_reranker(name_or_path):  # of the Hub
-        raise UsageError(f"{name}: is an encoder that scores no pairs; train_rerank.py makes a reranker of it")
     if reranker[0].modality_config.keys() != {"text"} or not hasattr(reranker.tokenizer, "backend_tokenizer"):
         raise UsageError(f"{name}: does not read plain pairs of texts with a fast tokenizer; choose another")
     if reranker.num_labels != 1:
@@ -132,12 +130,15 @@ def load_reranker(
     return reranker
 
 
-def is_reranker(name_or_path: str) -> bool:
-    """Whether a model's configuration says that it classifies sequences, with a head that was trained."""
+def is_reranker(name_or_path: str) -> bool | None:
+    """Whether a model's configuration says that it classifies sequences, with a head that was trained.
+
+    None if there is no configuration; what loads the model then says so.
+    """
     try:
         names = AutoConfig.from_pretrained(base_model(name_or_path, "")).architectures or []
-    except (OSError, ValueError):  # what loads the model says so
-        return False
+    except (OSError, ValueError):
+        return None
     return any(name.endswith("ForSequenceClassification") for name in names)
 
 
