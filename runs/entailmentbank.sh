@@ -19,7 +19,7 @@ python train_retrieve.py --output_dir "$out/retrieve" --model_name_or_path "$min
     --learning_rate 5e-5 --num_train_epochs 3 --num_hard_negatives 7 --ranking hybrid
 python train_rerank.py --output_dir "$out/rerank" --model_name_or_path "$cross_encoder" "${files[@]}" "${log[@]}" \
     --retriever "$out/retrieve" --learning_rate 3e-5 --num_train_epochs 1 --num_hard_negatives 11 --negatives_pool 60 \
-    --rerank_top_k 60
+    --rerank_top_k 60 --per_device_train_batch_size 4 --gradient_accumulation_steps 4
 # reads the 25 best facts of a hop, writes the conclusions of the proof
 python train_summarize.py --output_dir "$out/summarize" --model_name_or_path "$model" "${log[@]}" \
     --train_file "$out/rerank/retrieved.train.jsonl" --validation_file "$out/rerank/retrieved.validation.jsonl" \
