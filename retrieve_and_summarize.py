@@ -291,6 +291,7 @@ def main():
         write_jsonl(run_folder / f"predictions.{split}.jsonl", records)
         if args.retriever == "bm25":
             first = [[(0, best["score"]) for best in record["hops"][0]["retrieved"][:1]] for record in records]
+            first = search.bm25_rankings(examples, 1) if models.reranker else first  # its scores are others
             say_unmatched(unmatched(examples, first), len(examples), args.language, say)
         if is_one:
             show(records[0], say)

@@ -64,6 +64,7 @@ import math
 from datetime import timedelta
 from functools import partial
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -79,6 +80,7 @@ from utils.evaluation.hops import score_hops
 from utils.models import cross_encoder, encoder
 from utils.models.lora import add_adapters
 from utils.models.settings import check_made, saved_settings
+from utils.models.tokenizer import describe_cut
 from utils.retrieval.bm25 import check_language
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import first_drafts, imitations
@@ -136,6 +138,8 @@ def make_reranker(documents: list, examples: list, args):
     """A checkpoint, or a small cross-encoder with a tokenizer trained on the training text."""
     options = {"attention_dropout": args.attention_dropout, "dropout": args.dropout}
     if args.model_name_or_path:
+        if args.lora_rank and not cross_encoder.is_reranker(args.model_name_or_path):
+            raise UsageError(f"--lora_rank: {args.model_name_or_path} scores no pairs yet; train it without adapters")
         reranker = cross_encoder.load_reranker(args.model_name_or_path, "--model_name_or_path", **options,
                                                trust_remote_code=args.trust_remote_code, needs_head=False)  # fmt: skip
     else:
@@ -148,6 +152,8 @@ def make_reranker(documents: list, examples: list, args):
 def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple:
     """What finds the candidates: the search, its `encode` (None: BM25), how it ranks, and a key of all these."""
     is_trained = args.retriever != "bm25"
+    if args.index != "flat" and not (is_trained and args.corpus_file):
+        raise UsageError(f"--index {args.index} needs a --corpus_file, and a --retriever other than bm25")
     check_made("--retriever", args.retriever, "train_retrieve.py")
     settings = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)
     check_language(args.language, args.retriever, settings if is_trained else {})
@@ -156,14 +162,17 @@ def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple
     retriever = encode = None
     key = ["bm25"]
     if is_trained:
-        options = {"trust_remote_code": args.trust_remote_code, "truncate_dim": args.truncate_dim}
-        retriever = encoder.load_retriever(args.retriever, **options).to(accelerator.device)
+        retriever = encoder.load_retriever(
+            args.retriever, truncate_dim=args.truncate_dim, trust_remote_code=args.trust_remote_code
+        ).to(accelerator.device)
         encode = partial(encoder.encode, retriever, accelerator=accelerator)
-        key = [settings, encoder.weights_key(retriever), args.truncate_dim, accelerator.mixed_precision]
+        key = [settings, encoder.weights_key(retriever), args.index, accelerator.mixed_precision]
     language = settings.get("language") if is_trained else args.language
     search = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
                          top_k=max(args.top_k, args.rerank_top_k), language=language, say=say,
-                         accelerator=accelerator)  # fmt: skip
+                         accelerator=accelerator, alone=True)  # fmt: skip
+    if is_trained:
+        search.prepare(encode)
     return search, encode, settings if is_trained else {}, key
 
 
@@ -221,8 +230,9 @@ def main():
     reranker = make_reranker(documents, train, args)
     add_adapters(reranker, args, accelerator)
     log.say_model(reranker)
+    encode_alone = encode_texts and partial(encode_texts, alone=True)  # of the process that makes the pairs for all
     pairs = Pairs(args, train, documents, reranker, module=cross_encoder, search_key=search_key,
-                  search=partial(rank_passages, search, encode=encode_texts, settings=settings),
+                  search=partial(rank_passages, search, encode=encode_alone, settings=settings),
                   accelerator=accelerator)  # fmt: skip
     log.say(f"{describe_splits(splits)}; {pairs.describe()}")
     gold = gold_passages(validation, args)
@@ -231,9 +241,11 @@ def main():
 
     # ---- optimizer, schedule
 
-    candidates = args.num_positives + args.num_hard_negatives
+    search_tokens, passage_tokens, candidates = pairs.sizes().T
+    limit, pair_tokens = cross_encoder.limit_of_texts(reranker), search_tokens + passage_tokens
+    log.say(describe_cut("max_seq_length", limit, {"queries with their longest passage": pair_tokens}))
     shape_of = partial(batch_shape, args, accelerator.num_processes)
-    plan = partial(plan_steps, pairs.lengths() * [candidates, 1], args, shape_of)
+    plan = partial(plan_steps, candidates * np.minimum(pair_tokens, limit), args, shape_of)
     optimizer = torch.optim.AdamW(parameter_groups(reranker, args.weight_decay), lr=args.learning_rate, fused=True,
                                   betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)  # fmt: skip
     # not prepared: accelerate would step it once for each process
@@ -254,7 +266,10 @@ def main():
     search_now = partial(search_hops, search, encode_texts, settings | of_reranker, score=score)
     drafts = given or imitations(validation, args)
     first_scores = score_hops(validation, list(search_first(validation, write_drafts=drafts)), gold)
-    validation_search = partial(search_now, write_drafts=drafts)
+    encode_once = encode_texts and search.remember(encode_texts)  # the retriever does not change
+    validation_search = partial(
+        search_hops, search, encode_once, settings | of_reranker, score=score, write_drafts=drafts
+    )
     validate_now = partial(validate, validation, gold, first_scores, validation_search, poll=run.poll)
     model.train()
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, reranker=reranker, args=args)

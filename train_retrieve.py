@@ -262,9 +262,10 @@ def main():
     # ---- training
 
     encode_texts = partial(encoder.encode, retriever, accelerator=accelerator, poll=run.poll)
-    score = make_scorer and remember_scores(make_scorer(poll=run.poll, say=log.say))
+    score = make_scorer and make_scorer(poll=run.poll, say=log.say)
     search_now = partial(search_hops, index, encode_texts, vars(args) | of_reranker, score=score)
-    validation_search = partial(search_now, write_drafts=given or imitations(validation, args))
+    validation_search = partial(search_now, write_drafts=given or imitations(validation, args),
+                                score=score and remember_scores(score))  # fmt: skip
     validate_now = partial(validate, validation, gold, bm25_scores, validation_search, poll=run.poll)
     model.train()
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, pairs=pairs, args=args)
@@ -316,7 +317,7 @@ def main():
         if whole is not retriever:
             whole.load_state_dict(weights)
         publish(run_folder, lambda folder: encoder.save_pretrained(whole, folder, args))
-    rows = {"BM25": scores["bm25"], "retriever": scores}
+    rows = {"BM25": scores["bm25"], "retriever, reranked" if score else "retriever": scores}
     rows |= {f"hop 2, {'given' if given else 'imitated'} drafts": scores["hop2"]} if "hop2" in scores else {}
     write_drafts = {"train": imitations(train, args), "validation": given}
     for split, examples in splits.items():

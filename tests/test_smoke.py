@@ -378,6 +378,28 @@ def test_a_reranker_is_trained_and_ranks_alike_in_all_scripts(smoke, tmp_path, m
     assert events(tmp_path / "retrieve", "validation")[-1]["ndcg@10"] == pytest.approx(validation["ndcg@10"], abs=0.01)
 
 
+def test_two_processes_rerank_what_a_trained_retriever_finds_as_one_does(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # the pairs are made anew, by one process for both
+    flags = ["--retriever", smoke["retrieve"], "--sample_documents", 8, "--num_hard_negatives", 2, "--rerank_top_k", 4,
+             "--max_train_steps", 1, "--learning_rate", 0]  # fmt: skip
+    found = []
+    for processes in (2, 1):
+        folder = tmp_path / str(processes)
+        result = launch("train_rerank.py", "--output_dir", folder, *flags, processes=processes, timeout=200)
+        assert result.returncode == 0, result.stderr
+        scores = events(folder, "validation")[-1]
+        found.append({name: scores[name] for name in ("ndcg@10", "recall@5", "hop2", "retriever")})
+    assert found[0] == found[1]
+
+
+def test_adapters_of_a_reranker_need_a_head_that_was_trained(smoke, tmp_path):
+    flags = ["--retriever", "bm25", "--sample_documents", 8, "--max_train_steps", 1, "--lora_rank", 2]
+    result = launch(
+        "train_rerank.py", "--output_dir", tmp_path / "a", "--model_name_or_path", smoke["retrieve"], *flags
+    )
+    assert result.returncode == 2 and "scores no pairs yet; train it without adapters" in result.stderr
+
+
 @pytest.mark.parametrize("script", ["train_retrieve.py", "train_summarize.py"])
 def test_a_broken_data_file_gives_one_readable_error_and_exit_code_2(tmp_path, script):
     data = tmp_path / "train.jsonl"

@@ -12,6 +12,7 @@ class Document:
 
     id: str  # doc_id if given, else a hash of the passages
     passages: Sequence[str]  # in document order
+    is_ordered: bool = field(default=True, kw_only=True)  # False: passages of a corpus, in no order but a ranking's
 
     def passage_id(self, number: int) -> str:
         """The name of a passage in files, such as those of TREC."""
@@ -37,8 +38,8 @@ class Corpus(Document):
         return self.ids[number]
 
     def excerpt(self, numbers: Sequence[int]) -> tuple[Document, Sequence[int]]:
-        """A document of these passages only. Their order is that in which they are given, as in hand-over files."""
-        return Document(self.id, self.passages[list(numbers)]), range(len(numbers))
+        """A document of these passages only."""
+        return Document(self.id, self.passages[list(numbers)], is_ordered=False), range(len(numbers))
 
 
 def blocks(texts: Sequence[str], size: int = 2**16) -> Iterator[list[str]]:

@@ -15,7 +15,7 @@ from utils.tables import Column, Table, cached, table_writer
 _NUMBERS = pa.large_list(pa.int64())
 _RANKING = pa.large_list(pa.struct([("passage", pa.int64()), ("score", pa.float64())]))
 PASSAGES = pa.schema([("passage", pa.large_string())])
-DOCUMENTS = pa.schema([("id", pa.large_string()), ("passages", pa.int64())])  # number of passages
+DOCUMENTS = pa.schema([("id", pa.large_string()), ("passages", pa.int64()), ("is_ordered", pa.bool_())])  # how many
 EXAMPLES = pa.schema([
     ("id", pa.large_string()), ("query", pa.large_string()), ("document", pa.int64()),
     ("summaries", pa.large_list(pa.large_string())), ("evidence", _NUMBERS), ("evidence_words", _NUMBERS),
@@ -85,10 +85,10 @@ class Keeper:
         self.write_passage, self.write_document, self.write_example = add_passage, add_document, add_example
         self.documents, self.checksum = 0, hashlib.blake2b(digest_size=16)
 
-    def add_document(self, id: str, passages: Sequence[str]) -> int:
+    def add_document(self, id: str, passages: Sequence[str], is_ordered: bool = True) -> int:
         for passage in passages:
             self.write_passage({"passage": passage})
-        self._add(self.write_document, {"id": id, "passages": len(passages)}, passages)
+        self._add(self.write_document, {"id": id, "passages": len(passages), "is_ordered": is_ordered}, passages)
         self.documents += 1
         return self.documents - 1
 
@@ -126,7 +126,7 @@ def kept_examples(folder: Path, corpus: Document | None = None) -> Examples:
         documents, passages, first = [], Table(folder / "passages.arrow"), 0
         for row in Table(folder / "documents.arrow").read():
             stop = first + row["passages"]
-            documents.append(Document(row["id"], Column(passages, 0, first, stop)))
+            documents.append(Document(row["id"], Column(passages, 0, first, stop), is_ordered=row["is_ordered"]))
             first = stop
     return Examples(Table(folder / "examples.arrow"), documents, f"{id} {corpus.id}" if corpus else id)
 
@@ -139,7 +139,8 @@ def keep_examples(name: str, key: list, examples: Callable[[], Iterable[Example]
         with keeper(folder) as keep:
             for example in examples():
                 if example.document not in numbers:
-                    numbers[example.document] = keep.add_document(example.document.id, example.document.passages)
+                    document = example.document
+                    numbers[document] = keep.add_document(document.id, document.passages, document.is_ordered)
                 keep.add_example(example, numbers[example.document])
 
     return kept_examples(cached(name, key, write))

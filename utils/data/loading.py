@@ -312,7 +312,7 @@ def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, docume
             record = number_evidence(record, columns["evidence"], numbers, qrels.get(example_id, {}))
         else:
             own_row = replace(row, record=record)
-            source = documents.read(own_row) if own_text else documents.find(record, str(documents_file))
+            source = documents.read(own_row, not has_marks) if own_text else documents.find(record, str(documents_file))
         evidence, evidence_words = read_evidence(record, columns["evidence"], passages_column, source)
         if has_marks and supervision == "evidence" and not evidence:
             raise BadRecord("no passage is marked as relevant: a retriever cannot learn from it")

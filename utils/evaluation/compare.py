@@ -120,11 +120,13 @@ def score_predictions(path: str, metric: str, document_of: dict[str, str]) -> di
     """ROUGE of each prediction that has a reference, by example id. Adds the documents of the examples."""
     from utils.evaluation.rouge import rouge_scores  # imports `evaluate`, which takes seconds
 
-    scores, (path, hop) = {}, split_hop(path)
+    scores, (path, hop), most = {}, split_hop(path), [0]
 
     def take(row: Row) -> None:
         key, prediction = read_identifier(row.record, "id"), row.record.get("prediction")
-        if hop and isinstance(hops := row.record.get("hops"), list) and len(hops) > hop:  # else the last hop's
+        hops = row.record.get("hops")
+        most[0] = max(most[0], len(hops) if isinstance(hops, list) else 0)
+        if hop and isinstance(hops, list) and len(hops) > hop:  # else the last hop's
             prediction = hops[hop - 1].get("draft")
         if not isinstance(prediction, str):
             raise BadRecord(f"no 'prediction'; {listed_fields(row.record)}")
@@ -136,6 +138,8 @@ def score_predictions(path: str, metric: str, document_of: dict[str, str]) -> di
     rows = read_rows(path, "validation", None, ("summary",))
     build_all(rows, path, take, columns, [("id",), ("prediction",)], holds="record of 'id' and 'prediction'",
               remedy="give the predictions of train_summarize.py or retrieve_and_summarize.py")  # fmt: skip
+    if hop > most[0]:
+        raise UsageError(f"{path}#{hop}: no example was searched for {hop} hops")
     return scores
 
 
@@ -146,13 +150,15 @@ def is_hand_over(side: str) -> bool:
 def split_hop(side: str) -> tuple[str, int]:
     """The path and the number of the hop in a name such as `predictions.validation.jsonl#2`; 0: the last one."""
     path, _, hop = side.rpartition("#")
-    return (path, int(hop)) if path and hop.isdecimal() else (side, 0)
+    return (path, int(hop)) if path and hop.isdecimal() and int(hop) else (side, 0)
 
 
 def read_hand_over(path: str, qrels_file: str | None) -> list[Example]:
     """Reads the examples of a hand-over file that have evidence: in the qrels file if given, else their own."""
     path, hop = split_hop(path)
     examples = list(load_examples(path, require_summary=False))
+    if hop and not any(len(example.hops) >= hop for example in examples):
+        raise UsageError(f"{path}#{hop}: no example was searched for {hop} hops")
     if hop:
         examples = [
             dataclasses.replace(e, retrieved=e.hops[hop - 1].retrieved) if len(e.hops) > hop else e for e in examples

@@ -492,16 +492,20 @@ def remove_padding_of_classifier(reranker) -> bool:
     hooks = [encoder.register_forward_pre_hook(pack, with_kwargs=True), encoder.register_forward_hook(unpack)]
     if isinstance(getattr(encoder, "pooler", None), nn.Module):
         hooks.append(encoder.pooler.register_forward_pre_hook(first_tokens))
-    longest = min(2 * (getattr(config, "sliding_window", None) or 0) + 40,
-                  getattr(config, "max_position_embeddings", 2**20) - 8)  # fmt: skip
+    longest = min((getattr(config, "sliding_window", None) or 0) + 40, LONGEST_CHECKED)
+    longest = min(longest, getattr(config, "max_position_embeddings", longest + 8) - 8)
     mask = (torch.arange(longest) < torch.tensor([[longest], [5], [20]])).long().to(model.device)
     ids = torch.randint(
         config.vocab_size // 2, config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)
     )
 
     def scores():
+        for found in _windows.values():
+            found.clear()
         try:
-            return model(input_ids=ids.to(model.device), attention_mask=mask).logits
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask).logits
+            _check_windows(_windows["layers"], _windows["masks"], longest)
+            return logits
         finally:
             running.clear()  # if it failed
 

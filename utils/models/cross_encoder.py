@@ -95,7 +95,8 @@ def load_reranker(
     if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         raise UsageError(f"{name}: this folder holds no reranker; train_rerank.py writes it at the end of training")
     base_model(name_or_path, flag)
-    if needs_head and is_reranker(name_or_path) is False:
+    has_head = is_reranker(name_or_path, trust_remote_code)
+    if needs_head and has_head is False:
         raise UsageError(f"{name}: is an encoder that scores no pairs; train_rerank.py makes a reranker of it")
     config = dict.fromkeys(ATTENTION_DROPOUTS, attention_dropout) if attention_dropout is not None else {}
     config |= dict.fromkeys((*DROPOUTS, "classifier_dropout"), dropout) if dropout is not None else {}
@@ -123,26 +124,28 @@ def load_reranker(
         raise UsageError(f"--dropout: {name_or_path} has no dropout that could be set; leave the flag out")
     check_vocabulary(reranker.tokenizer, reranker[0].auto_model, name_or_path)
     limit = position_limit(reranker)
-    if limit is not None and (reranker.max_seq_length or limit) >= limit:
-        reranker.max_seq_length = limit  # a longer pair has no positions
+    if limit is not None and (not has_head or (reranker.max_seq_length or limit) >= limit):
+        reranker.max_seq_length = limit  # a longer pair has no positions; an encoder's own limit is of one text
     _make_fast(reranker)
     _check_scores(reranker, name)
     return reranker
 
 
-def is_reranker(name_or_path: str) -> bool | None:
+def is_reranker(name_or_path: str, trust_remote_code: bool = False) -> bool | None:
     """Whether a model's configuration says that it classifies sequences, with a head that was trained.
 
     None if there is no configuration; what loads the model then says so.
     """
     try:
-        names = AutoConfig.from_pretrained(base_model(name_or_path, "")).architectures or []
+        base = base_model(name_or_path, "")
+        names = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).architectures or []
     except (OSError, ValueError):
         return None
     return any(name.endswith("ForSequenceClassification") for name in names)
 
 
 def _make_fast(reranker: CrossEncoder) -> None:
+    reranker.template = template_of(reranker.tokenizer)
     use_fast_layers(reranker)
     remove_padding_of_classifier(reranker)
 
@@ -225,7 +228,7 @@ def _find(ids: list[int], part: list[int], start: int) -> int:
 def limit_of_texts(reranker: CrossEncoder) -> int:
     """The most tokens of a query and a passage together, special tokens aside."""
     limit = reranker.max_seq_length or reranker.tokenizer.model_max_length
-    return min(limit, UNLIMITED) - template_of(reranker.tokenizer).special
+    return min(limit, UNLIMITED) - reranker.template.special
 
 
 def _prompt(reranker: CrossEncoder) -> str:
@@ -263,7 +266,7 @@ def cut_to(limit: int, query: int, passage: int) -> tuple[int, int]:
 
 def pairs_of(reranker: CrossEncoder, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
     """A padded batch of pairs of a query's and a passage's tokens, as the tokenizer would put them together."""
-    template, limit = template_of(reranker.tokenizer), limit_of_texts(reranker)
+    template, limit = reranker.template, limit_of_texts(reranker)
     rows, types = [], []
     for query, passage in pairs:
         left, right = cut_to(limit, len(query), len(passage))

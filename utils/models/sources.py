@@ -215,7 +215,7 @@ class Sources:
             kept.append((number, min(int(sizes[first + number]), max(room, 0))))
             if self.fusion == "concat":
                 free = room - kept[-1][1]
-        return sorted(kept) if self.passage_order == "document" else kept
+        return sorted(kept) if self.passage_order == "document" and document.is_ordered else kept
 
     def rules(self) -> list:
         """What decides a source, beside the tokenizer; the tokens around the texts tell the languages."""

@@ -54,8 +54,9 @@ class Guide:
         return np.load(folder / "vectors.npy", mmap_mode="r")
 
     def read(self, keys: Iterable[int], texts: Iterable[str]) -> None:
-        """Embeds the passages among these that were not read before; each has a key of its own."""
-        new = sorted((key, text) for key, text in zip(keys, texts, strict=True) if key not in self)
+        """Embeds the passages among these that were not read before; those with the same key have the same text."""
+        known = set(self.keys.tolist())
+        new = sorted({key: text for key, text in zip(keys, texts, strict=True) if key not in known}.items())
         if not new:
             return
         first = sum(map(len, self.passages))
@@ -63,10 +64,6 @@ class Guide:
         keys = np.concatenate([self.keys, [key for key, _ in new]]).astype(np.int64)
         places, order = np.concatenate([self.places, first + np.arange(len(new))]), keys.argsort()
         self.keys, self.places = keys[order], places[order]
-
-    def __contains__(self, key: int) -> bool:
-        place = np.searchsorted(self.keys, key)
-        return place < len(self.keys) and self.keys[place] == key
 
     def _passages(self, keys: np.ndarray) -> np.ndarray:
         """(keys, hidden), zeros for the negative keys of padding."""

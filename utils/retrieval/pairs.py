@@ -22,6 +22,7 @@ from utils.data.kept import content_key
 from utils.errors import UsageError
 from utils.files import digest, write_json
 from utils.models import encoder
+from utils.models.settings import check_made
 from utils.models.tokenizer import describe_cut
 from utils.retrieval.bm25 import say_unmatched, unmatched
 from utils.retrieval.drafts import READ, imitate_draft, without_last_word
@@ -276,9 +277,15 @@ class Pairs(Sequence):
         from utils.models.cross_encoder import is_reranker  # slow to import, and only needed here
         from utils.retrieval.teacher import passage_likelihoods, passage_scores
 
-        args, examples, reranks = self.args, self.examples, is_reranker(self.args.teacher)
-        if self.is_corpus and not reranks:
+        args, examples = self.args, self.examples
+        check_made("--teacher", args.teacher, "train_summarize.py or train_rerank.py")
+        reranks = is_reranker(args.teacher, args.trust_remote_code)
+        if self.is_corpus and reranks is False:
             raise UsageError("--teacher cannot be a summarizer with --corpus_file; choose a reranker")
+        if reranks and args.supervision != "evidence":
+            raise UsageError(
+                f"--supervision {args.supervision} has no effect with a reranker as --teacher; leave it out"
+            )
         numbers = [n for n, example in enumerate(examples) if reranks or not is_marked(example, args.supervision)]
         asking = [examples[number] for number in numbers]
         rankings = self.search(asking, top_k=args.teacher_candidates)
@@ -309,7 +316,7 @@ class Pairs(Sequence):
             texts = Texts(lambda: (text for document in self.documents for text in document.passages))
             self.passage_tokens = self.tokenize(texts, "passage", whole=self.whole["passages"])
             if self.guide:
-                self.guide.read(*zip(*dict(zip(self.keys.tolist(), texts, strict=True)).items(), strict=True))
+                self.guide.read(self.keys.tolist(), texts)
 
     def excluded(self, batch: dict, passage_keys) -> torch.Tensor | None:
         """(pairs, passages) True where the guide takes a passage for as good as a pair's evidence; None without it."""
@@ -353,6 +360,11 @@ class Pairs(Sequence):
 
         Negatives that are mined later may be longer. The lengths still stay, so that a run can resume from any step.
         """
+        search, passage, count = self.sizes().T
+        return np.stack([search, passage * count], axis=1)
+
+    def sizes(self) -> np.ndarray:
+        """(pairs, 3) Tokens of the longest search text and passage that an epoch may draw, and how many passages."""
         args, found = self.args, []
         sizes = (
             {key: len(tokens) for key, tokens in self.passage_tokens.items()}
@@ -365,7 +377,7 @@ class Pairs(Sequence):
             if not row["is_distribution"]:
                 positive = min(args.num_positives, positive)
             negative = min(args.num_hard_negatives, max(map(len, row["negatives"])))
-            found.append([row["longest"], passage * (positive + negative)])
+            found.append([row["longest"], passage, positive + negative])
         return np.array(found)
 
     def draw(self, pair: Pair, epoch: int) -> tuple[list[int], np.ndarray, list[int]]:

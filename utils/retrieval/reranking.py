@@ -35,19 +35,12 @@ def rerank(
     heads = [[passage for passage, _ in ranking[: settings["rerank_top_k"]]] for ranking in rankings]
     pairs = []
     for example, search, head in zip(examples, search_texts(examples, queries), heads, strict=True):
-        pairs += [(search, text) for text in passage_texts(example.document, head)]
+        pairs += [(search, example.document.passages[passage]) for passage in head]
     scores, ranked, start = score(pairs), [], 0
     for ranking, head in zip(rankings, heads, strict=True):
         ranked.append(_fuse(ranking, scores[start : start + len(head)], settings))
         start += len(head)
     return ranked
-
-
-def passage_texts(document, numbers: list[int]) -> list[str]:
-    """The texts of some passages; those of a corpus are read at once, which is much faster than one by one."""
-    if isinstance(document.passages, list | tuple):
-        return [document.passages[number] for number in numbers]
-    return list(document.passages[numbers]) if numbers else []
 
 
 def _fuse(ranking: Ranking, scores: np.ndarray, settings: dict) -> Ranking:

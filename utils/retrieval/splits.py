@@ -34,17 +34,17 @@ def rank_splits(
     rankings are those in the examples, or BM25's if no example has one. Called on all processes.
     """
     name, top_k = args.retriever, args.top_k
+    args.rerank_settings({})  # refuses flags without effect
     is_trained = name not in (None, "bm25", *BASELINES) and not Path(name).is_file()
     settings = args.ranking_settings(saved_settings(name) if is_trained else None)
     given = name is None and have_rankings(splits)
     source = name or ("the rankings in the files" if given else "bm25")
     check_language(args.language, source, settings if is_trained else {})
+    if args.reranker and not (is_trained or source == "bm25"):
+        remedy = "set --retriever bm25, or a retriever"
+        raise UsageError(f"--reranker has no effect on passages from {source}, which no search ranks; {remedy}")
     if given:
         return {split: _given(examples, top_k) for split, examples in splits.items()}, source
-    if args.reranker and not (is_trained or source == "bm25"):
-        raise UsageError(
-            f"--reranker: passages from {source} are not searched for; set --retriever bm25, or a retriever"
-        )
     if args.reranker or is_trained:
         return _search(splits, source if is_trained else None, settings, args, accelerator, say), source
     if source == "bm25" or source in BASELINES:
@@ -69,14 +69,19 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
     make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
     score = make_scorer and make_scorer(say=say)
     of_search = (settings if retriever_name else {}) | of_reranker  # BM25 alone does not smooth
-    rank = partial(rank_passages, DocumentSearch(args.language), score=score, top_k=args.top_k)
+    search = DocumentSearch(args.language)
+    rank = partial(rank_passages, search, score=score, top_k=args.top_k)
     found = {}
     for split, examples in splits.items():
         of_split = [*key, of_reranker, content_key(examples), args.top_k, accelerator.mixed_precision]
-        kept = [find_cached("rankings", of_split) if accelerator.is_main_process else None]
-        if folder := broadcast_object_list(kept)[0]:
-            found[split] = [[tuple(row["passages"])] for row in Table(folder / "rankings.arrow").read()]
+        kept = None
+        if accelerator.is_main_process and (folder := find_cached("rankings", of_split)):
+            kept = [[tuple(row["passages"])] for row in Table(folder / "rankings.arrow").read()]
+        found[split] = broadcast_object_list([kept])[0]  # the cache may be one machine's own
+        if found[split] is not None:
             continue
+        if not retriever_name:
+            search.bm25_rankings(examples, 1, say=say)  # says which questions have no word in a passage
         hops = []
         for first in range(0, len(examples), RANKED_AT_ONCE):
             block = examples[first : first + RANKED_AT_ONCE]

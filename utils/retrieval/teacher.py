@@ -10,7 +10,7 @@ from utils.models.settings import saved_settings
 from utils.models.sources import collate
 from utils.models.summarizer import check_positions, load_model_and_tokenizer, sources_for, wrap
 from utils.retrieval.ranking import RANKED_AT_ONCE
-from utils.retrieval.reranking import passage_texts, scorer
+from utils.retrieval.reranking import scorer
 
 
 def passage_scores(
@@ -24,8 +24,9 @@ def passage_scores(
     reranker = load_reranker(folder, "--teacher", trust_remote_code=trust_remote_code).to(accelerator.device)
     score, found = scorer(reranker, accelerator=accelerator), []
     for first in range(0, len(examples), RANKED_AT_ONCE):
-        block = list(zip(examples, candidates, strict=True))[first : first + RANKED_AT_ONCE]
-        pairs = [(e.query, text) for e, numbers in block for text in passage_texts(e.document, numbers)]
+        part = slice(first, first + RANKED_AT_ONCE)
+        block = list(zip(examples[part], candidates[part], strict=True))
+        pairs = [(example.query, example.document.passages[number]) for example, numbers in block for number in numbers]
         ends = np.cumsum([len(numbers) for _, numbers in block])
         found += np.split(score(pairs).astype(np.float64), ends[:-1])
     return found
