@@ -108,7 +108,7 @@ from utils.retrieval.corpus_search import make_search
 from utils.retrieval.dense import remember_passages
 from utils.retrieval.drafts import extract_drafts
 from utils.retrieval.ranking import fuse_hops, search_text
-from utils.retrieval.reranking import load_scorer, rank_passages
+from utils.retrieval.reranking import describe_cost, load_scorer, rank_passages
 from utils.training.batching import eval_batches
 from utils.training.log import score_table
 from utils.training.signals import Signals
@@ -303,11 +303,13 @@ def main():
                 say(f"ROUGE is of the {scored} of {len(examples)} examples that have a reference")
             columns = tuple(name for name in SHOWN if any(name in row for row in of_hops))
             say(score_table({f"hop {row['hop']}": row for row in of_hops}, columns))
+            if models.reranker:
+                say(describe_cost(of_hops))
         say(f"wrote {run_folder / f'predictions.{split}.jsonl'}")
     end_run(accelerator)
 
 
-SHOWN = ("recall@5", "new_evidence", "gold_words@1024", "rouge2", "rougeL", "examples", "encoder_tokens", "pairs",
+SHOWN = ("recall@5", "new_evidence", "gold_words@1024", "rouge2", "rougeL", "examples", "encoder_tokens",
          "source_tokens", "seconds")  # fmt: skip
 
 

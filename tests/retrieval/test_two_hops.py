@@ -13,9 +13,12 @@ def test_each_hop_keeps_as_many_passages_as_are_asked_for(write_drafts):
     examples = [make_example("1", "yellow"), make_example("2", "case")]
 
     class Search(DocumentSearch):
-        def retriever_rankings(self, block, encode, settings, queries=None):
+        def retriever_rankings(self, block, encode, settings, queries=None, top_k=None):
             return [ranking for _ in block]
 
+    def encode(texts, kind):
+        raise AssertionError("the search is a stand-in")
+
     for kept in (3, 1500):
-        found = list(search_hops(Search(depth=kept), None, {}, examples, write_drafts))
+        found = list(search_hops(Search(depth=kept), encode, {}, examples, write_drafts))
         assert [[len(hop.retrieved) for hop in hops] for hops in found] == [[kept] * (2 if write_drafts else 1)] * 2

@@ -100,8 +100,8 @@ def scorer(
 ) -> Score:
     """Scores pairs of texts with a cross-encoder; each text is tokenized once, and each pair is scored once in a call.
 
-    `cost` grows by the numbers of `pairs` and `pair_tokens` that are scored. The first call says with `say` what a pair
-    costs. Other parameters are as in `cross_encoder.score`.
+    `cost` grows by `pairs`, `pair_tokens` and `pair_seconds`: how many are scored, and how long that takes. The first
+    call says with `say` what a query costs. Other parameters are as in `cross_encoder.score`.
     """
     said = [say is None]
 
@@ -118,13 +118,22 @@ def scorer(
             cost["pairs"] = cost.get("pairs", 0) + len(of_pairs)
             cost["pair_tokens"] = cost.get("pair_tokens", 0) + sum(len(part) for pair in of_pairs for part in pair)
         found = cross_encoder.score(reranker, of_pairs, accelerator=accelerator, poll=poll, alone=alone)
+        seconds = time.perf_counter() - began
+        if cost is not None:
+            cost["pair_seconds"] = cost.get("pair_seconds", 0.0) + seconds
         if pairs and not said[0]:
-            said[0], seconds = True, time.perf_counter() - began
+            said[0] = True
             queries = len({query for query, _ in places})
             say(f"the reranker scored {len(places) / queries:.1f} passages a query in {seconds / queries:.2g} s")
         return found[numbers]
 
     return score
+
+
+def describe_cost(hops: Sequence[dict]) -> str:
+    """What reranking cost at a hop, on average: `hops` are the costs of each (see `scorer`) with its `examples`."""
+    pairs, seconds, asked = (sum(hop[name] for hop in hops) for name in ("pairs", "pair_seconds", "examples"))
+    return f"the reranker scored {pairs / asked:.1f} passages a query and hop in {seconds / asked:.2g} s"
 
 
 def remember_scores(score: Score) -> Score:
