@@ -2,20 +2,29 @@
 
     accelerate launch retrieve_and_summarize.py --retriever outputs/retrieve --summarizer outputs/summarize
     python retrieve_and_summarize.py --document meeting.txt --query "What did they decide?"
+    python retrieve_and_summarize.py --corpus_file corpus.jsonl --query "Why do mills need rivers?"
 
-Without --input_file or --document it reads the validation examples of the embedded data set. Every hop's passages,
-scores and draft are in `predictions.<split>.jsonl`, which both training scripts read as examples; for one document the
-summary goes to standard output and what led to it to standard error.
+Without --input_file, --document or --query it reads the validation examples of the embedded data set. Every hop's
+passages, scores and draft are in `predictions.<split>.jsonl`, which both training scripts read as examples; for one
+document or question the summary goes to standard output and what led to it to standard error.
 """
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import LanguageArguments, RankingOverrides, ReadingArguments, RunArguments, flag, parse
-from utils.errors import DataError, UsageError
+from utils.cli.arguments import (
+    LanguageArguments,
+    RankingOverrides,
+    RerankerArguments,
+    RunArguments,
+    SearchArguments,
+    flag,
+    parse,
+)
+from utils.errors import UsageError
 
 
 @dataclass
-class HopArguments(LanguageArguments, ReadingArguments, RankingOverrides, RunArguments):
+class HopArguments(LanguageArguments, SearchArguments, RerankerArguments, RankingOverrides, RunArguments):
     """The hops."""
 
     output_dir: str = flag("outputs/hops", "the run folder")
@@ -27,9 +36,10 @@ class HopArguments(LanguageArguments, ReadingArguments, RankingOverrides, RunArg
     split: str = flag(
         "validation", "split to read from a folder, Hub or embedded data set; also names the output files"
     )
+    qrels_file: str | None = flag(None, "evidence of the examples in the corpus, in BEIR's or TREC's format")
     max_examples: int | None = flag(None, "use only the first N examples", at_least=1)
     document: str | None = flag(None, "summarize one document: a text file, or - for standard input")
-    query: str = flag("", "the question about --document")
+    query: str = flag("", "the question about --document, or one question to --corpus_file")
     retriever: str = flag("outputs/retrieve", "what searches: a folder of train_retrieve.py, a Hub name, or bm25")
     summarizer: str = flag(
         "outputs/summarize",
@@ -50,10 +60,19 @@ class HopArguments(LanguageArguments, ReadingArguments, RankingOverrides, RunArg
 
     def __post_init__(self):
         super().__post_init__()
-        if self.document and self.input_file:
-            raise UsageError("--document and --input_file: give only one of them")
-        if self.query and not self.document:
-            raise UsageError("--query is only for --document; examples have their own queries")
+        others = [name for name in ("input_file", "corpus_file") if getattr(self, name)]
+        if self.document and others:
+            raise UsageError(f"--document and --{others[0]}: give only one of them")
+        if self.query and (self.input_file or not (self.document or self.corpus_file)):
+            raise UsageError("--query is only for --document or --corpus_file; examples have their own queries")
+        if self.corpus_file and not (self.input_file or self.query.strip()):
+            raise UsageError("--corpus_file needs --input_file, whose queries search it, or one --query")
+        if self.qrels_file and not (self.corpus_file and self.input_file):
+            raise UsageError("--qrels_file needs --corpus_file, whose passages it names, and --input_file")
+        if self.index != "flat" and (self.retriever == "bm25" or not self.corpus_file):
+            raise UsageError(f"--index {self.index} needs a --corpus_file, and a --retriever other than bm25")
+        if self.passage_order == "document" and self.corpus_file:
+            raise UsageError("--passage_order document cannot be used with --corpus_file: its passages have no order")
         if "/" in self.split:
             raise UsageError(f"--split {self.split}: must not contain /")
 
@@ -65,30 +84,31 @@ import json
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from utils.cli.script import end_run, precision, record_run, run_script, start
-from utils.data.examples import Document, Example, Hop
+from utils.data.examples import Hop
 from utils.data.hand_over import hops_record
 from utils.data.kept import content_key
-from utils.data.loading import load_examples
+from utils.data.loading import load_input
 from utils.data.parts import read_parts, write_parts
-from utils.data.passages import split_document
-from utils.data.sample import sample_examples
 from utils.evaluation.hops import score_hop
 from utils.files import digest, write_jsonl
 from utils.models.encoder import encode, load_retriever, weights_key
 from utils.models.generation import describe_generation
-from utils.models.settings import saved_settings
+from utils.models.settings import check_made, saved_settings
 from utils.models.sources import Sources, collate, count_generated, decode
 from utils.models.summarizer import default_source_length, load_model_and_tokenizer, set_up, sources_for, wrap
-from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched, unmatched
-from utils.retrieval.dense import remember_passages, retriever_rankings
+from utils.retrieval.bm25 import check_language, say_unmatched, unmatched
+from utils.retrieval.corpus_search import make_search
+from utils.retrieval.dense import remember_passages
 from utils.retrieval.drafts import extract_drafts
-from utils.retrieval.ranking import examples_by_document, fuse_hops, search_text
+from utils.retrieval.ranking import fuse_hops, search_text
+from utils.retrieval.reranking import describe_cost, load_scorer, rank_passages
 from utils.training.batching import eval_batches
 from utils.training.log import score_table
 from utils.training.signals import Signals
@@ -96,28 +116,7 @@ from utils.training.signals import Signals
 RANKED = 100  # passages of a hop's ranking that are written out
 
 
-# ---- what is read, and what searches and writes
-
-
-def read_input(args, rejected_file: Path | None) -> tuple[list[Example], str]:
-    """The examples, and the name of their split: those of a file, one document, or the embedded ones."""
-    if args.input_file:
-        examples = load_examples(
-            args.input_file, split=args.split, documents_file=args.documents_file, require_summary=False,
-            max_examples=args.max_examples, rejected_file=rejected_file, **args.reading_options(),
-        )  # fmt: skip
-        return examples, args.split
-    if not args.document:
-        return sample_examples(args.split, 50, args.max_examples), args.split
-    try:
-        text = sys.stdin.read() if args.document == "-" else Path(args.document).read_text(encoding="utf-8")
-        text = text.removeprefix("\ufeff")  # a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--document {args.document}: cannot be read as UTF-8 text: {error}") from error
-    if not text.strip():
-        raise DataError(f"--document {args.document}: is empty; there is nothing to summarize")
-    document = Document("document", split_document(text, args.passage_words))
-    return [Example("document", args.query, document, [], None, None, None)], "document"
+# ---- what searches and what writes
 
 
 @dataclass
@@ -125,7 +124,8 @@ class Models:
     """What searches and what writes, with the settings that they were trained with."""
 
     retriever: object | None  # None: BM25
-    ranking: dict  # how the retriever ranks
+    reranker: object | None  # makes a scorer (see `load_scorer`)
+    ranking: dict  # how the retriever ranks, and the reranker
     summarizer: object | None  # None: summaries are extracts
     sources: Sources | None
     top_k: int
@@ -142,15 +142,16 @@ class Models:
 
 def load_models(args, accelerator) -> Models:
     """The models that the flags name; a flag that is not set is what the summarizer was trained with."""
-    for flag_name, name, script in (("retriever", args.retriever, "train_retrieve.py"),
-                                    ("summarizer", args.summarizer, "train_summarize.py")):  # fmt: skip
-        if name.startswith("outputs/") and not Path(name).is_dir():  # no name to ask the Hub for
-            raise UsageError(f"--{flag_name} {name}: no such folder; {script} makes it, or name another")
+    check_made("--retriever", args.retriever, "train_retrieve.py")
+    check_made("--summarizer", args.summarizer, "train_summarize.py")
     load = partial(load_retriever, trust_remote_code=args.trust_remote_code)
     is_trained = args.retriever != "bm25"
     ranking = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)
     check_language(args.language, args.retriever, ranking if is_trained else {})
-    retriever = load(args.retriever).to(accelerator.device) if is_trained else None
+    if args.corpus_file and ranking["smooth_window"]:
+        reason = f"--smooth_window {ranking['smooth_window']} cannot be used with --corpus_file"
+        raise UsageError(f"{reason}, whose passages have no neighbours; set it to 0")
+    retriever = load(args.retriever, truncate_dim=args.truncate_dim).to(accelerator.device) if is_trained else None
     saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": None, "passage_order": "document", "top_k": 5,
                 "prompt_template": None, "source_prefix": None, "source_lang": None, "target_lang": None}  # fmt: skip
@@ -173,7 +174,9 @@ def load_models(args, accelerator) -> Models:
         scorer = load(drafter).to(accelerator.device)
     elif summarizer is None:
         raise UsageError("--drafter summarizer needs a --summarizer")
-    return Models(retriever, ranking, summarizer, sources, settings["top_k"], scorer)
+    make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
+    ranking = (ranking if is_trained else {}) | of_reranker
+    return Models(retriever, make_scorer, ranking, summarizer, sources, settings["top_k"], scorer)
 
 
 # ---- the hops of some examples, on one process
@@ -198,15 +201,14 @@ def write_summaries(examples: list, read: list[list[int]], models: Models, spent
     return summaries
 
 
-def run_hops(
-    examples: list, models: Models, *, args, accelerator, poll
-) -> tuple[list[list[Hop]], list[str], list[dict]]:
-    """The hops of each example, its summary, and what was spent at each hop."""
+def run_hops(examples: list, models: Models, search, *, args, accelerator, poll) -> tuple[list[dict], list[dict]]:
+    """What was spent at each hop, and the record of each example: its hops and its summary."""
     spent = Counter()  # tokens, examples and seconds of this hop
     write = partial(write_summaries, models=models, spent=spent, batch_size=args.per_device_eval_batch_size,
                     accelerator=accelerator, poll=poll)  # fmt: skip
     encode_with = partial(encode, accelerator=accelerator, alone=True, poll=poll, cost=spent)
-    encode_once = remember_passages(partial(encode_with, models.retriever))
+    encode_once = models.retriever and search.remember(partial(encode_with, models.retriever))
+    score = models.reranker and models.reranker(poll=poll, alone=True, cost=spent)
     score_sentences = remember_passages(partial(encode_with, models.sentence_scorer))
     rankings: list[list] = [[] for _ in examples]  # each hop's own
     hops: list[list[Hop]] = [[] for _ in examples]
@@ -215,10 +217,7 @@ def run_hops(
         began = time.perf_counter()
         asking = [examples[i] for i in searching]
         searches = [search_text(examples[i].query, hops[i][-1].draft if hops[i] else "") for i in searching]
-        if models.retriever is None:
-            ranked = bm25_rankings(asking, queries=searches, language=args.language)
-        else:
-            ranked = retriever_rankings(asking, encode_once, models.ranking, searches)
+        ranked = rank_passages(search, asking, encode_once, models.ranking, searches, score=score)
         spent["examples"] += len(searching)
 
         fused = {}
@@ -236,7 +235,7 @@ def run_hops(
         else:
             drafts = extract_drafts(asking, read, score_sentences, args.draft_words)
         for i, passages, draft in zip(searching, read, drafts, strict=True):
-            hops[i].append(Hop(draft, passages, fused[i][:RANKED]))
+            hops[i].append(Hop(draft, passages, fused[i][: max(RANKED, models.top_k)]))
         is_last = not searching or len(costs) + 1 == args.num_hops
         if models.summarizer and models.sentence_scorer and is_last:
             summaries = write(examples, [of_example[-1].read for of_example in hops])
@@ -251,60 +250,61 @@ def run_hops(
 # ---- all examples
 
 
-def in_blocks(examples: list, size: int) -> list[list[int]]:
-    """Numbers of examples, at least `size` in each block but the last; those about one document stay together."""
-    blocks: list[list[int]] = []
-    for _, numbers in examples_by_document(examples):
-        if not blocks or len(blocks[-1]) >= size:
-            blocks.append([])
-        blocks[-1] += numbers
-    return blocks
-
-
 def main():
     args = arguments
     saved = [saved_settings(name) for name in (args.retriever, args.summarizer) if name not in ("bm25", "extract")]
     is_pretrained = any(not settings or settings.get("model_name_or_path") for settings in saved)
-    accelerator = Accelerator(mixed_precision=precision(args, is_pretrained))
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # of processes that wait for an index of a corpus
+    accelerator = Accelerator(mixed_precision=precision(args, is_pretrained), kwargs_handlers=[patience])
     run_folder = start(accelerator, args)
     poll = partial(Signals().poll, accelerator)
+    is_one = bool(args.document or args.query)  # which is shown
 
     def say(text: str) -> None:
         if accelerator.is_main_process:
-            print(text, file=sys.stderr if args.document else sys.stdout, flush=True)
+            print(text, file=sys.stderr if is_one else sys.stdout, flush=True)
 
-    examples, split = read_input(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
+    examples, split = load_input(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
     models = load_models(args, accelerator)
     if models.summarizer:
         say(describe_generation(models.summarizer.model, models.sources.source_prefix))
     record_run(accelerator, args, run_folder)  # only now it is accepted
+    language = args.language if models.retriever is None else models.ranking.get("language")
+    search = make_search([examples[0].document], models.retriever, index=args.index, folder=run_folder / "embeddings",
+                         top_k=max(models.top_k, models.ranking.get("rerank_top_k", 0)), language=language, say=say,
+                         accelerator=accelerator, alone=True)  # fmt: skip
+    if models.retriever is not None:
+        search.prepare(partial(encode, models.retriever, accelerator=accelerator, poll=poll))
     decide_nothing = ("output_dir", "cache_dir", "deterministic")
     key = digest([
         sorted((name, value) for name, value in vars(args).items() if name not in decide_nothing),
         [*models.key(), accelerator.mixed_precision, content_key(examples)],
     ])  # fmt: skip
-    blocks, parts = in_blocks(examples, args.per_device_eval_batch_size), run_folder / f"parts.{split}.{key}"
+    blocks, parts = search.blocks(examples, args.per_device_eval_batch_size), run_folder / f"parts.{split}.{key}"
     poll_within = poll if accelerator.num_processes == 1 else lambda: None  # several agree between two blocks only
-    work = partial(run_hops, models=models, args=args, accelerator=accelerator, poll=poll_within)
-    show_bar = accelerator.is_main_process and sys.stderr.isatty() and not args.document
+    work = partial(run_hops, models=models, search=search, args=args, accelerator=accelerator, poll=poll_within)
+    show_bar = accelerator.is_main_process and sys.stderr.isatty() and not is_one
     write_parts(parts, examples, blocks, work, say=say, accelerator=accelerator, poll=poll, show_bar=show_bar)
 
     if accelerator.is_main_process:
         records, costs = read_parts(parts, blocks, args.num_hops)
         write_jsonl(run_folder / f"predictions.{split}.jsonl", records)
         if args.retriever == "bm25":
-            first = [[(0, entry["score"]) for entry in record["hops"][0]["retrieved"]] for record in records]
+            first = [[(0, best["score"]) for best in record["hops"][0]["retrieved"][:1]] for record in records]
+            first = search.bm25_rankings(examples, 1) if models.reranker else first  # its scores are others
             say_unmatched(unmatched(examples, first), len(examples), args.language, say)
-        if args.document:
+        if is_one:
             show(records[0], say)
         else:
-            of_hops = [{"hop": hop, **score_hop(examples, records, hop), **dict(cost)}
+            of_hops = [{"hop": hop, **score_hop(records, hop), **dict(cost)}
                        for hop, cost in enumerate(costs, 1) if cost]  # fmt: skip
             (run_folder / f"hops.{split}.json").write_text(json.dumps(of_hops, indent=2) + "\n", encoding="utf-8")
             if scored := of_hops[0].get("with_reference"):
                 say(f"ROUGE is of the {scored} of {len(examples)} examples that have a reference")
             columns = tuple(name for name in SHOWN if any(name in row for row in of_hops))
             say(score_table({f"hop {row['hop']}": row for row in of_hops}, columns))
+            if models.reranker:
+                say(describe_cost(of_hops))
         say(f"wrote {run_folder / f'predictions.{split}.jsonl'}")
     end_run(accelerator)
 
@@ -314,13 +314,14 @@ SHOWN = ("recall@5", "new_evidence", "gold_words@1024", "rouge2", "rougeL", "exa
 
 
 def show(record: dict, say) -> None:
-    """One document's hops for a person to read, and its summary on standard output."""
+    """One document's or question's hops for a person to read, and its summary on standard output."""
+    names = record.get("passage_ids", range(len(record["passages"])))
     for number, hop in enumerate(record["hops"], 1):
         scores = {entry["passage"]: entry["score"] for entry in hop["retrieved"]}
         say(f"hop {number} read")
         for passage in hop["read"]:
             text = " ".join(record["passages"][passage].split())
-            say(f"  {passage:>4}  {scores[passage]:.3f}  {text if len(text) <= 90 else text[:87] + '...'}")
+            say(f"  {names[passage]:>4}  {scores[passage]:.3f}  {text if len(text) <= 90 else text[:87] + '...'}")
         say(f"  draft: {hop['draft']}")
     print(record["prediction"], flush=True)
 

@@ -8,14 +8,14 @@ sentence-transformers model and `retrieved.<split>.jsonl` of each split, the han
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import CorpusArguments, RankingArguments, TrainingArguments, flag, parse
+from utils.cli.arguments import CorpusArguments, RankingArguments, RerankerArguments, TrainingArguments, flag, parse
 from utils.errors import UsageError
 
 SCORES = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@10", "ndcg@10", "gold_words@1024")
 
 
 @dataclass
-class RetrieveArguments(TrainingArguments, RankingArguments, CorpusArguments):
+class RetrieveArguments(TrainingArguments, RerankerArguments, RankingArguments, CorpusArguments):
     """The retriever."""
 
     output_dir: str = flag("outputs/retrieve", "the run folder")
@@ -28,6 +28,7 @@ class RetrieveArguments(TrainingArguments, RankingArguments, CorpusArguments):
     attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster on a CPU", at_least=0, below=1)
     gradient_cache_tokens: int = flag(0, "gradient caching: tokens whose graph is kept at a time; 0: off", at_least=0)
     temperature: float = flag(0.05, "temperature of the contrastive loss", above=0)
+    matryoshka_dims: str = flag("", "the loss is the mean over embeddings cut to these sizes, such as 384,128 [whole]")
     num_positives: int = flag(1, "evidence passages drawn per query", at_least=1)
     num_hard_negatives: int = flag(3, "hard negatives drawn per query", at_least=0)
     negatives_pool: int = flag(20, "hard negatives are drawn from so many best-ranked passages", at_least=1)
@@ -40,23 +41,24 @@ class RetrieveArguments(TrainingArguments, RankingArguments, CorpusArguments):
     group_by_document: bool = flag(False, "fill batches with queries about the same document")
     supervision: str = flag("evidence", "positives: gold evidence, or a ROUGE oracle's", choices=("evidence", "rouge"))
     oracle_passages: int = flag(5, "maximum positives that the ROUGE oracle chooses", at_least=1)
-    teacher: str | None = flag(None, "folder of a summarizer that replaces the ROUGE oracle by its likelihoods")
+    teacher: str | None = flag(None, "a summarizer that replaces the ROUGE oracle, or a reranker that is learned from")
     teacher_candidates: int = flag(20, "best BM25 passages that the teacher compares", at_least=1)
-    teacher_temperature: float = flag(0.1, "temperature of the teacher's log-likelihoods per token", above=0)
-    index: str = flag("flat", "search of a corpus: exact, or two faster ones", choices=("flat", "ivf", "hnsw"))
+    teacher_temperature: float | None = flag(None, "the teacher's, of likelihoods [0.1] or scores [1]", above=0)
+    guide: str | None = flag(None, "a retriever that excludes negatives it finds as similar to the query as evidence")
     top_k: int = flag(100, "passages per example in the hand-over files", at_least=1)
     trec_run: bool = flag(False, "also write rankings and evidence as TREC run and qrels files")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("supervision", "teacher", "drafts_file", "validation_drafts_file"):
-            if self.corpus_file and getattr(self, name) not in (None, "evidence"):
-                raise UsageError(f"--{name} cannot be used with --corpus_file; leave it out")
+        if self.corpus_file and self.supervision != "evidence":
+            raise UsageError("--supervision cannot be used with --corpus_file; leave it out")
         for name in ("drafts_file", "found_weight"):
             if getattr(self, name) is not None and not self.draft_share:
                 raise UsageError(f"--{name} has no effect with --draft_share 0")
         if self.corpus_file and self.smooth_window:
             raise UsageError("--smooth_window cannot be used with --corpus_file, whose passages have no neighbours")
+        if self.index != "flat" and not self.corpus_file:
+            raise UsageError(f"--index {self.index} has no effect without --corpus_file")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once
@@ -65,7 +67,6 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 import collections
 import copy
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -86,9 +87,9 @@ from utils.evaluation.hops import score_beside_bm25, score_hops, score_one_hop
 from utils.models import contrastive, encoder
 from utils.models.lora import add_adapters
 from utils.retrieval.corpus_search import make_search
-from utils.retrieval.drafts import Imitations, first_drafts
+from utils.retrieval.drafts import first_drafts, imitations
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
-from utils.retrieval.ranking import KEPT
+from utils.retrieval.reranking import load_scorer, remember_scores
 from utils.retrieval.two_hops import search_hops
 from utils.tables import values
 from utils.training.batching import batch_shape, plan_epoch
@@ -112,7 +113,7 @@ def collate_pairs(batch: list[Pair], dummy: bool, *, epoch: int, pairs: Pairs, r
         "passage_keys": torch.full((len(keys),), -2) if dummy else torch.tensor(keys),
         "evidence_keys": torch.full((len(batch), 1), -1) if dummy else evidence,
         "evidence_weights": torch.zeros(len(batch), 1) if dummy else weights,
-        "is_distribution": torch.tensor([pair.is_distribution for pair in batch]),
+        **{name: torch.tensor([getattr(pair, name) for pair in batch]) for name in ("number", "is_distribution")},
     }
 
 
@@ -127,7 +128,7 @@ def plan_steps(lengths: list, groups: list, args, shape_of, epoch: int, without=
 # ---- training and validation
 
 
-def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever, args) -> dict:
+def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, args) -> dict:
     """Adds this micro-batch's share of the gradient of the step's mean loss over `count` pairs, of all processes."""
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
     texts, states, sides = batch["texts"], None, (len(batch["evidence_keys"]), len(batch["passage_keys"]))
@@ -146,7 +147,8 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
                     loss, right = contrastive.contrastive_loss(
                         queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
                         evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
-                        temperature=args.temperature,
+                        is_excluded=pairs.excluded(batch, keys), temperature=args.temperature,
+                        **encoder.matryoshka(pairs.model, args),
                     )  # fmt: skip
                 # times the number of processes, because gradients are averaged over them
                 accelerator.backward(loss * accelerator.num_processes / count)
@@ -156,8 +158,8 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, retriever,
                     contrastive.backward_by_chunk(model, texts, gradient, states)
                 else:
                     embeddings.backward(gradient)
-    pairs, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(retriever, texts)
-    counts = {"count": pairs, "examples": pairs, "tokens": tokens if pairs else 0, "slots": slots}  # a dummy has none
+    real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.model, texts)
+    counts = {"count": real, "examples": real, "tokens": tokens if real else 0, "slots": slots}  # a dummy has none
     return {"loss": loss.detach(), "right": right, **counts}
 
 
@@ -225,16 +227,16 @@ def main():
     retriever = make_retriever(documents, train, args)
     add_adapters(retriever, args, accelerator)
     log.say_model(retriever)
+    make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
 
     index = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
-                        language=args.language, log=log, accelerator=accelerator)  # fmt: skip
-    pairs = Pairs(args, train, documents, retriever, lexical=index.bm25_rankings, accelerator=accelerator)
+                        top_k=max(args.top_k, of_reranker.get("rerank_top_k", 0)), language=args.language, say=log.say,
+                        accelerator=accelerator)  # fmt: skip
+    pairs = Pairs(args, train, documents, retriever, search=index.bm25_rankings, accelerator=accelerator)
     log.say(f"{describe_splits(splits)}; {pairs.describe()}")
     gold = gold_passages(validation, args)
-    bm25_rankings = index.bm25_rankings(validation, args.top_k if args.corpus_file else KEPT, say=log.say)
-    bm25_scores = score_one_hop(validation, bm25_rankings, gold)
-    # what writes the drafts of a second hop in training and validation; without a summarizer, an imitation
-    imitate = partial(Imitations, seed=args.seed) if args.draft_share and not args.corpus_file else None
+    bm25_scores = score_one_hop(validation, index.bm25_rankings(validation, index.depth, say=log.say), gold)
+    # what writes the drafts of the second hop in validation; None: they are imitations
     given = args.validation_drafts_file and partial(first_drafts, read_drafts(args.validation_drafts_file, validation))
 
     # ---- optimizer, schedule
@@ -260,12 +262,13 @@ def main():
     # ---- training
 
     encode_texts = partial(encoder.encode, retriever, accelerator=accelerator, poll=run.poll)
-    rank_by = partial(index.retriever_rankings, settings=vars(args))
-    search_now = partial(search_hops, rank_by, encode_texts, kept=max(KEPT, args.top_k))
-    validation_search = partial(search_now, write_drafts=given or (imitate and imitate(validation)))
+    score = make_scorer and make_scorer(poll=run.poll, say=log.say)
+    search_now = partial(search_hops, index, encode_texts, vars(args) | of_reranker, score=score)
+    validation_search = partial(search_now, write_drafts=given or imitations(validation, args),
+                                score=score and remember_scores(score))  # fmt: skip
     validate_now = partial(validate, validation, gold, bm25_scores, validation_search, poll=run.poll)
     model.train()
-    micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, retriever=retriever, args=args)
+    micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, pairs=pairs, args=args)
     if run.state.validation_due:  # a signal interrupted it
         between_steps(run, validate_now, args)
     for epoch in itertools.count(run.state.epoch):
@@ -287,7 +290,7 @@ def main():
                 failure = "memory ran out"
             else:
                 average_gradients(accelerator, model)
-                gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
+                gnorm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf")))
                 failure = run.check_gradients(sums, gnorm)
             if failure:
                 run.skip(failure)  # nothing of the step is applied, on any process
@@ -314,9 +317,9 @@ def main():
         if whole is not retriever:
             whole.load_state_dict(weights)
         publish(run_folder, lambda folder: encoder.save_pretrained(whole, folder, args))
-    rows = {"BM25": scores["bm25"], "retriever": scores}
+    rows = {"BM25": scores["bm25"], "retriever, reranked" if score else "retriever": scores}
     rows |= {f"hop 2, {'given' if given else 'imitated'} drafts": scores["hop2"]} if "hop2" in scores else {}
-    write_drafts = {"train": imitate and imitate(train), "validation": given}
+    write_drafts = {"train": imitations(train, args), "validation": given}
     for split, examples in splits.items():
         rows |= hand_over(run, split, search_now(examples, write_drafts=write_drafts.get(split)), examples, index)
     log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))

@@ -9,11 +9,19 @@ holds a model that Transformers loads, `metrics.jsonl`, and `predictions.<split>
 
 from dataclasses import dataclass
 
-from utils.cli.arguments import DataArguments, LanguageArguments, RankingOverrides, TrainingArguments, flag, parse
+from utils.cli.arguments import (
+    DataArguments,
+    LanguageArguments,
+    RankingOverrides,
+    RerankerArguments,
+    TrainingArguments,
+    flag,
+    parse,
+)
 
 
 @dataclass
-class SummarizeArguments(LanguageArguments, RankingOverrides, TrainingArguments, DataArguments):
+class SummarizeArguments(LanguageArguments, RerankerArguments, RankingOverrides, TrainingArguments, DataArguments):
     """The summarizer."""
 
     output_dir: str = flag("outputs/summarize", "the run folder")

@@ -16,18 +16,20 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from utils.data.examples import Hop
+from utils.files import write_jsonl
 
 ROOT = Path(__file__).parent.parent
 
 # The smallest runs that have everything in them: two epochs, accumulation, dropout, draws of negatives.
 SMALL = {
     "train_retrieve.py": ["--sample_documents", 8, "--num_hard_negatives", 2],
+    "train_rerank.py": ["--sample_documents", 8, "--num_hard_negatives", 2, "--retriever", "bm25", "--rerank_top_k", 4],
     "train_summarize.py": ["--sample_documents", 8, "--dropout", 0.1, "--max_new_tokens", 2, "--num_beams", 1],
 }
 LOOP = ["--num_train_epochs", 2, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2,
         "--log_steps", 1, "--learning_rate", 3e-4]  # fmt: skip
 STEPS = 12  # 48 examples, 8 in a step, two epochs
-SCRIPTS = list(SMALL)
+SCRIPTS = ["train_retrieve.py", "train_summarize.py"]  # of the two stages
 OFFLINE = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one core for each, so that their threads do not wait for a core
@@ -116,6 +118,34 @@ def smoke(tmp_path_factory):
     return {"retrieve": retrieve, "summarize": summarize, "flags": flags}
 
 
+def write_beir(folder, **documents: int) -> dict[str, str]:
+    """The embedded transcripts, so many for each split, as one corpus in BEIR's layout, with questions and qrels."""
+    from utils.data.sample import sample_examples
+
+    corpus = {}
+    for split, count in documents.items():
+        examples = sample_examples(split, count)
+        queries = [{"_id": e.id, "text": e.query, "summary": e.summaries[0]} for e in examples]
+        qrels = ["query-id\tcorpus-id\tscore\n"]
+        for example in examples:
+            ids = [f"{split} {example.document.passage_id(n)}" for n in range(len(example.document.passages))]
+            corpus |= dict(zip(ids, example.document.passages, strict=True))
+            qrels += [f"{example.id}\t{ids[passage]}\t1\n" for passage in example.evidence]
+        write_jsonl(folder / f"queries.{split}.jsonl", queries)
+        (folder / f"qrels.{split}.tsv").write_text("".join(qrels))
+    write_jsonl(folder / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in corpus.items()])
+    return corpus
+
+
+def beir_flags(folder) -> list:
+    """Flags of train_retrieve.py for what `write_beir` wrote."""
+    flags = ["--corpus_file", folder / "corpus.jsonl", "--id_column", "_id", "--query_column", "text"]
+    for split in ("train", "validation"):
+        flags += [f"--{split}_file", folder / f"queries.{split}.jsonl"]
+        flags += [f"--{split}_qrels_file", folder / f"qrels.{split}.tsv"]
+    return flags
+
+
 CHAT = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant\n{% endif %}")  # fmt: skip
 
@@ -180,6 +210,7 @@ def inject(folder, script: str, target: str, when: str, what: str) -> Path:
 # what an injection of both scripts can stand before
 LOSS = {"train_retrieve.py": "utils.models.contrastive:contrastive_loss",
         "train_summarize.py": "utils.models.encoder_decoder:vocabulary_loss"}  # fmt: skip
+LOSS["train_rerank.py"] = "utils.models.cross_encoder:rerank_loss"
 FORWARD = {"train_retrieve.py": "sentence_transformers:SentenceTransformer.forward",
            "train_summarize.py": "utils.models.encoder_decoder:EncoderDecoder.forward"}  # fmt: skip
 
@@ -214,14 +245,14 @@ def assert_close(ours: dict, theirs: dict) -> None:
     """
     assert ours.keys() == theirs.keys()
     for name in ours:
-        if not name.endswith("k_proj.bias"):
+        if not name.endswith(("k_proj.bias", "key.bias")):
             assert torch.linalg.norm(ours[name] - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), name
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """For each script, a run that nothing happens to."""
-    folders = {script: tmp_path_factory.mktemp("undisturbed") for script in SCRIPTS}
+    folders = {script: tmp_path_factory.mktemp("undisturbed") for script in SMALL}
     for script, folder in folders.items():
         run(script, folder)
     return folders

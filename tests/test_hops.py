@@ -4,14 +4,16 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 
 import numpy as np
 import pytest
-from conftest import OFFLINE, ROOT, command, events, launch, read_jsonl
+from conftest import OFFLINE, ROOT, command, events, kill_all, launch, read_jsonl, wait_until
 
-from utils.data.examples import Document, Example
+from utils.data.examples import Document, Example, Hop
+from utils.data.hand_over import hops_record
 from utils.data.loading import load_examples
 from utils.data.sample import sample_records
 from utils.evaluation.hops import score_hop
@@ -76,12 +78,12 @@ def test_rouge_is_of_the_examples_that_have_a_reference():
     document = Document("d", ["They chose red.", "Nobody spoke."])
     examples = [Example(str(number), "q", document, summaries, None, None, None)
                 for number, summaries in enumerate((["They chose red."], [], ["Blue."]))]  # fmt: skip
-    hop = {"draft": "They chose red.", "read": [0], "retrieved": [{"passage": 0, "score": 1.0}]}
-    records = [{"hops": [hop], "prediction": hop["draft"]}] * 3
-    scores = score_hop(examples, records, 1)
+    hop = Hop("They chose red.", [0], [(0, 1.0)])
+    records = [hops_record(example, [hop], hop.draft) for example in examples]
+    scores = score_hop(records, 1)
     assert scores["with_reference"] == 2 and scores["rougeL"] == pytest.approx(50)
-    assert "with_reference" not in score_hop([examples[0]] * 3, records, 1)
-    assert score_hop([examples[1]] * 3, records, 1) == {}
+    assert "with_reference" not in score_hop([records[0]] * 3, 1)
+    assert score_hop([records[1]] * 3, 1) == {}
 
 
 def test_two_processes_write_the_same_file_as_one(hops, tmp_path):
@@ -144,6 +146,157 @@ def test_both_stages_read_what_the_hops_wrote(hops, tmp_path):
         assert sorted(record["hops"][-1]["read"]) == [entry["passage"] for entry in line["passages"]]
 
 
+# ---- a corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(smoke, tmp_path_factory):
+    """The same passages as a corpus and as one document, 24 questions to each, and flags of hops over both."""
+    folder = tmp_path_factory.mktemp("corpus")
+    first, passages, queries, examples = {}, [], [], []  # numbers of the first passage of each transcript
+    for record in sample_records("validation", 4):
+        if record["doc_id"] not in first:
+            first[record["doc_id"]] = len(passages)
+            # a word that all have: BM25 leaves out passages of a corpus that share no word with the question
+            passages += [f"{passage} (minutes)" for passage in record["passages"]]
+        gold = [first[record["doc_id"]] + number for number in record["evidence"]]
+        query = {"id": record["id"], "query": f"{record['query']} (minutes)", "summary": record["summary"]}
+        queries.append(query | {"evidence": [f"p{number}" for number in gold]})
+        examples.append(query | {"passages": passages, "evidence": gold})
+    write_jsonl(folder / "corpus.jsonl", [{"_id": f"p{n}", "text": text} for n, text in enumerate(passages)])
+    write_jsonl(folder / "queries.jsonl", queries)
+    write_jsonl(folder / "examples.jsonl", examples)
+    flags = ["--num_beams", 1, "--max_new_tokens", 12, "--per_device_eval_batch_size", 6, "--passage_order", "rank"]
+    searched = ["--corpus_file", folder / "corpus.jsonl", "--input_file", folder / "queries.jsonl"]
+    models = ["--retriever", smoke["retrieve"], "--ranking", "hybrid", "--summarizer", smoke["summarize"]]
+    result = launch(SCRIPT, *flags, *searched, *models, "--output_dir", folder / "run")
+    assert result.returncode == 0, result.stderr
+    return {"folder": folder, "flags": flags, "searched": searched, "models": models}
+
+
+@pytest.mark.parametrize("ranking", ["bm25", "dense", "hybrid"])
+def test_hops_over_a_corpus_are_those_over_a_document_of_the_same_passages(ranking, corpus, smoke, tmp_path):
+    models = corpus["models"]
+    if ranking == "bm25":
+        models = ["--retriever", "bm25", "--summarizer", smoke["summarize"]]
+    elif ranking == "dense":
+        models = ["--retriever", smoke["retrieve"], "--summarizer", "extract"]
+    flags, folder = [*corpus["flags"], *models], corpus["folder"]
+    result = launch(SCRIPT, *flags, "--input_file", folder / "examples.jsonl", "--output_dir", tmp_path / "document")
+    assert result.returncode == 0, result.stderr
+    ours = folder / "run"
+    if ranking != "hybrid":
+        result = launch(SCRIPT, *flags, *corpus["searched"], "--output_dir", tmp_path / "corpus")
+        assert result.returncode == 0, result.stderr
+        ours = tmp_path / "corpus"
+
+    records, others = (read_jsonl(run / "predictions.validation.jsonl") for run in (ours, tmp_path / "document"))
+    assert any(len(record["hops"]) == 2 for record in records) and len(records) == 24
+    for record, other in zip(records, others, strict=True):
+        number = [int(key[1:]) for key in record["passage_ids"]]  # in the corpus, and in the document
+        assert [other["passages"][passage] for passage in number] == record["passages"]
+        assert sorted(number[passage] for passage in record["evidence"]) == other["evidence"]
+        assert record["prediction"] == other["prediction"] and record["retrieved"] == record["hops"][-1]["retrieved"]
+        for hop, of_document in zip(record["hops"], other["hops"], strict=True):
+            assert hop["draft"] == of_document["draft"]
+            assert [number[passage] for passage in hop["read"]] == of_document["read"]
+            (found, scores), (expected, of_expected) = (
+                zip(*((entry["passage"], entry["score"]) for entry in each["retrieved"]), strict=True)
+                for each in (hop, of_document)
+            )
+            assert scores == pytest.approx(of_expected, abs=1e-4)
+            assert [number[passage] for passage in found[:20]] == list(expected[:20])
+        named = {entry["passage"] for hop in record["hops"] for entry in hop["retrieved"]}
+        assert named | set(record["evidence"]) == set(range(len(record["passages"])))
+    rows, expected = (json.loads((run / "hops.validation.json").read_text()) for run in (ours, tmp_path / "document"))
+    assert len(rows) == 2
+    for row, of_document in zip(rows, expected, strict=True):
+        assert {"recall@5", "gold_words@1024", "rougeL"} < row.keys()
+        for name in set(row) - {"seconds", "encoder_tokens"}:
+            assert row[name] == pytest.approx(of_document[name]), name
+
+
+def test_two_processes_search_a_corpus_as_one(corpus, tmp_path):
+    result = launch(SCRIPT, *corpus["flags"], *corpus["searched"], *corpus["models"], "--output_dir", tmp_path,
+                    processes=2)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    ours, theirs = (
+        read_jsonl(folder / "predictions.validation.jsonl") for folder in (tmp_path, corpus["folder"] / "run")
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert [hop["draft"] for hop in a["hops"]] == [hop["draft"] for hop in b["hops"]]
+        assert (a["prediction"], a["passage_ids"], a["retrieved"]) == (
+            b["prediction"],
+            b["passage_ids"],
+            b["retrieved"],
+        )
+
+
+def test_a_killed_search_of_a_corpus_goes_on_with_its_vectors_and_its_finished_parts(corpus, tmp_path):
+    flags = ["--output_dir", tmp_path, *corpus["flags"], *corpus["searched"], *corpus["models"]]
+    with (tmp_path / "output.txt").open("wb") as output:
+        process = subprocess.Popen(command(SCRIPT, flags, 1), env={**os.environ, **OFFLINE}, stdout=output,
+                                   stderr=subprocess.STDOUT)  # fmt: skip
+    wait_until(lambda: list(tmp_path.glob("parts.validation.*/0.jsonl")), process, tmp_path)
+    kill_all(process)
+    assert not (tmp_path / "predictions.validation.jsonl").exists()
+    kept = [*tmp_path.glob("parts.validation.*/0.jsonl"), *tmp_path.glob("embeddings/*.npy")]
+    made = [file.stat().st_mtime_ns for file in kept]
+    result = launch(SCRIPT, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "of 4 parts were done before" in result.stdout
+    assert len(made) == 2 and [file.stat().st_mtime_ns for file in kept] == made
+    ours, theirs = (folder / "predictions.validation.jsonl" for folder in (tmp_path, corpus["folder"] / "run"))
+    assert ours.read_text() == theirs.read_text()
+
+    # the same flags, but other passages under the same name
+    other = shutil.copytree(corpus["folder"], tmp_path / "other")
+    flags = [str(flag).replace(str(corpus["folder"]), str(other)) for flag in flags]
+    before = launch(SCRIPT, *flags)
+    texts = read_jsonl(other / "corpus.jsonl")
+    write_jsonl(other / "corpus.jsonl", [*texts[:-1], texts[-1] | {"text": "Rewritten."}])
+    after = launch(SCRIPT, *flags)
+    assert before.returncode == after.returncode == 0, after.stderr
+    assert "were done before" not in after.stdout
+
+
+def test_both_stages_read_the_hops_over_a_corpus(corpus, tmp_path):
+    written = corpus["folder"] / "run" / "predictions.validation.jsonl"
+    result = launch("train_summarize.py", "--output_dir", tmp_path / "s", "--train_file", written, "--validation_file",
+                    written, "--num_train_epochs", 1, "--max_new_tokens", 4, "--num_beams", 1)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for line, record in zip(read_jsonl(tmp_path / "s" / "predictions.validation.jsonl"), read_jsonl(written),
+                            strict=True):  # fmt: skip
+        assert sorted(record["hops"][-1]["read"]) == [entry["passage"] for entry in line["passages"]]
+    queries = corpus["folder"] / "queries.jsonl"
+    result = launch("train_retrieve.py", "--output_dir", tmp_path / "r", "--corpus_file",
+                    corpus["folder"] / "corpus.jsonl", "--train_file", queries, "--validation_file", queries,
+                    "--drafts_file", written, "--validation_drafts_file", written, "--found_weight", 0.1,
+                    "--num_train_epochs", 1, "--ranking", "hybrid", "--mine_negatives_every", 1)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "hop 2, given drafts" in result.stdout
+    scores = events(tmp_path / "r", "validation")[-1]
+    assert scores["hop2"]["recall@5"] > 0 and scores["hop2"] != {name: scores[name] for name in scores["hop2"]}
+    for handed, record in zip(read_jsonl(tmp_path / "r" / "retrieved.validation.jsonl"), read_jsonl(written),
+                              strict=True):  # fmt: skip
+        assert handed["hops"][0]["draft"] == record["hops"][0]["draft"]
+
+
+def test_one_question_is_put_to_a_corpus(corpus, tmp_path):
+    query = read_jsonl(corpus["folder"] / "queries.jsonl")[0]["query"]
+    result = launch(SCRIPT, *corpus["flags"], *corpus["searched"][:2], *corpus["models"], "--query", query,
+                    "--index", "ivf", "--output_dir", tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (record,) = read_jsonl(tmp_path / "predictions.query.jsonl")
+    expected = read_jsonl(corpus["folder"] / "run" / "predictions.validation.jsonl")[0]
+    assert result.stdout == record["prediction"] + "\n" and (tmp_path / "embeddings" / "ivf.faiss").exists()
+    assert record["prediction"] == expected["prediction"]
+    for hop in record["hops"]:
+        for passage in hop["read"]:
+            assert f"  {record['passage_ids'][passage]:>4}  " in result.stderr
+    assert "--index ivf misses 0.0%" in result.stderr
+
+
 # ---- one document
 
 
@@ -157,7 +310,7 @@ def test_a_retriever_from_elsewhere_ranks_as_the_flags_say(smoke, tmp_path):
     elsewhere = tmp_path / "elsewhere"  # as on the Hub: with prompts, without settings of ours
     model = SentenceTransformer(str(smoke["retrieve"]), device="cpu", prompts={"query": "ask: ", "document": "text: "})
     model.save_pretrained(str(elsewhere), create_model_card=False)
-    wanted = {"ranking": "hybrid", "bm25_weight": 0.9, "smooth_window": 2, "smooth_decay": 0.6}
+    wanted = {"ranking": "hybrid", "bm25_weight": 0.9, "smooth_window": 2, "smooth_decay": 0.6, "truncate_dim": 16}
     flags = [word for name, value in wanted.items() for word in (f"--{name}", value)]
     rest = ["--retriever", elsewhere, "--summarizer", "extract", "--num_hops", 1, "--max_examples", 6]
     written = {}
@@ -167,10 +320,11 @@ def test_a_retriever_from_elsewhere_ranks_as_the_flags_say(smoke, tmp_path):
         written[name] = load_examples(tmp_path / name / "predictions.validation.jsonl")
 
     def encode(texts, kind):
-        return (model.encode_query if kind == "query" else model.encode_document)(texts)
+        return (model.encode_query if kind == "query" else model.encode_document)(texts, normalize_embeddings=True)
 
     for name, settings in (("dense", {}), ("flags", wanted)):
-        expected = retriever_rankings(written[name], encode, settings)
+        with model.truncate_embeddings(settings.get("truncate_dim")):
+            expected = retriever_rankings(written[name], encode, settings)
         for example, ranking in zip(written[name], expected, strict=True):
             assert [score for _, score in example.retrieved] == pytest.approx([score for _, score in ranking], abs=1e-4)
             assert example.retrieved[0][0] == ranking[0][0]
@@ -204,7 +358,14 @@ def test_one_document_is_summarized_on_standard_output_and_explained_on_standard
         (["--summarizer", "nowhere", "--retriever", "bm25"], "--summarizer nowhere: no summarizer"),
         (["--summarizer", "extract", "--retriever", "bm25"], "name a --drafter, or a --summarizer"),
         (["--ranking", "hybrid", "--retriever", "bm25", "--summarizer", "extract"], "--ranking needs a --retriever"),
-        (["--query", "Why?"], "--query is only for --document"),
+        (["--query", "Why?"], "--query is only for --document or --corpus_file"),
+        (["--query", "Why?", "--corpus_file", "c", "--input_file", "x"], "examples have their own queries"),
+        (["--document", "x", "--corpus_file", "c"], "--document and --corpus_file: give only one of them"),
+        (["--corpus_file", "c"], "--corpus_file needs --input_file, whose queries search it, or one --query"),
+        (["--qrels_file", "x", "--corpus_file", "c", "--query", "Why?"], "--qrels_file needs --corpus_file, whose"),
+        (["--index", "hnsw", "--input_file", "x"], "--index hnsw needs a --corpus_file"),
+        (["--passage_order", "document", "--corpus_file", "c", "--query", "Why?"], "its passages have no order"),
+        (["--corpus_file", "nowhere.jsonl", "--query", "Why?"], "nowhere.jsonl: no such file or folder"),
         (["--num_hop", "2"], "did you mean --num_hops?"),
     ],
 )

@@ -7,11 +7,27 @@ import signal
 import psutil
 import pytest
 import torch
-from conftest import STEPS, assert_same_run, events, history, kill_all, run, start, wait_until, weights
+from conftest import (
+    STEPS,
+    assert_same_run,
+    beir_flags,
+    events,
+    history,
+    kill_all,
+    run,
+    start,
+    wait_until,
+    weights,
+    write_beir,
+)
 from safetensors.torch import save_file
 
 
-@pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow), "train_summarize.py"])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param("train_retrieve.py", marks=pytest.mark.slow),
+     pytest.param("train_rerank.py", marks=pytest.mark.slow), "train_summarize.py"],
+)  # fmt: skip
 def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(script, undisturbed, tmp_path):
     for step in (3, 8):  # in the middle of the first epoch, and of the second
         process = start(script, tmp_path, "--checkpointing_steps", 1, "--dataloader_num_workers", 2)
@@ -33,6 +49,8 @@ slow = pytest.mark.slow
         pytest.param("train_summarize.py", signal.SIGUSR1, 2, marks=slow),  # to one worker of two
         pytest.param("train_summarize.py", signal.SIGINT, 1, marks=slow),
         pytest.param("train_summarize.py", signal.SIGUSR1, 1, marks=slow),
+        ("train_rerank.py", signal.SIGTERM, 1),
+        pytest.param("train_rerank.py", signal.SIGUSR1, 2, marks=slow),
         pytest.param("train_retrieve.py", signal.SIGTERM, 1, marks=slow),
         pytest.param("train_retrieve.py", signal.SIGINT, 1, marks=slow),
         pytest.param("train_retrieve.py", signal.SIGUSR1, 1, marks=slow),
@@ -62,15 +80,22 @@ def test_a_signal_saves_and_leaves_with_its_code_and_the_run_goes_on(script, num
 
 
 @pytest.mark.slow
-def test_mined_negatives_are_those_of_the_interrupted_run(undisturbed, tmp_path):
+@pytest.mark.parametrize("is_corpus", [False, True], ids=["documents", "corpus"])
+def test_mined_negatives_are_those_of_the_interrupted_run(is_corpus, undisturbed, tmp_path):
     """Killed in the second epoch, whose negatives a model found that no longer exists."""
     script, flags = "train_retrieve.py", ("--mine_negatives_every", 1, "--checkpointing_steps", 1)
+    if is_corpus:
+        write_beir(tmp_path, train=8, validation=1)
+        flags += (*beir_flags(tmp_path), "--ranking", "hybrid", "--found_weight", 0.1, "--draft_share", 0.7)
     run(script, tmp_path / "whole", *flags)
     process = start(script, tmp_path / "killed", *flags)
     wait_until(lambda: len(events(tmp_path / "killed", "train")) >= 8, process, tmp_path / "killed")
     kill_all(process)
     run(script, tmp_path / "killed", *flags)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert all("hop2" in line for line in events(tmp_path / "killed", "validation"))
+    if is_corpus:
+        return
     mined, plain = (history(folder)["train"] for folder in (tmp_path / "whole", undisturbed[script]))
     assert mined[: STEPS // 2] == plain[: STEPS // 2]  # the first epoch's are BM25's
     assert mined[STEPS // 2] != plain[STEPS // 2]

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from conftest import ROOT, events, launch, read_jsonl
+from conftest import ROOT, beir_flags, events, launch, read_jsonl, write_beir
 
 from utils.data.examples import Document
 from utils.data.loading import load_examples
-from utils.data.sample import sample_examples, sample_records
+from utils.data.sample import sample_records
 from utils.data.trec import read_qrels, read_run
 from utils.evaluation.retrieval import retrieval_scores
 from utils.evaluation.rouge import rouge_scores
@@ -333,6 +333,73 @@ def test_a_teacher_supervises_examples_without_evidence(smoke, tmp_path):
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_a_reranker_is_trained_and_ranks_alike_in_all_scripts(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # nothing is kept from elsewhere
+    rerank, retriever = tmp_path / "rerank", smoke["retrieve"]
+    data = ["--sample_documents", 8, "--log_steps", 2]  # six validation examples
+    result = launch("train_rerank.py", "--output_dir", rerank, "--retriever", retriever, *data, "--num_train_epochs", 1,
+                    "--num_hard_negatives", 3, "--rerank_top_k", 6, "--rerank_weight", 2.5)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "the reranker scored 6.0 passages a query in" in result.stdout
+    validation = events(rerank, "validation")[-1]
+    assert {"hop2", "retriever"} <= validation.keys() and "hop2" in validation["retriever"]
+    ranked = [line["retrieved"] for line in read_jsonl(rerank / "retrieved.validation.jsonl")]
+    without = [line["retrieved"] for line in read_jsonl(retriever / "retrieved.validation.jsonl")][:6]
+
+    def order(rankings, top=None):
+        return [[entry["passage"] for entry in ranking[:top]] for ranking in rankings]
+
+    assert order(ranked) != order(without)
+    assert [sorted(of_one) for of_one in order(ranked, 6)] == [sorted(of_one) for of_one in order(without, 6)]
+
+    use = ["--retriever", retriever, "--reranker", rerank]
+    hops = launch("retrieve_and_summarize.py", *use, "--summarizer", "extract", "--num_hops", 1, "--max_examples", 6,
+                  "--output_dir", tmp_path / "hops")  # fmt: skip
+    assert hops.returncode == 0, hops.stderr
+    found = [line["retrieved"] for line in read_jsonl(tmp_path / "hops/predictions.validation.jsonl")]
+    assert order(found) == order(ranked)
+    assert json.loads((tmp_path / "hops/hops.validation.json").read_text())[0]["pairs"] == 6 * 6
+
+    stage_2 = [*use, *data, "--max_train_steps", 1, "--num_beams", 1, "--max_new_tokens", 2, "--passage_order", "rank"]
+    for number in range(2):  # the second time, the rankings are found where they were kept
+        result = launch("train_summarize.py", *stage_2, "--output_dir", tmp_path / f"summarize_{number}")
+        assert result.returncode == 0, result.stderr
+        assert ("the reranker scored" in result.stdout) == (number == 0)
+        read = [line["passages"] for line in read_jsonl(tmp_path / f"summarize_{number}/predictions.validation.jsonl")]
+        assert order(read) == order(ranked, 5)
+
+    # the same retriever, trained for nothing
+    result = launch("train_retrieve.py", *data, "--model_name_or_path", retriever, "--reranker", rerank,
+                    "--max_train_steps", 1, "--learning_rate", 0, "--output_dir", tmp_path / "retrieve")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "the reranker scored" in result.stdout
+    found = [line["retrieved"] for line in read_jsonl(tmp_path / "retrieve/retrieved.validation.jsonl")]
+    assert order(found, 6) == order(ranked, 6)
+    assert events(tmp_path / "retrieve", "validation")[-1]["ndcg@10"] == pytest.approx(validation["ndcg@10"], abs=0.01)
+
+
+def test_two_processes_rerank_what_a_trained_retriever_finds_as_one_does(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # the pairs are made anew, by one process for both
+    flags = ["--retriever", smoke["retrieve"], "--sample_documents", 8, "--num_hard_negatives", 2, "--rerank_top_k", 4,
+             "--max_train_steps", 1, "--learning_rate", 0]  # fmt: skip
+    found = []
+    for processes in (2, 1):
+        folder = tmp_path / str(processes)
+        result = launch("train_rerank.py", "--output_dir", folder, *flags, processes=processes, timeout=200)
+        assert result.returncode == 0, result.stderr
+        scores = events(folder, "validation")[-1]
+        found.append({name: scores[name] for name in ("ndcg@10", "recall@5", "hop2", "retriever")})
+    assert found[0] == found[1]
+
+
+def test_adapters_of_a_reranker_need_a_head_that_was_trained(smoke, tmp_path):
+    flags = ["--retriever", "bm25", "--sample_documents", 8, "--max_train_steps", 1, "--lora_rank", 2]
+    result = launch(
+        "train_rerank.py", "--output_dir", tmp_path / "a", "--model_name_or_path", smoke["retrieve"], *flags
+    )
+    assert result.returncode == 2 and "scores no pairs yet; train it without adapters" in result.stderr
+
+
 @pytest.mark.parametrize("script", ["train_retrieve.py", "train_summarize.py"])
 def test_a_broken_data_file_gives_one_readable_error_and_exit_code_2(tmp_path, script):
     data = tmp_path / "train.jsonl"
@@ -391,23 +458,6 @@ def test_the_embedded_data_set_prints_as_files_that_load(tmp_path):
 # ---- an open corpus
 
 
-def write_beir(folder):
-    """The embedded transcripts as one corpus in BEIR's layout, with the questions and qrels of each split."""
-    corpus = {}
-    for split, documents in (("train", 12), ("validation", 4), ("test", 2)):
-        examples = sample_examples(split, documents)
-        queries = [{"_id": e.id, "text": e.query, "summary": e.summaries[0]} for e in examples]
-        qrels = ["query-id\tcorpus-id\tscore\n"]
-        for example in examples:
-            ids = [f"{split} {example.document.passage_id(n)}" for n in range(len(example.document.passages))]
-            corpus |= dict(zip(ids, example.document.passages, strict=True))
-            qrels += [f"{example.id}\t{ids[passage]}\t1\n" for passage in example.evidence]
-        write_jsonl(folder / f"queries.{split}.jsonl", queries)
-        (folder / f"qrels.{split}.tsv").write_text("".join(qrels))
-    write_jsonl(folder / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in corpus.items()])
-    return corpus
-
-
 def check_with_trec_eval(folder, split):
     """trec_eval finds in the TREC files of a split what the log says."""
     run, qrels = (read(folder / f"{name}.{split}.trec") for name, read in (("run", read_run), ("qrels", read_qrels)))
@@ -420,14 +470,11 @@ def check_with_trec_eval(folder, split):
 
 
 def test_a_corpus_is_searched_with_its_own_ids_and_handed_over_to_stage_2(tmp_path, monkeypatch):
-    corpus = write_beir(tmp_path)
+    corpus = write_beir(tmp_path, train=12, validation=4, test=2)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    flags = ["--output_dir", tmp_path / "run", "--corpus_file", tmp_path / "corpus.jsonl", "--id_column", "_id",
-             "--query_column", "text", "--num_train_epochs", 2, "--mine_negatives_every", 1, "--ranking", "hybrid",
-             "--top_k", 20, "--trec_run", "--per_device_train_batch_size", 8]  # fmt: skip
-    for split in ("train", "validation"):
-        flags += [f"--{split}_file", tmp_path / f"queries.{split}.jsonl"]
-        flags += [f"--{split}_qrels_file", tmp_path / f"qrels.{split}.tsv"]
+    flags = ["--output_dir", tmp_path / "run", "--num_train_epochs", 2, "--mine_negatives_every", 1,
+             "--ranking", "hybrid", "--top_k", 20, "--trec_run", "--per_device_train_batch_size", 8,
+             *beir_flags(tmp_path)]  # fmt: skip
     result = launch("train_retrieve.py", *flags)
     assert result.returncode == 0, result.stderr
     handed = read_jsonl(tmp_path / "run" / "retrieved.validation.jsonl")
@@ -435,6 +482,14 @@ def test_a_corpus_is_searched_with_its_own_ids_and_handed_over_to_stage_2(tmp_pa
     for line in handed:
         assert [corpus[key] for key in line["passage_ids"]] == line["passages"]
         assert [entry["passage"] for entry in line["retrieved"]] == list(range(20))
+
+    # the second hop, with imitated drafts: its scores, and the training examples with what both hops found
+    assert all(line["hop2"]["recall@20"] > 0 for line in events(tmp_path / "run", "validation"))
+    for line in read_jsonl(tmp_path / "run" / "retrieved.train.jsonl"):
+        first, second = line["hops"]
+        assert first["draft"] and first["read"] == [entry["passage"] for entry in first["retrieved"][:5]]
+        assert line["retrieved"] == second["retrieved"] and len(line["passages"]) == len(line["passage_ids"]) < 50
+        assert [corpus[key] for key in line["passage_ids"]] == line["passages"]
 
     check_with_trec_eval(tmp_path / "run", "validation")
 

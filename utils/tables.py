@@ -237,6 +237,12 @@ def cached(name: str, key: list | None, write: Callable[[Path], None]) -> Path:
     return path
 
 
+def find_cached(name: str, key: list) -> Path | None:
+    """The folder that `cached` filled for this `name` and `key`, if it is there and whole."""
+    path = cache_folder() / f"{name}_{digest([_code(), *key])}"
+    return path if _is_whole(path) else None
+
+
 def _keep_privately(path: Path, error: OSError, fill: Callable[[Path], None]) -> Path:
     folder, reason = path.parent, error.strerror or error
     if is_cache_chosen():

@@ -56,6 +56,14 @@ def test_a_mistyped_flag_is_answered_at_once_with_the_flag_that_was_meant(script
     assert not list(tmp_path.iterdir())  # and nothing was written
 
 
+@pytest.mark.parametrize("sizes", ["64,128", "64,64", "64,0", "64,x", "64,", "-4", "6.5"])
+def test_sizes_of_cut_embeddings_must_descend(sizes, monkeypatch, capsys):
+    arguments, error = parse_flags(monkeypatch, capsys, f"--matryoshka_dims={sizes}", script="train_retrieve")
+    assert arguments is None
+    assert f"--matryoshka_dims {sizes}: must be numbers of at least 1, the largest first" in error
+    check_one_line(error)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_flag_without_imports_that_take_seconds(script):
     program = f"""if True:
@@ -80,7 +88,7 @@ def test_help_lists_every_flag_without_imports_that_take_seconds(script):
 
 def test_help_is_grouped_by_purpose_with_the_most_used_flags_first_and_fits_the_terminal():
     flags = set()
-    for script in (*SCRIPTS, "retrieve_and_summarize.py"):
+    for script in (*SCRIPTS, "train_rerank.py", "retrieve_and_summarize.py"):
         text = run(script, "--help").stdout
         assert max(map(len, text.splitlines())) <= 120
         groups = re.split(r"\n\n([a-z ,]+):\n", text.partition("\noptions:")[2])

@@ -15,6 +15,7 @@ from utils.cli.arguments import CorpusArguments
 from utils.data.corpus import load_corpus
 from utils.data.examples import Corpus, Document, Hop, blocks
 from utils.data.hand_over import have_rankings, hops_record, write_retrieved
+from utils.data.kept import content_key
 from utils.data.loading import load_examples, load_splits
 from utils.data.passages import split_document
 from utils.data.trec import read_qrels
@@ -505,6 +506,15 @@ def test_examples_share_the_corpus_and_name_their_evidence_by_its_ids(tmp_path, 
     assert (second.evidence, second.query, second.summaries) == (None, "what?", ["flour"])
 
 
+def test_the_checksum_of_examples_is_another_if_the_passages_of_their_corpus_are(tmp_path):
+    path = write(tmp_path / "q.jsonl", {"_id": "q1", "text": "who?"})
+    corpora = [load_corpus(write(tmp_path / f"{text}.jsonl", {"_id": "d", "text": text})) for text in ("a", "b")]
+    examples = [load_examples(path, corpus=corpus, **BEIR) for corpus in (*corpora, corpora[0])]
+    for ours in (examples, [list(of_corpus) for of_corpus in examples]):
+        first, second, third = map(content_key, ours)
+        assert first == third != second
+
+
 @pytest.mark.parametrize(
     "lines",
     [
@@ -598,6 +608,23 @@ def test_hand_over_of_a_corpus_is_read_without_it(tmp_path, corpus):
     assert (third.document.passages, third.evidence, third.retrieved) == ([PASSAGES[1]], [0], [])
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [record["passage_ids"] for record in records] == [["d 3", "2", "d1"], ["d1"], ["2"]]
+
+
+def test_hops_over_a_corpus_are_read_back_with_the_passages_that_they_name(tmp_path):
+    corpus = load_corpus(write(tmp_path / "c.jsonl", *({"_id": f"d{n}", "text": "w " * (n + 1)} for n in range(9))))
+    path = write(tmp_path / "q.jsonl", {"_id": "q", "text": "who?", "summary": "s", "evidence": ["d7", "d5"]})
+    (example,) = load_examples(path, corpus=corpus, **BEIR)
+    hops = [Hop("first", [8, 5, 0], [(8, 0.5), (5, 0.25)]), Hop("second", [2, 8], [(2, 0.75), (8, 0.5)]),
+            Hop("third", [], [])]  # fmt: skip
+    write_jsonl(tmp_path / "h.jsonl", [hops_record(example, hops[:2], "the summary"), hops_record(example, hops)])
+    record, _ = map(json.loads, (tmp_path / "h.jsonl").read_text(encoding="utf-8").splitlines())
+    assert record["passage_ids"] == ["d2", "d8", "d5", "d0", "d7"]
+    assert record["passages"] == [corpus.passages[int(key[1:])] for key in record["passage_ids"]]
+    write(tmp_path / "h.jsonl", record, {**hops_record(example, hops), "id": "r"})
+    again, last = load_examples(tmp_path / "h.jsonl")
+    assert again.hops == [Hop("first", [1, 2, 3], [(1, 0.5), (2, 0.25)]), Hop("second", [0, 1], [(0, 0.75), (1, 0.5)])]
+    assert (again.retrieved, again.evidence, again.evidence_words) == ([(0, 0.75), (1, 0.5)], [2, 4], [6, 8])
+    assert (last.retrieved, last.hops[2]) == ([], Hop("third", [], []))  # a hop that found nothing
 
 
 def test_hand_over_leaves_out_examples_for_which_nothing_was_found(tmp_path, corpus, caplog):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, one_hop
 
-from utils.data.examples import Document, Example
-from utils.data.hand_over import write_retrieved
+from utils.data.examples import Document, Example, Hop
+from utils.data.hand_over import hops_record, write_retrieved
 from utils.data.trec import write_qrels, write_run
 from utils.errors import DataError
 from utils.evaluation.compare import main
@@ -168,7 +168,7 @@ def test_misuse_as_users_meet_it_is_one_line_and_exit_code_2(files):
     [
         (["a.jsonl", "--metric", "recall"], "recall@5"),
         (["a.jsonl", "--metric", "recall@0"], "recall@5"),
-        (["a.jsonl", "--metric", "map@10"], "recall@5"),
+        (["a.jsonl", "--metric", "map"], "recall@5"),
         (["a.jsonl", "--draws", "0"], "--draws of 1 or more"),
         (["a.jsonl", "--draws", "many"], "invalid int value: 'many'"),
         (["bm25"], "bm25 ranks the passages of a hand-over file"),
@@ -282,6 +282,34 @@ def test_sides_that_do_not_belong_together_are_refused_in_words(files):
     ):
         with pytest.raises(DataError, match=message):
             main([str(files / side) for side in sides])
+
+
+def test_a_hop_of_a_file_is_compared_by_its_ranking_and_by_its_draft(tmp_path, capsys):
+    examples, rankings = make_examples()
+    hops, records = [], []
+    for number, (example, ranking) in enumerate(zip(examples, rankings, strict=True)):
+        first, second = Hop("one word", [0], ranking[::-1]), Hop("two", [1], ranking)
+        hops.append([first, second] if number else [second])  # the search for the first ended after one hop
+        records.append(hops_record(example, hops[-1], "the end"))
+    path = tmp_path / "predictions.jsonl"
+    write_jsonl(path, records)
+    of_first = [of_example[0].retrieved for of_example in hops]
+    for metric, option in (("recall@3", {"recall_cutoffs": (3,)}), ("map@8", {"map_cutoff": 8})):
+        one, two = (scores_of(examples, each, metric, **option).mean() for each in (of_first, rankings))
+        lines = printed(capsys, f"{path}#1", f"{path}#2", "--metric", metric, "--draws", 20)
+        assert [numbers(line)[0] for line in lines[1:4]] == pytest.approx([one, two, one - two], abs=0.006)
+        assert lines[1].endswith("predictions.jsonl#1")
+        assert numbers(printed(capsys, path, "--metric", metric, "--draws", 20)[1])[0] == pytest.approx(two, abs=0.006)
+    lines = printed(capsys, f"{path}#1", f"{path}#2", "--metric", "rouge1", "--draws", 20)
+    of_texts = [rouge_scores(text, ["s"])["rouge1"] for text in ("one word", "the end")]
+    assert [numbers(line)[0] for line in lines[1:3]] == pytest.approx(of_texts, abs=0.006)
+
+
+def test_map_is_the_mean_precision_at_the_ranks_of_the_evidence():
+    case = ([4, 1, 3, 0, 2], [1, 0, 9], [1] * 10)  # found at ranks 2 and 4, and one not at all
+    assert retrieval_scores(*case, map_cutoff=5)["map@5"] == pytest.approx(100 * (1 / 2 + 2 / 4) / 3)
+    assert retrieval_scores(*case, map_cutoff=3)["map@3"] == pytest.approx(100 * (1 / 2) / 3)
+    assert "map" not in " ".join(retrieval_scores(*case))
 
 
 # ---- summaries

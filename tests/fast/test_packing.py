@@ -11,6 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from transformers import (
     AttentionInterface,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BertConfig,
@@ -81,6 +82,11 @@ def outputs(model, batch=None, *, packed: bool, bf16=False):
     """Sentence embeddings and all gradients of a loss on them."""
     model[0].auto_model.set_attn_implementation(packing.NAME if packed else "sdpa")
     assert is_packed(model[0]) == packed
+    return outputs_now(model, batch, bf16)
+
+
+def outputs_now(model, batch=None, bf16=False):
+    """The same, as the model is."""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         output = model(dict(batch or features()))
@@ -118,7 +124,7 @@ def distance(found, expected) -> float:
     return max(((ours - theirs).norm() / max(theirs.norm(), floor)).item() for ours, theirs, floor in pairs)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "qwen2"])
 def test_packed_encoders_give_the_outputs_and_gradients_of_padded_ones(name, monkeypatch):
     model = retriever_of(ENCODERS[name])
     assert remove_padding(model)
@@ -139,10 +145,9 @@ def test_minilm_packed_gives_the_outputs_and_gradients_of_minilm_padded():
     check_bf16(model, batch=batch)
 
 
-@pytest.mark.parametrize("name", ["mpnet", "qwen2"])
-def test_an_encoder_that_would_answer_otherwise_stays_padded_and_unchanged(name):
-    """MPNet adds its own position bias; Qwen2 attends causally."""
-    model = retriever_of(ENCODERS[name])
+def test_an_encoder_that_would_answer_otherwise_stays_padded_and_unchanged():
+    """MPNet adds its own position bias."""
+    model = retriever_of(ENCODERS["mpnet"])
     before = model(features())["sentence_embedding"]
     assert not remove_padding(model)
     assert not is_packed(model[0])
@@ -522,6 +527,33 @@ def test_a_decoder_that_would_answer_otherwise_stays_padded_and_unchanged(kind):
     assert all(
         torch.equal(gradient, before[name]) for name, gradient in gradients_of_decoder(model, packs=False).items()
     )
+
+
+@pytest.mark.parametrize("kind", STAY_PADDED)
+def test_a_retriever_of_such_a_model_stays_padded_and_unchanged(kind):
+    model = retriever_of(lambda: AutoModel.from_config(decoder(kind).config))
+    batch = features((12, 3, 7), vocabulary=60)
+    before = model(dict(batch))["sentence_embedding"]
+    assert not remove_padding(model) and not is_packed(model[0])
+    assert torch.equal(model(dict(batch))["sentence_embedding"], before)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_packed_retriever_of_a_decoder_gives_the_outputs_and_gradients_of_the_padded_one(kind, monkeypatch):
+    model = retriever_of(lambda: AutoModel.from_config(decoder(kind).config), "lasttoken")
+    plain, batch = model[0].auto_model.config._attn_implementation, features(vocabulary=60)
+    assert remove_padding(model)
+    for longest in (packing.LONGEST_KEPT, 20):  # the second is the way of the longer ones
+        monkeypatch.setattr(packing, "LONGEST_KEPT", longest)
+        packed = outputs(model, batch, packed=True)
+        model[0].auto_model.set_attn_implementation(plain)
+        assert distance(packed, outputs_now(model, batch)) <= 1e-5
+    monkeypatch.setattr(packing, "_check_windows", lambda *_: None)
+    attend = packing._attend_within
+    monkeypatch.setattr(packing, "_attend_within", lambda *arguments, sliding_window=None, **options: attend(
+        *arguments, **options))  # fmt: skip
+    has_windows = "sliding_window" in DECODERS[kind]
+    assert remove_padding(retriever_of(lambda: AutoModel.from_config(decoder(kind).config))) == (not has_windows)
 
 
 def test_windows_too_long_to_try_are_compared_with_those_of_the_masks(monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 from workers import run_worker
 
 from utils.models.contrastive import contrastive_loss
@@ -165,6 +166,80 @@ def test_bf16_embeddings_are_compared_in_float32():
     halves = {**batch, "queries": batch["queries"].bfloat16(), "passages": batch["passages"].bfloat16()}
     rounded = {**batch, "queries": halves["queries"].float(), "passages": halves["passages"].float()}
     assert contrastive_loss(**halves)[0].item() == contrastive_loss(**rounded)[0].item()
+
+
+def test_excluded_passages_are_no_negatives_and_evidence_stays():
+    batch = random_batch()
+    excluded = torch.zeros(5, 12, dtype=torch.bool)
+    excluded[:, 7] = excluded[:, 2] = True  # the second is the positive of query 2
+    kept = [passage for passage in range(12) if passage != 7]
+    without = {**batch, "passages": batch["passages"][kept].detach(), "passage_keys": torch.tensor(kept)}
+    both = [contrastive_loss(**batch, is_excluded=excluded)[0], contrastive_loss(**without)[0]]
+    assert both[0].item() < both[1].item()  # 2 is no negative of the other queries
+    batch["evidence_keys"][:, 1] = without["evidence_keys"][:, 1] = torch.tensor([2, 2, -1, 2, 2])
+    weights = {"evidence_weights": torch.tensor([[1.0, 0.0, 0.0]] * 5)}
+    loss, right = contrastive_loss(**batch, **weights, is_excluded=excluded)
+    expected, expected_right = reference_loss(**without, **weights)
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and right.item() == expected_right
+    soft = {"evidence_weights": torch.tensor([[0.7, 0.3, 0.0]] * 5), "is_distribution": torch.tensor([True] * 5)}
+    pair = [contrastive_loss(**each, **soft, **options)[0].item()
+            for each, options in ((batch, {"is_excluded": excluded}), (without, {}))]  # fmt: skip
+    assert pair[0] == pytest.approx(pair[1], rel=1e-5)
+
+
+# ---- embeddings cut to several sizes
+
+
+class Given(torch.nn.Module):
+    """Stands in for a model of sentence-transformers; its texts are their embeddings."""
+
+    def forward(self, features):
+        return dict(features)
+
+    def get_embedding_dimension(self) -> int:
+        return 8
+
+
+def test_the_loss_of_cut_embeddings_is_that_of_sentence_transformers():
+    batch = random_batch(queries=5, passages=10)
+    batch["passages"] = (batch["passages"].detach() * 3).requires_grad_()  # not of unit length, as cosine forgives
+    batch["evidence_keys"] = torch.arange(5)[:, None]
+    sizes = [8, 5, 2]
+    loss, _ = contrastive_loss(**batch, matryoshka_dims=sizes)
+    ours = torch.autograd.grad(loss / 5, (batch["queries"], batch["passages"]))
+    sides = [batch["queries"], batch["passages"][:5], batch["passages"][5:]]
+    model = Given()
+    plain = MultipleNegativesRankingLoss(model, scale=1 / batch["temperature"])
+    theirs = MatryoshkaLoss(model, plain, sizes, [1 / 3] * 3)
+    expected = theirs([{"sentence_embedding": side} for side in sides], torch.empty(0))
+    assert loss.item() / 5 == pytest.approx(expected.item(), rel=1e-5)
+    gradients = torch.autograd.grad(expected, (batch["queries"], batch["passages"]))
+    for gradient, other in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
+
+
+def test_cut_embeddings_for_the_dot_product_keep_their_lengths():
+    batch, cut = random_batch(), random_batch()
+    batch["passages"], cut["passages"] = (2 * each["passages"].detach() for each in (batch, cut))
+    losses = []
+    for size in (8, 3):
+        sides = {side: cut[side][:, :size].detach() for side in ("queries", "passages")}
+        losses.append(reference_loss(**{**cut, **sides})[0])
+    found, right = contrastive_loss(**batch, matryoshka_dims=[8, 3], is_unit=False)
+    assert found.item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert right == contrastive_loss(**batch)[1]  # of the longest
+    assert contrastive_loss(**batch, matryoshka_dims=[8, 3])[0].item() != pytest.approx(found.item(), rel=1e-2)
+
+
+def test_a_distribution_is_matched_at_every_size():
+    batch = random_batch()
+    batch |= {"evidence_keys": torch.tensor([[i, i + 3, 11] for i in range(5)]),
+              "evidence_weights": torch.tensor([[0.5, 0.3, 0.2]] * 5)}  # fmt: skip
+    options = {"is_distribution": torch.tensor([True, False, True, False, True]), "is_unit": False}
+    both, large, small = (contrastive_loss(**batch, **options, matryoshka_dims=sizes)[0].item()
+                          for sizes in ([8, 4], [8], [4]))  # fmt: skip
+    assert both == pytest.approx((large + small) / 2, rel=1e-6)
+    assert large == contrastive_loss(**batch, **options)[0].item()
 
 
 # ---- two processes

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from utils.data.examples import Document, Example
+from utils.data.examples import Corpus, Document, Example
 from utils.errors import UsageError
 from utils.models.encoder import build_small_encoder, load_retriever, set_max_seq_length
 from utils.models.encoder_decoder import EncoderDecoder, build_small_bart
@@ -300,6 +300,24 @@ def test_sources_wrap_query_and_passages_in_the_tokenizers_own_special_tokens(to
         assert sequences == [start + query + end + passages[2] + end + passages[0] + end]
     else:
         assert sequences == [start + query + end + passages[i] + end for i in (2, 0)]
+
+
+@pytest.mark.parametrize("fusion", ["concat", "fid"])
+def test_of_a_corpus_only_the_passages_are_tokenized_that_are_read_in_rank_order(tokenizer, fusion):
+    class Passages(list):
+        def __getitem__(self, numbers):
+            assert numbers == [3, 0, 2]
+            return [list.__getitem__(self, number) for number in numbers]
+
+        def __iter__(self):
+            raise AssertionError("all passages are read")
+
+    corpus = Corpus("c", Passages(DOCUMENT.passages), list("abcd"))
+    by_rank = Sources(tokenizer, fusion, 100, "rank").build("May", DOCUMENT, [3, 0, 2])
+    for order in ("rank", "document"):
+        sources = Sources(tokenizer, fusion, 100, order)
+        assert sources.build("May", corpus, [3, 0, 2]) == by_rank
+        assert not sources.passage_tokens
 
 
 @pytest.mark.parametrize("fusion", ["concat", "fid"])

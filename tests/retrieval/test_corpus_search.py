@@ -2,13 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
+from accelerate import Accelerator
 from conftest import ROOT, launch
-from retrieval_cases import Encoder, encode_all, make_corpus, random_texts
+from retrieval_cases import Encoder, make_corpus, make_example, random_texts
 
-from utils.retrieval.bm25 import bm25_index, bm25_search
-from utils.retrieval.exact_search import dense_search
-from utils.retrieval.ranking import reciprocal_rank_fusion
+from utils.data.examples import Document
+from utils.retrieval.bm25 import bm25_scores
+from utils.retrieval.corpus_search import CorpusSearch
+from utils.retrieval.dense import retriever_rankings
+from utils.retrieval.ranking import fuse_hops
+from utils.retrieval.two_hops import search_hops
 
 
 @pytest.fixture(autouse=True)
@@ -17,13 +22,89 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "multistep-retrieve-summarize"
 
 
-def test_lexical_and_dense_rankings_are_fused_by_rank(tmp_path):
-    texts = random_texts(40)
-    corpus = make_corpus(tmp_path, texts)
-    lexical = bm25_search(bm25_index(corpus), ["bread"], 5)
-    dense = dense_search(Encoder()(["bread"]), encode_all(corpus.passages, Encoder(), tmp_path / "v"), 5)
-    (fused,) = [reciprocal_rank_fusion(both)[:5] for both in zip(lexical, dense, strict=True)]
-    assert fused[0][0] in (lexical[0][0][0], dense[0][0][0]) and len(fused) == 5
+@pytest.fixture
+def search(tmp_path):
+    return CorpusSearch(make_corpus(tmp_path, random_texts(40)), folder=tmp_path / "v", weights_key=lambda: "k",
+                        index="flat", language=None, depth=8, alone=False, accelerator=Accelerator(),
+                        say=print)  # fmt: skip
+
+
+def encode(texts, kind):
+    return Encoder()(texts)
+
+
+QUERIES = ["bread", "the running river", "nothing of it"]  # the last has no word of the corpus
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
+def test_a_corpus_is_ranked_as_a_document_of_the_same_passages_if_all_are_candidates(search, weight):
+    settings = {"ranking": "hybrid", "bm25_weight": weight}
+    texts = list(search.corpus.passages)
+    of_corpus, of_document = (
+        [make_example(query=query, document=document) for query in QUERIES]
+        for document in (search.corpus, Document("d", texts))
+    )
+    found = search.retriever_rankings(of_corpus, encode, settings, top_k=40)
+    expected = retriever_rankings(of_document, encode, settings, top_k=40)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [passage for passage, _ in ours] == [passage for passage, _ in theirs]
+        assert [score for _, score in ours] == pytest.approx([score for _, score in theirs], abs=1e-5)
+
+
+def test_candidates_of_either_search_have_the_exact_scores_of_both(search, monkeypatch):
+    monkeypatch.setattr("utils.retrieval.corpus_search.DEPTH", 6)
+    texts = list(search.corpus.passages)
+    examples = [make_example(query=query, document=search.corpus) for query in QUERIES]
+    found = search.retriever_rankings(examples, encode, {"ranking": "hybrid", "bm25_weight": 0.5}, top_k=5)
+    dense, lexical = Encoder()(QUERIES) @ Encoder()(texts).T, bm25_scores(texts, QUERIES)
+    for ranking, of_dense, of_bm25 in zip(found, dense, lexical, strict=True):
+        by_bm25 = [passage for passage in np.argsort(-of_bm25, kind="stable")[:6] if of_bm25[passage]]
+        candidates = sorted({*np.argsort(-of_dense)[:6], *by_bm25})
+        assert len(candidates) > 6 or not of_bm25.any()
+        a, b = (
+            (scores - scores.mean()) / (scores.std() or 1) for scores in (of_dense[candidates], of_bm25[candidates])
+        )
+        expected = sorted(zip(a + 0.5 * b, candidates, strict=True), reverse=True)[:5]
+        assert [passage for passage, _ in ranking] == [passage for _, passage in expected]
+        assert [score for _, score in ranking] == pytest.approx([score for score, _ in expected], abs=1e-5)
+
+
+def test_a_process_that_searches_alone_asks_no_other_and_encodes_nothing_again(search):
+    examples = [make_example(query=query, document=search.corpus) for query in QUERIES]
+    together = search.dense_rankings(examples, encode)
+    search.alone, search.accelerator, kinds = True, None, []
+
+    def encode_alone(texts, kind):
+        kinds.append(kind)
+        return Encoder()(texts)
+
+    assert search.dense_rankings(examples, encode_alone) == together and kinds == ["query"]
+    assert [len(ranking) for ranking in together] == [8] * 3
+
+
+def test_two_hops_over_a_corpus_fuse_its_rankings_and_hold_no_vectors(search):
+    kinds = []
+
+    def counted(texts, kind):
+        kinds.append((kind, len(texts)))
+        return Encoder()(texts)
+
+    examples = [make_example(query=query, document=search.corpus) for query in QUERIES]
+    settings = {"ranking": "hybrid", "bm25_weight": 0.5}
+    found = list(search_hops(search, counted, settings, examples, lambda block, read, first: ["wheat", "", "bread"]))
+    assert kinds == [("passage", 40), ("query", 3), ("query", 3)]
+    assert search.remember(counted) is counted
+    one = search.retriever_rankings(examples, encode, settings)
+    two = search.retriever_rankings(examples, encode, settings, ["bread wheat", QUERIES[1], f"{QUERIES[2]} bread"])
+    for hops, *rankings in zip(found, one, two, strict=True):
+        assert hops[0].retrieved == rankings[0] and hops[0].read == [passage for passage, _ in rankings[0][:5]]
+        assert hops[1].retrieved == fuse_hops(rankings)[:8]
+
+
+def test_many_examples_have_larger_blocks_and_few_have_enough_for_all_processes(search):
+    for count, size, blocks in ((187, 32, 6), (20_000, 32, 65), (100_000, 32, 196), (7, 32, 1)):
+        numbers = search.blocks(range(count), size)
+        assert len(numbers) == blocks and [n for block in numbers for n in block] == list(range(count))
 
 
 TWO_PROCESSES = """

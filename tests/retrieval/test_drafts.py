@@ -1,14 +1,16 @@
 """Drafts for training and without a summarizer, and files of drafts."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from retrieval_cases import make_corpus
 
 from utils.data.examples import Document, Example
 from utils.data.hand_over import read_drafts
 from utils.errors import DataError
-from utils.retrieval.drafts import Imitations, extract_drafts, imitate_draft, without_last_word
+from utils.retrieval.drafts import Imitations, extract_drafts, imitate_draft, imitations, without_last_word
 
 
 def make_example(id, query, passages):
@@ -124,6 +126,50 @@ def test_a_bad_draft_is_named_with_its_line(tmp_path, bad, message):
         read_drafts(path, [make_example("a", "q", ["one"]), make_example("b", "q", ["one"])])
     assert message in str(error.value)
     assert "--skip_bad_examples" not in str(error.value)  # which is about examples
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    return make_corpus(tmp_path, [f"text {number}" for number in range(5)])  # d0 to d4
+
+
+def test_drafts_of_a_corpus_read_what_its_ids_name(tmp_path, corpus):
+    examples = [Example(id, "q", corpus, [], None, None, None) for id in "abc"]
+    hops = [{"draft": "first", "read": [1, 0]}, {"draft": "second"}]
+    path = write(tmp_path / "d.jsonl", {"id": "c", "draft": "of any tool"},
+                 {"id": "a", "hops": hops, "passages": ["x", "y"], "passage_ids": ["d1", "d4"]},
+                 {"id": "b", "hops": [{"draft": "by id", "read": ["d3"]}]},
+                 {"id": "zzz", "hops": [{"draft": "of another corpus", "read": ["other"]}]})  # fmt: skip
+    assert read_drafts(path, examples) == [[("first", [4, 1]), ("second", [])], [("by id", [3])], [("of any tool", [])]]
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"read": ["d9"]}, "d.jsonl:2: a draft read passage 'd9', but the corpus holds no such '_id'"),
+        ({"read": [1]}, "d.jsonl:2: 'read' holds numbers, but no 'passage_ids' names the passages"),
+        ({"read": [2], "passage_ids": ["d0", "d1"]}, "d.jsonl:2: 'read' holds 2, but there are 2 passages"),
+        ({"read": [1], "passage_ids": ["d0", "d9"]}, "d.jsonl:2: a draft read passage 'd9'"),
+        ({"read": "d1"}, "d.jsonl:2: 'read'"),
+    ],
+)
+def test_a_draft_that_read_what_the_corpus_does_not_hold_is_refused(tmp_path, corpus, bad, message):
+    ids = {"passage_ids": bad["passage_ids"]} if "passage_ids" in bad else {}
+    hop = {"draft": "x", "read": bad["read"]}
+    path = write(tmp_path / "d.jsonl", {"id": "b", "draft": "good"}, {"id": "a", "hops": [hop]} | ids)
+    with pytest.raises(DataError) as error:
+        read_drafts(path, [Example(id, "q", corpus, [], None, None, None) for id in "ab"])
+    assert str(error.value).startswith(f"{tmp_path}/{message}") and len(str(error.value).splitlines()) == 2
+
+
+def test_imitations_need_references_and_training_with_drafts():
+    examples = [make_example("a", "q", ["a summary"]), make_example("b", "q", ["nothing"])]
+    examples[0].summaries = []
+    args = SimpleNamespace(draft_share=0.5, seed=1)
+    assert imitations(examples, args)(examples, [[0], [0]])[0] == ""
+    assert imitations(examples[:1], args) is None
+    assert imitations(examples, SimpleNamespace(draft_share=0, seed=1)) is None
 
 
 def test_a_file_without_a_draft_for_any_example_is_refused(tmp_path):

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from retrieval_cases import make_corpus
+from sentence_transformers import CrossEncoder
 
 from utils.data.examples import Document, Example
 from utils.data.loading import load_examples
@@ -40,13 +42,44 @@ def make_pairs(encoder, documents=None, examples=None, lexical=bm25_rankings, **
     ]
     defaults = {"seed": 1, "draft_share": 0.0, "drafts_file": None, "found_weight": 0.5, "negatives_pool": 2,
                 "num_positives": 1, "num_hard_negatives": 1, "negatives_margin": 0.05, "supervision": "evidence",
-                "oracle_passages": 5, "teacher": None, "language": None, "mine_negatives_every": 0}  # fmt: skip
+                "oracle_passages": 5, "teacher": None, "language": None, "mine_negatives_every": 0, "guide": None,
+                "trust_remote_code": False}  # fmt: skip
     args = SimpleNamespace(**defaults | flags)
-    return Pairs(args, examples, documents, encoder, lexical=lexical, accelerator=None)
+    return Pairs(args, examples, documents, encoder, search=lexical, accelerator=Accelerator(cpu=True))
 
 
 def draws(pairs, number, epochs=400):
     return [pairs.draw(pairs[number], epoch) for epoch in range(epochs)]
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory):
+    from utils.models.cross_encoder import build_small_reranker, save_pretrained
+
+    folder = tmp_path_factory.mktemp("reranker")
+    torch.manual_seed(5)
+    model = build_small_reranker([*PASSAGES, *SECOND], vocab_size=300, hidden_size=32, layers=1)
+    model[0].auto_model.classifier.weight.data *= 30  # scores that differ
+    save_pretrained(model, folder, SimpleNamespace(model_name_or_path=None, rerank_top_k=5, rerank_weight=1.0))
+    return folder
+
+
+@pytest.mark.parametrize("temperature", [None, 3.0])
+def test_a_reranker_teaches_all_examples_with_their_evidence_among_the_candidates(encoder, reranker, temperature):
+    options = {"teacher": str(reranker), "teacher_candidates": 2, "teacher_temperature": temperature}
+    pairs = make_pairs(encoder, **options)
+    assert [pair.example.id for pair in pairs] == ["a", "b", "c", "d"]  # also where no evidence is known
+    assert "positives from the teacher: 4" in pairs.describe()
+    plain = CrossEncoder(str(reranker), device="cpu", activation_fn=torch.nn.Identity())
+    for pair, evidence in zip(pairs, ([0, 3], [], [], [2]), strict=True):
+        best = {passage for passage, _ in bm25_rankings([pair.example], 2)[0]}
+        candidates = sorted(best | set(evidence))
+        assert pair.is_distribution and pair.evidence == [pair.document + number for number in candidates]
+        texts = [pair.example.document.passages[number] for number in candidates]
+        scores = torch.tensor(plain.predict([(pair.example.query, text) for text in texts]))
+        expected = (scores / (temperature or 1.0)).softmax(0)
+        assert expected.max() - expected.min() > 1e-3 or len(candidates) == 1
+        np.testing.assert_allclose(pair.weights, expected, atol=1e-4)
 
 
 def test_positives_are_marked_evidence_or_what_the_oracle_chooses(encoder):
@@ -251,3 +284,14 @@ def test_evidence_with_equal_texts_is_drawn_once_with_the_weight_of_both(encoder
     # a draft that was written from the twin of evidence has used it
     assert pairs[0].read[0] in (0, 2)
     assert {tuple(weights.round(3)) for _, weights, _ in drawn} == {(0.5, 0.5), (0.333, 0.667)}
+
+
+def test_examples_without_summaries_are_searched_for_without_drafts_and_the_log_says_so(encoder, tmp_path):
+    document = make_corpus(tmp_path, PASSAGES)
+    for summaries, searches in (([], 1), (["It was sold."], 2)):
+        example = Example("a", "the mill", document, summaries, [0], [3], None)
+        pairs = make_pairs(encoder, [document], [example], draft_share=0.5)
+        assert len(pairs[0].negatives) == searches
+        assert ("no training example has a summary to imitate" in pairs.describe()) == (searches == 1)
+        have_drafts = {len(search) > len(pairs[0].query) for search, *_ in draws(pairs, 0, 20)}
+        assert have_drafts == ({False} if searches == 1 else {False, True})

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import alone
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
 from retrieve_and_summarize import SHOWN
@@ -22,9 +23,11 @@ def test_a_model_is_described_with_what_of_it_is_trained(tmp_path, capsys):
     log.say_model(model)
     model[0].requires_grad_(False)
     log.say_model(model)
+    log.say_model(nn.Sequential(model, Pooling(100, "lasttoken")))
     assert capsys.readouterr().out.splitlines() == [
         "1,101 parameters, 1 process on cpu, float32",
         "101 of 1,101 parameters are trained, 1 process on cpu, float32",
+        "101 of 1,101 parameters are trained, pooling: lasttoken, 1 process on cpu, float32",
     ]
 
 

@@ -45,6 +45,12 @@ def check_values(arguments) -> None:
     least, most = (getattr(arguments, name, None) for name in ("min_new_tokens", "max_new_tokens"))
     if least is not None and most is not None and least > most:
         raise UsageError(f"--min_new_tokens {least}: must be at most --max_new_tokens {most}")
+    dims = getattr(arguments, "matryoshka_dims", "")
+    numbers = [int(part) if part.isdecimal() else 0 for part in dims.split(",")]
+    if dims and (0 in numbers or numbers != sorted(set(numbers), reverse=True)):
+        raise UsageError(
+            f"--matryoshka_dims {dims}: must be numbers of at least 1, the largest first, such as 384,256,128,64"
+        )
 
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -64,8 +70,8 @@ MAY_CHANGE = frozenset(
     per_device_train_batch_size per_device_eval_batch_size max_tokens gradient_accumulation_steps curriculum_epochs
     group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
     min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
-    validation_drafts_file ranking bm25_weight smooth_window smooth_decay index trec_run gradient_checkpointing
-    trust_remote_code merge_lora
+    validation_drafts_file ranking bm25_weight smooth_window smooth_decay truncate_dim reranker rerank_top_k
+    rerank_weight index trec_run gradient_checkpointing trust_remote_code merge_lora
     """.split()
 )
 
@@ -124,12 +130,19 @@ class DataArguments(ReadingArguments):
 
 
 @dataclass
-class CorpusArguments(DataArguments):
-    """One corpus that all examples search."""
+class SearchArguments(ReadingArguments):
+    """What is searched: the passages of the examples, or one corpus."""
 
     corpus_file: str | None = flag(
         None, "a corpus that all examples search, as records of `_id`, `title`, `text` (BEIR)"
     )
+    index: str = flag("flat", "search of a corpus: exact, or two faster ones", choices=("flat", "ivf", "hnsw"))
+
+
+@dataclass
+class CorpusArguments(SearchArguments, DataArguments):
+    """One corpus that all examples search, with their evidence."""
+
     train_qrels_file: str | None = flag(
         None, "evidence of the training queries in the corpus, in BEIR's or TREC's format"
     )
@@ -196,6 +209,9 @@ class RankingOverrides:
     smooth_decay: float | None = flag(
         None, "decay of the shared score per passage (default: the retriever's, else 0.5)", at_least=0
     )
+    truncate_dim: int | None = flag(
+        None, "search with embeddings cut to so many dimensions (default: the retriever's setting)", at_least=1
+    )
 
     def ranking_settings(self, saved: dict | None) -> dict:
         """How to rank: explicit flags, else what was `saved` with the retriever, else the defaults.
@@ -213,6 +229,32 @@ class RankingOverrides:
             raise UsageError("--smooth_decay has no effect without --smooth_window")
         if saved == {} and settings["ranking"] == "hybrid":  # a retriever from elsewhere, which has no language of ours
             settings["language"] = getattr(self, "language", None)
+        return settings
+
+
+@dataclass
+class RerankerArguments:
+    """A reranker that looks again at the best passages. What is not set is what it was trained with."""
+
+    reranker: str | None = flag(None, "what reranks the best passages: a folder of train_rerank.py, or a Hub name")
+    rerank_top_k: int | None = flag(
+        None, "best passages that are reranked (default: the reranker's setting, else 50)", at_least=2
+    )
+    rerank_weight: float | None = flag(
+        None, "weight of the reranker's score; the search's is 1 (default: the reranker's, else 1)", at_least=0
+    )
+
+    def rerank_settings(self, saved: dict) -> dict:
+        """How to rerank: explicit flags, else what was `saved` with the reranker, else the defaults.
+
+        Raises UsageError for a flag that has no effect.
+        """
+        settings = {}
+        for name, default in (("rerank_top_k", 50), ("rerank_weight", 1.0)):
+            given = getattr(self, name)
+            if given is not None and not self.reranker:
+                raise UsageError(f"--{name} has no effect without --reranker")
+            settings[name] = saved.get(name, default) if given is None else given
         return settings
 
 
@@ -410,19 +452,23 @@ GROUPS = {
         max_source_length num_beams max_new_tokens seed
     """,
     "data": """
-        test_file documents_file validation_documents_file test_documents_file corpus_file train_qrels_file
+        test_file documents_file validation_documents_file test_documents_file corpus_file qrels_file train_qrels_file
         validation_qrels_file test_qrels_file split dataset_config_name id_column query_column document_column
         passages_column summary_column evidence_column passage_words merge_passages skip_bad_examples max_examples
         max_train_examples max_eval_examples max_test_examples sample_documents cache_dir
     """,
     "positives and negatives": """
         num_positives negatives_pool mine_negatives_every negatives_margin group_by_document supervision oracle_passages
-        teacher teacher_candidates teacher_temperature
+        teacher teacher_candidates teacher_temperature guide
     """,
     "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words",
-    "ranking": "ranking language bm25_weight smooth_window smooth_decay index trec_run",
+    "ranking": """
+        ranking language bm25_weight smooth_window smooth_decay truncate_dim index trec_run reranker rerank_top_k
+        rerank_weight
+    """,
     "model, loss and generation": """
-        max_seq_length query_prompt passage_prompt dropout attention_dropout temperature gradient_cache_tokens
+        max_seq_length query_prompt passage_prompt dropout attention_dropout loss temperature matryoshka_dims
+        gradient_cache_tokens
         passage_order prompt_template source_prefix source_lang target_lang max_target_length label_smoothing_factor
         length_penalty min_new_tokens no_repeat_ngram_size trust_remote_code
     """,

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
 from filelock import FileLock
 
 from utils.data.examples import Corpus
@@ -12,6 +13,9 @@ from utils.data.rows import Row, build_all, listed_fields, read_identifier, read
 from utils.data.words import count_words
 from utils.errors import BadRecord, DataError
 from utils.files import cache_folder, digest, write_jsonl, write_whole
+from utils.tables import Table, table_writer
+
+PASSAGES = pa.schema([("id", pa.large_string()), ("passage", pa.large_string())])
 
 
 class CorpusWords:
@@ -75,25 +79,19 @@ def _source_state(path: str | os.PathLike) -> list:
 
 def _read_corpus(folder: Path) -> tuple[Corpus, list[tuple[str, dict]]] | None:
     """A cached corpus and the bad records that were left out; None if it is missing or damaged."""
-    import datasets  # takes seconds
-
     try:
         info = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         if (folder / "passages.arrow").stat().st_size != info["bytes"]:
             return None
-        rows = datasets.Dataset.from_file(str(folder / "passages.arrow"))
+        table = Table(folder / "passages.arrow")
         problems = [(place, entry) for place, entry in info["problems"]]
-        return Corpus(info["id"], rows["passage"], rows["id"]), problems
+        return Corpus(info["id"], table.column("passage"), table.column("id")), problems
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def _build_corpus(path: str | os.PathLike, folder: Path, skip: bool, rejected_file: str | os.PathLike | None) -> None:
     """Reads and checks a corpus and writes it to `folder`, completely or not at all; holds few passages in memory."""
-    from datasets import Features, Value  # takes seconds
-    from datasets.arrow_writer import ArrowWriter
-
-    features = Features({"id": Value("string"), "passage": Value("string")})
     columns = {"_id": "_id", "title": "title", "text": "text"}
     required = [("_id",), ("text", "title")]
     split, config_name = ("train", None) if Path(path).exists() else ("corpus", "corpus")
@@ -104,16 +102,15 @@ def _build_corpus(path: str | os.PathLike, folder: Path, skip: bool, rejected_fi
     def write(temporary: Path) -> None:
         temporary.mkdir()
         file = temporary / "passages.arrow"
-        with ArrowWriter(path=str(file), features=features, writer_batch_size=1024) as writer:
+        with table_writer(file, PASSAGES) as add:
 
             def take(row: Row) -> None:
                 key, passage = _read_passage(row, first_rows)
                 first_rows[key] = row.number
                 checksum.update(json.dumps([key, passage]).encode())
-                writer.write({"id": key, "passage": passage})
+                add({"id": key, "passage": passage})
 
             _, problems = build_all(rows, str(path), take, columns, required, skip=skip, rejected_file=rejected_file)
-            writer.finalize()
         info = {"id": checksum.hexdigest(), "bytes": file.stat().st_size, "problems": problems}
         write_jsonl(temporary / "corpus.json", [info])
 

@@ -27,10 +27,10 @@ class Source:
 class Documents:
     """Gives each different document to `keep` once, and remembers documents by content and by doc_id, not their text.
 
-    `keep(id, passages)` returns the document's number.
+    `keep(id, passages, is_ordered)` returns the document's number.
     """
 
-    def __init__(self, columns: dict[str, str], passage_words: int, merge: bool, keep: Callable[[str, list[str]], int]):
+    def __init__(self, columns: dict[str, str], passage_words: int, merge: bool, keep: Callable):
         self.columns, self.passage_words, self.merge, self.keep = columns, passage_words, merge, keep
         self.by_content: dict[bytes, Source] = {}  # by a checksum, with the doc_id if there is one
         self.by_id: dict[str, tuple[Source, str, bytes]] = {}  # with the place and a checksum of the first record's
@@ -50,7 +50,7 @@ class Documents:
             raise BadRecord(f"'{self.columns['doc_id']}' is '{doc_id}', but {documents_file} holds no such document")
         return self.by_id[doc_id][0]
 
-    def read(self, row: Row) -> Source:
+    def read(self, row: Row, is_ordered: bool = True) -> Source:
         """The document that a record holds; equal documents share one object."""
         content = self._content(row.record)
         column = self.columns["doc_id"]
@@ -69,7 +69,7 @@ class Documents:
         key = doc_id or hashlib.blake2b(json.dumps(passages).encode(), digest_size=8).hexdigest()
         if key not in self.by_id:
             words = np.fromiter((count_words(passage) for passage in passages), np.int32, count=len(passages))
-            number = self.keep(key, passages)
+            number = self.keep(key, passages, is_ordered and "passage_ids" not in row.record)
             self.by_id[key] = (Source(number, words, given, placed), row.place, text_key)
         first, place, first_key = self.by_id[key]
         if first_key != text_key:

@@ -12,10 +12,15 @@ class Document:
 
     id: str  # doc_id if given, else a hash of the passages
     passages: Sequence[str]  # in document order
+    is_ordered: bool = field(default=True, kw_only=True)  # False: passages of a corpus, in no order but a ranking's
 
     def passage_id(self, number: int) -> str:
         """The name of a passage in files, such as those of TREC."""
         return f"{self.id}#{number}"
+
+    def excerpt(self, numbers: Sequence[int]) -> tuple["Document", Sequence[int]]:
+        """The document in which somebody reads these passages, and their numbers there."""
+        return self, numbers
 
 
 @dataclass(eq=False, slots=True)
@@ -23,7 +28,7 @@ class Corpus(Document):
     """The one document of examples that search a corpus; its text is a memory-mapped file.
 
     `id` is a checksum of ids and passages. Each index access to `passages` or `ids` (a number, a slice or a list of
-    numbers) reads the file; a slice is by far the fastest way to read many.
+    numbers) reads the file.
     """
 
     ids: Sequence[str]  # the corpus's own, one for each passage
@@ -31,6 +36,10 @@ class Corpus(Document):
     def passage_id(self, number: int) -> str:
         """The id of a passage in the corpus."""
         return self.ids[number]
+
+    def excerpt(self, numbers: Sequence[int]) -> tuple[Document, Sequence[int]]:
+        """A document of these passages only."""
+        return Document(self.id, self.passages[list(numbers)], is_ordered=False), range(len(numbers))
 
 
 def blocks(texts: Sequence[str], size: int = 2**16) -> Iterator[list[str]]:

@@ -120,7 +120,7 @@ def read_hops(record: dict, passages_column: str, source: Source) -> list[Hop]:
         raise BadRecord(f"{wanted}, not {shown(entries)}")
     hops = []
     for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("draft"), str) or not entry.get("retrieved"):
+        if not isinstance(entry, dict) or not isinstance(entry.get("draft"), str) or entry.get("retrieved") is None:
             raise BadRecord(f"{wanted}, but number {number} is {shown(entry)}")
         try:
             retrieved = read_ranking(entry, passages_column, source)
@@ -138,6 +138,16 @@ def read_passage_numbers(hop: dict, passages: int) -> list[int]:
     for number in numbers:
         _check_passage_number(number, "read", passages)
     return numbers
+
+
+def read_passage_ids(hop: dict, record: dict) -> list[str]:
+    """The corpus ids of the passages that the draft of a hop was written from."""
+    read, ids = hop.get("read", []), record.get("passage_ids")
+    if isinstance(read, list) and all(isinstance(key, str) for key in read):
+        return read
+    if not isinstance(ids, list):
+        raise BadRecord("'read' holds numbers, but no 'passage_ids' names the passages; write their ids to 'read'")
+    return [str(ids[number]) for number in read_passage_numbers(hop, len(ids))]
 
 
 def _check_passage_number(number: Any, column: str, passages: int) -> None:

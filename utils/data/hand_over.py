@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.data.examples import Corpus, Example, Hop, Ranking
-from utils.data.fields import read_passage_numbers
-from utils.data.rows import SHOWN_PROBLEMS, Row, build_all, listed_fields, read_identifier, read_rows, shown
+from utils.data.examples import Corpus, Example, Hop, Ranking, blocks
+from utils.data.fields import read_passage_ids, read_passage_numbers
+from utils.data.rows import SHOWN_PROBLEMS, Row, build_all, listed_fields, raise_all, read_identifier, read_rows, shown
 from utils.data.trec import write_qrels, write_run
 from utils.errors import BadRecord, DataError
 from utils.files import write_jsonl
@@ -23,11 +23,14 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
     """The drafts in a file for each example, found by id; each with the passage numbers that it was written from.
 
     A record has an `id` and either `hops`, as retrieve_and_summarize.py writes them, or one `draft` or `prediction` of
-    any tool. An example without a draft that has words gets an empty list. Raises DataError for unusable records, or if
-    no example has a draft.
+    any tool. With examples of a corpus, `read` numbers the `passage_ids` of the record, or holds such ids itself. An
+    example without a draft that has words gets an empty list. Raises DataError for unusable records, or if no example
+    has a draft.
     """
-    by_id: dict[str, list[tuple[str, list[int]]]] = {}
+    by_id: dict[str, list[tuple[str, list]]] = {}
     passages = {example.id: len(example.document.passages) for example in examples}
+    document = examples[0].document
+    corpus, places = document if isinstance(document, Corpus) else None, {}  # the first place that names each id
 
     def take(row: Row) -> None:
         key, draft = read_identifier(row.record, "id"), row.record.get("draft", row.record.get("prediction"))
@@ -39,13 +42,23 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
             if not isinstance(text, str):
                 raise BadRecord(f"no 'draft', nor 'prediction' or 'hops' with drafts; {listed_fields(row.record)}")
             if text.strip() and key in passages:
-                by_id.setdefault(key, []).append((text, read_passage_numbers(hop, passages[key])))
+                read = read_passage_numbers(hop, passages[key]) if corpus is None else read_passage_ids(hop, row.record)
+                places.update({passage: row.place for passage in read if passage not in places} if corpus else {})
+                by_id.setdefault(key, []).append((text, read))
 
-    rows = read_rows(path, "train", None, ("hops",))
+    rows = read_rows(path, "train", None, ("hops", "passage_ids"))
     columns = {name: name for name in ("id", "draft", "prediction", "hops")}
     required = [("id",), ("draft", "prediction", "hops")]
     remedy = "fix the lines, or write the file again"
     build_all(rows, str(path), take, columns, required, holds="record of 'id' and 'draft'", remedy=remedy)
+    if corpus:
+        ids = enumerate(itertools.chain.from_iterable(blocks(corpus.ids)))
+        numbers = {key: number for number, key in ids if key in places}
+        unknown = [f"{place}: a draft read passage '{key}', but the corpus holds no such '_id'"
+                   for key, place in places.items() if key not in numbers]  # fmt: skip
+        raise_all(unknown, "name the --corpus_file that the drafts were made with, or write the file again")
+        for drafts in by_id.values():
+            drafts[:] = [(text, [numbers[key] for key in read]) for text, read in drafts]
     found = [by_id.get(example.id, []) for example in examples]
     if not any(found):
         raise DataError(
@@ -98,18 +111,16 @@ def write_hand_over(
 def write_retrieved(path: str | os.PathLike, examples: Sequence[Example], hops: Iterable[Sequence[Hop]]) -> None:
     """Writes the hand-over file: the examples with their rankings, which `load_examples` reads back.
 
-    Examples of a corpus become examples with their own passages: those of the ranking, in its order, then the evidence
-    outside the ranking; `passage_ids` holds their ids in the corpus. An example without any passage is left out, with
-    a warning.
+    Examples of a corpus become examples with their own passages (see `hops_record`). An example without any passage is
+    left out, with a warning.
     """
     left_out = []
 
     def records() -> Iterator[dict]:
         for example, of_example in zip(examples, hops, strict=True):
-            if len(of_example) > 1:
-                record = hops_record(example, of_example)
-            else:
-                record = _retrieved_record(example, of_example[-1].retrieved)
+            record = hops_record(example, of_example)
+            if len(of_example) == 1:
+                del record["hops"]
             if record["passages"]:
                 yield record
             else:
@@ -143,41 +154,42 @@ def write_predictions(folder: Path, split: str, rows: Iterable[dict], prediction
 
 
 def hops_record(example: Example, hops: Sequence[Hop], prediction: str | None = None) -> dict:
-    """The record of an example with all its hops: a record of a hand-over file with the ranking of the last hop."""
-    record = _retrieved_record(example, hops[-1].retrieved)
-    text = {"passages": record.pop("passages")}  # the longest field comes last
-    of_hops = [
-        {"draft": hop.draft, "read": hop.read, "retrieved": _ranking_entries(example, hop.retrieved)} for hop in hops
-    ]
-    predicted = {} if prediction is None else {"prediction": prediction}
-    return record | predicted | {"hops": of_hops} | text
+    """The record of an example with all its hops: a record of a hand-over file with the ranking of the last hop.
 
-
-def _ranking_entries(example: Example, ranking: Ranking) -> list[dict]:
-    for passage, score in ranking:
-        if not math.isfinite(score):
-            raise ValueError(f"example '{example.id}': the score of passage {passage} is {score}")
-    return [{"passage": int(passage), "score": float(f"{score:.6g}")} for passage, score in ranking]
-
-
-def _retrieved_record(example: Example, ranking: Ranking) -> dict:
+    For an example of a corpus it has only the passages that it names, numbered anew: those of the last ranking, in its
+    order, then those of earlier hops, and the evidence. `passage_ids` holds their ids in the corpus.
+    """
     document, evidence, evidence_words = example.document, example.evidence, example.evidence_words
-    entries = _ranking_entries(example, ranking)
     record: dict[str, Any] = {"id": example.id, "query": example.query}
-    if isinstance(document, Corpus):  # the record keeps only passages that it names, and numbers them anew
-        kept = list(dict.fromkeys([entry["passage"] for entry in entries] + (evidence or [])))
-        new_number = {number: position for position, number in enumerate(kept)}
-        entries = [entry | {"passage": new_number[entry["passage"]]} for entry in entries]
+    if isinstance(document, Corpus):
+        named = [[passage for passage, _ in hop.retrieved] + list(hop.read) for hop in reversed(hops)]
+        kept = list(dict.fromkeys(itertools.chain(*named, evidence or [])))
+        number = {passage: place for place, passage in enumerate(kept)}
         if evidence:
-            words = dict(zip([new_number[number] for number in evidence], evidence_words, strict=True))
-            evidence, evidence_words = sorted(words), [words[number] for number in sorted(words)]
+            words = dict(zip([number[passage] for passage in evidence], evidence_words, strict=True))
+            evidence, evidence_words = sorted(words), [words[place] for place in sorted(words)]
         text = {"passages": document.passages[kept], "passage_ids": document.ids[kept]}
     else:
-        text = {"passages": list(document.passages)}
+        number = range(len(document.passages))  # the same numbers
+        text = {"passages": list(document.passages)}  # the longest field comes last
         record["doc_id"] = document.id
     if example.summaries:
         record["summary"] = example.summaries if len(example.summaries) > 1 else example.summaries[0]
     if evidence:
         record |= {"evidence": evidence, "evidence_words": evidence_words}
-    record["retrieved"] = entries
+    rankings = [_ranking_entries(example, hop.retrieved, number) for hop in hops]
+    record["retrieved"] = rankings[-1]
+    if prediction is not None:
+        record["prediction"] = prediction
+    record["hops"] = [
+        {"draft": hop.draft, "read": [number[passage] for passage in hop.read], "retrieved": ranking}
+        for hop, ranking in zip(hops, rankings, strict=True)
+    ]
     return record | text
+
+
+def _ranking_entries(example: Example, ranking: Ranking, number) -> list[dict]:
+    for passage, score in ranking:
+        if not math.isfinite(score):
+            raise ValueError(f"example '{example.id}': the score of passage {passage} is {score}")
+    return [{"passage": number[passage], "score": float(f"{score:.6g}")} for passage, score in ranking]

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from utils.data.examples import Document, Example, Hop, Ranking
+from utils.data.examples import Corpus, Document, Example, Hop, Ranking
 from utils.files import digest
 from utils.tables import Column, Table, cached, table_writer
 
 _NUMBERS = pa.large_list(pa.int64())
 _RANKING = pa.large_list(pa.struct([("passage", pa.int64()), ("score", pa.float64())]))
 PASSAGES = pa.schema([("passage", pa.large_string())])
-DOCUMENTS = pa.schema([("id", pa.large_string()), ("passages", pa.int64())])  # number of passages
+DOCUMENTS = pa.schema([("id", pa.large_string()), ("passages", pa.int64()), ("is_ordered", pa.bool_())])  # how many
 EXAMPLES = pa.schema([
     ("id", pa.large_string()), ("query", pa.large_string()), ("document", pa.int64()),
     ("summaries", pa.large_list(pa.large_string())), ("evidence", _NUMBERS), ("evidence_words", _NUMBERS),
@@ -64,8 +64,9 @@ def content_key(examples: Sequence[Example]) -> str:
     if isinstance(examples, Examples):
         return examples.id
     return digest([
-        [e.id, e.query, e.document.id, list(e.document.passages), e.summaries, e.evidence, e.evidence_words,
-         e.retrieved, [[hop.draft, hop.read, hop.retrieved] for hop in e.hops]] for e in examples
+        [e.id, e.query, e.document.id, [] if isinstance(e.document, Corpus) else list(e.document.passages),
+         e.summaries, e.evidence, e.evidence_words, e.retrieved,
+         [[hop.draft, hop.read, hop.retrieved] for hop in e.hops]] for e in examples
     ])  # fmt: skip
 
 
@@ -84,10 +85,10 @@ class Keeper:
         self.write_passage, self.write_document, self.write_example = add_passage, add_document, add_example
         self.documents, self.checksum = 0, hashlib.blake2b(digest_size=16)
 
-    def add_document(self, id: str, passages: Sequence[str]) -> int:
+    def add_document(self, id: str, passages: Sequence[str], is_ordered: bool = True) -> int:
         for passage in passages:
             self.write_passage({"passage": passage})
-        self._add(self.write_document, {"id": id, "passages": len(passages)}, passages)
+        self._add(self.write_document, {"id": id, "passages": len(passages), "is_ordered": is_ordered}, passages)
         self.documents += 1
         return self.documents - 1
 
@@ -120,14 +121,14 @@ def keeper(folder: Path) -> Iterator[Keeper]:
 
 def kept_examples(folder: Path, corpus: Document | None = None) -> Examples:
     """The examples of a folder; all of them are about the `corpus`, if there is one."""
-    documents = [corpus]
+    documents, id = [corpus], (folder / "id").read_text()
     if corpus is None:
         documents, passages, first = [], Table(folder / "passages.arrow"), 0
         for row in Table(folder / "documents.arrow").read():
             stop = first + row["passages"]
-            documents.append(Document(row["id"], Column(passages, 0, first, stop)))
+            documents.append(Document(row["id"], Column(passages, 0, first, stop), is_ordered=row["is_ordered"]))
             first = stop
-    return Examples(Table(folder / "examples.arrow"), documents, (folder / "id").read_text())
+    return Examples(Table(folder / "examples.arrow"), documents, f"{id} {corpus.id}" if corpus else id)
 
 
 def keep_examples(name: str, key: list, examples: Callable[[], Iterable[Example]]) -> Examples:
@@ -138,7 +139,8 @@ def keep_examples(name: str, key: list, examples: Callable[[], Iterable[Example]
         with keeper(folder) as keep:
             for example in examples():
                 if example.document not in numbers:
-                    numbers[example.document] = keep.add_document(example.document.id, example.document.passages)
+                    document = example.document
+                    numbers[document] = keep.add_document(document.id, document.passages, document.is_ordered)
                 keep.add_example(example, numbers[example.document])
 
     return kept_examples(cached(name, key, write))

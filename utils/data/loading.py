@@ -4,16 +4,18 @@ import itertools
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from utils.data.corpus import CorpusWords, load_corpus
 from utils.data.documents import Documents, Source
-from utils.data.examples import Corpus, Example, blocks
+from utils.data.examples import Corpus, Document, Example, blocks
 from utils.data.fields import number_evidence, read_evidence, read_hops, read_ranking, read_summaries
 from utils.data.kept import Examples, Keeper, keeper, kept_examples
 from utils.data.layouts import own_layout
+from utils.data.passages import split_document
 from utils.data.rows import (
     POSITIVES,
     WITHOUT_SUMMARY,
@@ -99,6 +101,39 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> dict[st
             repeated, len(splits["test"]),
         )  # fmt: skip
     return splits
+
+
+def load_input(args, rejected_file: str | os.PathLike | None = None) -> tuple[Sequence[Example], str]:
+    """The examples of retrieve_and_summarize.py and the name of their split: a file's, one, or the embedded ones.
+
+    The one is about the text of `--document`, or asks `--corpus_file` a `--query`. `rejected_file` is as in
+    `load_examples`.
+    """
+    corpus = None
+    if args.corpus_file:
+        corpus = load_corpus(args.corpus_file, skip_bad_examples=args.skip_bad_examples, rejected_file=rejected_file)
+    if args.input_file:
+        examples = load_examples(
+            args.input_file, split=args.split, documents_file=args.documents_file, corpus=corpus,
+            qrels_file=args.qrels_file, require_summary=False, max_examples=args.max_examples,
+            rejected_file=rejected_file, **args.reading_options(),
+        )  # fmt: skip
+        return examples, args.split
+    if corpus is not None:
+        return [Example("query", args.query, corpus, [], None, None, None)], "query"
+    if not args.document:
+        from utils.data.sample import sample_examples
+
+        return sample_examples(args.split, 50, args.max_examples), args.split
+    try:
+        text = sys.stdin.read() if args.document == "-" else Path(args.document).read_text(encoding="utf-8")
+        text = text.removeprefix("\ufeff")  # a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--document {args.document}: cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise DataError(f"--document {args.document}: is empty; there is nothing to summarize")
+    document = Document("document", split_document(text, args.passage_words))
+    return [Example("document", args.query, document, [], None, None, None)], "document"
 
 
 def count_repeated(train: Sequence[Example], test: Sequence[Example]) -> int:
@@ -277,7 +312,7 @@ def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, docume
             record = number_evidence(record, columns["evidence"], numbers, qrels.get(example_id, {}))
         else:
             own_row = replace(row, record=record)
-            source = documents.read(own_row) if own_text else documents.find(record, str(documents_file))
+            source = documents.read(own_row, not has_marks) if own_text else documents.find(record, str(documents_file))
         evidence, evidence_words = read_evidence(record, columns["evidence"], passages_column, source)
         if has_marks and supervision == "evidence" and not evidence:
             raise BadRecord("no passage is marked as relevant: a retriever cannot learn from it")

@@ -56,13 +56,33 @@ def write_parts(
     accelerator.wait_for_everyone()
 
 
-def read_parts(parts: Path, blocks: Sequence[list[int]], num_hops: int) -> tuple[list[dict], list[Counter]]:
+class Records(Sequence):
+    """The records of all examples, in order. Each access reads a file, so that memory does not grow with them."""
+
+    def __init__(self, places: Sequence[tuple[Path, int]]):
+        self.places = places  # of each record: its file, and the byte at which it begins
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> dict:
+        path, start = self.places[number]
+        with path.open("rb") as file:
+            file.seek(start)
+            return json.loads(file.readline())
+
+
+def read_parts(parts: Path, blocks: Sequence[list[int]], num_hops: int) -> tuple[Records, list[Counter]]:
     """The records of all examples, in order, and the total costs of each hop."""
-    records, costs = [None] * sum(map(len, blocks)), [Counter() for _ in range(num_hops)]
+    places, costs = [None] * sum(map(len, blocks)), [Counter() for _ in range(num_hops)]
     for number, numbers in enumerate(blocks):
-        with (parts / f"{number}.jsonl").open(encoding="utf-8") as lines:
-            for total, cost in zip(costs, json.loads(next(lines))["costs"], strict=False):
+        path = parts / f"{number}.jsonl"
+        with path.open("rb") as lines:
+            first = next(lines)
+            for total, cost in zip(costs, json.loads(first)["costs"], strict=False):
                 total.update(cost)
+            start = len(first)
             for i, line in zip(numbers, lines, strict=True):
-                records[i] = json.loads(line)
-    return records, costs
+                places[i] = (path, start)
+                start += len(line)
+    return Records(places), costs

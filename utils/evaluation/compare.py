@@ -7,7 +7,9 @@
 A side is a hand-over file of train_retrieve.py (*.jsonl), a TREC run, or the word bm25, which ranks the passages of the
 hand-over file on the other side. B is optional. The evidence of each hand-over file is its own; a run and bm25 use the
 evidence of the hand-over file on the other side. With --qrels, all evidence comes from there. Queries are matched by
-id. With a ROUGE metric, both sides are predictions of train_summarize.py or retrieve_and_summarize.py.
+id. With a ROUGE metric, both sides are predictions of train_summarize.py or retrieve_and_summarize.py. FILE.jsonl#2 is
+the ranking, or the draft, of the second hop in a file of retrieve_and_summarize.py; a search that ended earlier counts
+with its last hop.
 
 The intervals are percentiles of bootstrap means. Documents are drawn with replacement, each with all its queries,
 because queries about one document are not independent. Without a hand-over file, or if all queries are about one
@@ -34,7 +36,7 @@ from utils.errors import BadRecord, DataError, UsageError
 from utils.evaluation.intervals import bootstrap_means
 from utils.retrieval.bm25 import bm25_rankings
 
-METRIC = re.compile(r"(recall|mrr|ndcg|gold_words)@([1-9][0-9]{0,6})")
+METRIC = re.compile(r"(recall|mrr|ndcg|map|gold_words)@([1-9][0-9]{0,6})")
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
@@ -45,7 +47,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--metric",
         default="gold_words@1024",
-        help="recall@k, mrr@k, ndcg@k, gold_words@N, rouge1, rouge2, rougeL or rougeLsum [%(default)s]",
+        help="recall@k, mrr@k, ndcg@k, map@k, gold_words@N, rouge1, rouge2, rougeL or rougeLsum [%(default)s]",
     )
     parser.add_argument("--qrels", help="evidence by query: TREC qrels or BEIR's tsv [that of the hand-over files]")
     parser.add_argument("--language", help="that of bm25's words: a code or name such as de or german, or none [en]")
@@ -61,7 +63,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     metric = METRIC.fullmatch(args.metric)
     has_hand_over = any(side and is_hand_over(side) for side in (args.A, args.B))
     if not metric:
-        parser.error(f"--metric {args.metric}: give recall@k, mrr@k, ndcg@k, gold_words@N, such as recall@5, or rouge1")
+        parser.error(
+            f"--metric {args.metric}: give recall@k, mrr@k, ndcg@k, map@k, gold_words@N, such as recall@5; or rouge1"
+        )
     if args.language is not None and "bm25" not in (args.A, args.B):
         parser.error(f"--language {args.language} has no effect without bm25 on one side")
     if "bm25" in (args.A, args.B) and not has_hand_over:
@@ -116,10 +120,14 @@ def score_predictions(path: str, metric: str, document_of: dict[str, str]) -> di
     """ROUGE of each prediction that has a reference, by example id. Adds the documents of the examples."""
     from utils.evaluation.rouge import rouge_scores  # imports `evaluate`, which takes seconds
 
-    scores = {}
+    scores, (path, hop), most = {}, split_hop(path), [0]
 
     def take(row: Row) -> None:
         key, prediction = read_identifier(row.record, "id"), row.record.get("prediction")
+        hops = row.record.get("hops")
+        most[0] = max(most[0], len(hops) if isinstance(hops, list) else 0)
+        if hop and isinstance(hops, list) and len(hops) > hop:  # else the last hop's
+            prediction = hops[hop - 1].get("draft")
         if not isinstance(prediction, str):
             raise BadRecord(f"no 'prediction'; {listed_fields(row.record)}")
         document_of[key] = document_of.get(key) or row.record.get("doc_id")
@@ -130,16 +138,31 @@ def score_predictions(path: str, metric: str, document_of: dict[str, str]) -> di
     rows = read_rows(path, "validation", None, ("summary",))
     build_all(rows, path, take, columns, [("id",), ("prediction",)], holds="record of 'id' and 'prediction'",
               remedy="give the predictions of train_summarize.py or retrieve_and_summarize.py")  # fmt: skip
+    if hop > most[0]:
+        raise UsageError(f"{path}#{hop}: no example was searched for {hop} hops")
     return scores
 
 
 def is_hand_over(side: str) -> bool:
-    return ".jsonl" in Path(side).suffixes
+    return ".jsonl" in Path(split_hop(side)[0]).suffixes
+
+
+def split_hop(side: str) -> tuple[str, int]:
+    """The path and the number of the hop in a name such as `predictions.validation.jsonl#2`; 0: the last one."""
+    path, _, hop = side.rpartition("#")
+    return (path, int(hop)) if path and hop.isdecimal() and int(hop) else (side, 0)
 
 
 def read_hand_over(path: str, qrels_file: str | None) -> list[Example]:
     """Reads the examples of a hand-over file that have evidence: in the qrels file if given, else their own."""
+    path, hop = split_hop(path)
     examples = list(load_examples(path, require_summary=False))
+    if hop and not any(len(example.hops) >= hop for example in examples):
+        raise UsageError(f"{path}#{hop}: no example was searched for {hop} hops")
+    if hop:
+        examples = [
+            dataclasses.replace(e, retrieved=e.hops[hop - 1].retrieved) if len(e.hops) > hop else e for e in examples
+        ]
     if unranked := [example.id for example in examples if example.retrieved is None]:
         raise DataError(
             f"{path}: example '{unranked[0]}' has no 'retrieved'; give a hand-over file of train_retrieve.py"
@@ -210,7 +233,8 @@ def _score(metric: str, *case) -> float:
     from utils.evaluation.retrieval import retrieval_scores  # imports `evaluate`, which takes seconds
 
     kind, number = METRIC.fullmatch(metric).groups()
-    option = {"recall": "recall_cutoffs", "gold_words": "word_budget"}.get(kind, "rank_cutoff")
+    options = {"recall": "recall_cutoffs", "gold_words": "word_budget", "map": "map_cutoff"}
+    option = options.get(kind, "rank_cutoff")
     return retrieval_scores(*case, **{option: (int(number),) if kind == "recall" else int(number)})[metric]
 
 

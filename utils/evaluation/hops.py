@@ -1,10 +1,10 @@
 """Scores of each hop: of its ranking, and of its draft."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from utils.data.examples import Example, Hop, Ranking
+from utils.data.words import count_words
 from utils.retrieval.pairs import gold_passages
-from utils.retrieval.ranking import KEPT
 
 
 def score_one_hop(examples: Sequence[Example], rankings: Sequence[Ranking], gold: Sequence) -> dict:
@@ -28,36 +28,41 @@ def score_beside_bm25(examples: Sequence[Example], hops: Sequence[Sequence[Hop]]
     passages there is nothing but the number 0 of `examples`.
     """
     gold = gold_passages(examples, args, required=False)
-    bm25_rankings = index.bm25_rankings(examples, args.top_k if args.corpus_file else KEPT)
+    bm25_rankings = index.bm25_rankings(examples, index.depth)
     return {**score_hops(examples, hops, gold), "bm25": score_one_hop(examples, bm25_rankings, gold)}
 
 
-def score_hop(examples: Sequence[Example], records: Sequence[dict], number: int) -> dict[str, float]:
+def score_hop(records: Iterable[dict], number: int) -> dict[str, float]:
     """Mean scores after hop `number` (from 1): of the rankings if there is evidence, and ROUGE if there are references.
 
-    `records` come from `hops_record`. An example whose search ended earlier counts with its last hop. ROUGE scores the
-    drafts of the hop, or after the last hop the predictions. `new_evidence` is a later hop's: of the evidence that hop
-    1 did not read, the share that this hop reads, in percent. `with_reference` counts the examples that ROUGE is of, if
-    some have no reference.
+    `records` come from `hops_record`, and their own numbers of passages are compared. An example whose search ended
+    earlier counts with its last hop. ROUGE scores the drafts of the hop, or after the last hop the predictions.
+    `new_evidence` is a later hop's: of the evidence that hop 1 did not read, the share that this hop reads, in percent.
+    `with_reference` counts the examples that ROUGE is of, if some have no reference.
     """
-    from utils.evaluation.retrieval import score_rankings  # imports `evaluate`, which takes seconds
+    from utils.evaluation.retrieval import Retrieval  # imports `evaluate`, which takes seconds
     from utils.evaluation.rouge import Rouge
 
-    hops = [record["hops"][:number][-1] for record in records]
-    found = [[(entry["passage"], entry["score"]) for entry in hop["retrieved"]] for hop in hops]
-    evidence = [example.evidence for example in examples]
-    scores = score_rankings(examples, found, evidence) if any(evidence) else {}
+    columns = {name: [] for name in ("predictions", "references", "passage_words", "evidence_words")}
+    is_last, texts, missed, found = True, [], 0, 0
+    for record in records:
+        hop, evidence = record["hops"][:number][-1], record.get("evidence", [])
+        columns["predictions"].append([entry["passage"] for entry in hop["retrieved"]])
+        columns["references"].append(evidence)
+        columns["passage_words"].append(list(map(count_words, record["passages"])))
+        columns["evidence_words"].append(record.get("evidence_words"))
+        new = set(evidence) - set(record["hops"][0]["read"])
+        missed, found = missed + len(new), found + len(new & set(hop["read"]))
+        is_last &= len(record["hops"]) <= number
+        texts.append((record["prediction"], hop["draft"], record.get("summary", [])))
+    scores = Retrieval().compute(**columns) if any(columns["references"]) else {}
     scores.pop("examples", None)
-    if number > 1:
-        pairs = [(set(example.evidence or []) - set(record["hops"][0]["read"]), set(hop["read"]))
-                 for example, record, hop in zip(examples, records, hops, strict=True)]  # fmt: skip
-        if missed := sum(len(new) for new, _ in pairs):
-            scores["new_evidence"] = 100 * sum(len(new & read) for new, read in pairs) / missed
-    is_last = all(len(record["hops"]) <= number for record in records)
-    texts = [record["prediction"] if is_last else hop["draft"] for record, hop in zip(records, hops, strict=True)]
-    pairs = [(text, example.summaries) for text, example in zip(texts, examples, strict=True) if example.summaries]
+    if number > 1 and missed:
+        scores["new_evidence"] = 100 * found / missed
+    pairs = [(prediction if is_last else draft, [summary] if isinstance(summary, str) else summary)
+             for prediction, draft, summary in texts if summary]  # fmt: skip
     if pairs:
         predictions, references = zip(*pairs, strict=True)
         scores |= Rouge().compute(predictions=predictions, references=references)
-        scores |= {"with_reference": len(pairs)} if len(pairs) < len(examples) else {}
+        scores |= {"with_reference": len(pairs)} if len(pairs) < len(texts) else {}
     return scores

@@ -7,7 +7,7 @@ import evaluate
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 
-from utils.data.examples import Corpus, Example, Ranking
+from utils.data.examples import Example, Ranking
 from utils.data.words import count_words
 from utils.evaluation.rouge import LocalMetric, _check_equally_many
 
@@ -25,8 +25,12 @@ def retrieval_scores(
     recall_cutoffs: Sequence[int] = RECALL_CUTOFFS,
     rank_cutoff: int = RANK_CUTOFF,
     word_budget: int = WORD_BUDGET,
+    map_cutoff: int | None = None,
 ) -> dict[str, float]:
     """Scores one ranking of a document's passages: recall@k, MRR@k, nDCG@k (binary gains), gold_words@budget; 0 to 100.
+
+    With `map_cutoff` also map@k: the precision at the rank of each passage of evidence among the first k, averaged over
+    all evidence.
 
     `ranking` holds passage numbers, best first, and need not be complete. `passage_words` holds the number of words of
     every passage, `evidence_words` the number of gold words in each passage of `evidence` (default: all its words).
@@ -54,6 +58,11 @@ def retrieval_scores(
     discounts = [1 / math.log2(position + 1) for position in range(1, rank_cutoff + 1)]
     gain = sum(discount for discount, hit in zip(discounts, hits, strict=False) if hit)
     scores[f"ndcg@{rank_cutoff}"] = 100 * gain / sum(discounts[: len(gold_words)])
+
+    if map_cutoff:
+        ranks = [rank for rank, hit in enumerate(hits[:map_cutoff], 1) if hit]
+        precisions = (number / rank for number, rank in enumerate(ranks, 1))
+        scores[f"map@{map_cutoff}"] = 100 * sum(precisions) / len(gold_words)
 
     found, budget_left = 0.0, word_budget
     for passage in ranking:
@@ -103,11 +112,7 @@ def score_rankings(examples: Sequence[Example], rankings: Sequence[Ranking], evi
         # only these passages are read, and numbered anew: a corpus may be large
         numbers = list(dict.fromkeys([passage for passage, _ in ranking] + (relevant or [])))
         places = {passage: place for place, passage in enumerate(numbers)}
-        texts = example.document.passages
-        if isinstance(example.document, Corpus):
-            texts = texts[numbers] if numbers else []
-        else:
-            texts = [texts[number] for number in numbers]
+        texts = [example.document.passages[number] for number in numbers]
         columns["predictions"].append([places[passage] for passage, _ in ranking])
         columns["references"].append([places[passage] for passage in relevant or []])
         columns["passage_words"].append(list(map(count_words, texts)))

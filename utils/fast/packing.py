@@ -3,19 +3,21 @@
 All layers other than attention see (1, real tokens, hidden). The idea is that of "Efficient Sequence Packing without
 Cross-contamination" (Krell et al., 2021, arXiv:2107.02027). Nothing of it is saved with the model.
 
-* `remove_padding(retriever)`: for the encoder of a SentenceTransformer. Its inputs and outputs stay padded. Only on a
-  CPU, and only before pooling, outputs are flat, in a form that sentence-transformers can pool.
+* `remove_padding(retriever)`: for the model of a SentenceTransformer, be it an encoder or decoder-only. Its inputs and
+  outputs stay padded. Only on a CPU, and only before pooling, outputs are flat, as sentence-transformers can pool them.
+* `remove_padding_of_classifier(reranker)`: for the encoder of a CrossEncoder.
 * `remove_padding_of_both(model)`: for an encoder-decoder, which then accepts sequences within `laid_end_to_end`.
 * `remove_padding_of_decoder(model)`: the same for a decoder-only language model.
 
 Leans on these internals. PyTorch: `varlen_attn`, `torch.ops.aten._softmax_backward_data`. Transformers:
 `AttentionInterface`, `AttentionMaskInterface`, `sdpa_attention_forward`, `sdpa_mask`, `eager_mask`,
 `config._attn_implementation`, `is_backend_compatible`; the `eager_attention_forward` in a model's own file; that masks
-are asked for their window as `local_size`; that encoders hand unknown keyword arguments (`packing`) down to the
+are asked for their window as `local_size`; that models hand unknown keyword arguments (`packing`) down to the
 attention function; and the `embed_positions` of BART-like models. Sentence-transformers: the attributes `auto_model`,
 `modality_config` and `model_forward_params` of its `Transformer`, and that its pooling understands `cu_seq_lens_q`.
 """
 
+import inspect
 import logging
 import sys
 from contextlib import contextmanager
@@ -33,8 +35,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 logger = logging.getLogger(__name__)
-NAME, BOTH = "packed", "packed_encoder_decoder"  # attention functions: of encoders, and of encoder-decoders
-LONGEST_CHECKED = 600  # tokens of a random sequence on which a decoder-only model is tried
+NAME, BOTH = "packed", "packed_encoder_decoder"  # attention functions: of retrievers, and of encoder-decoders
+LONGEST_CHECKED = 600  # tokens of a random sequence on which a model with a sliding window is tried
 LONGEST_KEPT = 512  # tokens; longer sequences use PyTorch's kernel, which does not keep attention weights
 STEP = 16  # lengths are rounded up to a multiple, because oneDNN compiles a kernel for each new shape
 
@@ -213,6 +215,8 @@ def _attend(
     forward pass share.
     """
     longest, longest_key = max(lengths), max(key_lengths)
+    if window and longest <= window:  # hides nothing
+        window = None
     has_kernel = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     has_kernel = has_kernel and query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     if has_kernel and query.dtype != torch.float32 and not (dropout or window or softcap):
@@ -240,6 +244,33 @@ def _attend_packed(query, key, value, lengths, key_lengths, layouts, scaling, **
     return _attend(query, key, value, lengths, key_lengths, layouts, scale=scale, **options)[None]
 
 
+def _attend_within(
+    module, query, key, value, attention_mask, lengths, layouts, windows, *, dropout, scaling, is_causal=None,
+    sliding_window=None, softcap=None, **options,
+):  # fmt: skip
+    """Attention function of a single stack whose sequences of `lengths` lie end to end; notes the layer's window."""
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    # biases, sinks, indices of keys to read
+    unknown = [name for name, option in options.items() if torch.is_tensor(option) and name != "position_ids"]
+    if attention_mask is not None or unknown or query.shape[2] != key.shape[2]:
+        raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings are computed in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    windows.add(sliding_window)
+    out = _attend_packed(
+        query, key, value, lengths, lengths, layouts, scaling,
+        causal=causal, window=sliding_window, dropout=dropout, softcap=softcap,
+    )  # fmt: skip
+    return out, None
+
+
+def _check_windows(of_layers: set, of_masks: set, longest: int) -> None:
+    """Raises NotImplementedError if layers lack a window of the masks that `longest` tokens did not show."""
+    if any(window is not None and window >= longest for window in of_layers ^ of_masks):
+        raise NotImplementedError("its attention windows cannot be packed")
+
+
 @torch.no_grad()
 def _keep_if_equal(module, attending, name: str, hooks: list, padded, packed) -> bool:
     """Gives the model `attending` the attention `name`; undone, with `hooks`, and False if it fails or outputs change.
@@ -263,7 +294,9 @@ def _keep_if_equal(module, attending, name: str, hooks: list, padded, packed) ->
     return False
 
 
-# ---- encoders of sentence-transformers
+# ---- models of sentence-transformers
+
+_windows: dict[str, set] = {"layers": set(), "masks": set()}  # those met in packed batches
 
 
 @dataclass
@@ -311,20 +344,18 @@ def plan_packing(attention_mask: torch.Tensor) -> Packing:
 
 
 def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, **options):
-    """Attention function of encoders; without `packing`, the usual one."""
+    """Attention function of retrievers; without `packing`, the usual one."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
-    unknown = [name for name in ("position_bias", "softcap", "s_aux", "cache") if options.get(name) is not None]
-    if attention_mask is not None or unknown or getattr(module, "is_causal", False) or query.shape != key.shape:
-        raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
-    lengths, window = packing.lengths, options.get("sliding_window")
-    out = _attend_packed(query, key, value, lengths, lengths, packing.layouts, scaling, window=window, dropout=dropout)
-    return out, None
+    return _attend_within(module, query, key, value, attention_mask, packing.lengths, packing.layouts,
+                          _windows["layers"], dropout=dropout, scaling=scaling, **options)  # fmt: skip
 
 
 def _mask(*arguments, attention_mask=None, **options):
-    # a packed batch has no mask; sentence-transformers gives a mask with any other batch
-    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+    if attention_mask is not None:  # sentence-transformers gives a mask with any batch that is not packed
+        return sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+    _windows["masks"].add(options.get("local_size"))
+    return None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -343,7 +374,7 @@ def _pack(transformer, arguments):
         for name, value in features.items()
         if name != "attention_mask"
     }
-    places = packing.index[None] % mask.shape[1] + _first_position(transformer.auto_model)
+    places = packing.pack(mask.cumsum(1) - 1) + _first_position(transformer.auto_model)
     return ({**packed, "position_ids": places, "packing": packing},)
 
 
@@ -378,7 +409,7 @@ def is_packed(transformer) -> bool:
 
 
 def remove_padding(retriever) -> bool:
-    """Makes the encoder of a SentenceTransformer compute without padding, if that changes no embedding.
+    """Makes the model of a SentenceTransformer compute without padding, if that changes no embedding.
 
     False, and the model is unchanged, if its attention cannot be replaced or its outputs for three random texts differ.
     """
@@ -390,8 +421,8 @@ def remove_padding(retriever) -> bool:
     encoder, config = transformer.auto_model, transformer.auto_model.config
     if not encoder.is_backend_compatible() or not hasattr(config, "vocab_size"):
         return False
-    # longer than a sliding window, if the encoder has one
-    longest = 2 * (getattr(config, "sliding_window", None) or 0) + 40
+    # longer than a sliding window that is not too long
+    longest = min((getattr(config, "sliding_window", None) or 0) + 40, LONGEST_CHECKED)
     longest = min(longest, getattr(config, "max_position_embeddings", longest + 8) - 8)
     mask = (torch.arange(longest) < torch.tensor([[longest], [5], [20]])).long()
     ids = torch.randint(
@@ -400,7 +431,11 @@ def remove_padding(retriever) -> bool:
     features = {"input_ids": ids.to(encoder.device), "attention_mask": mask.to(encoder.device)}
 
     def embed():
-        return transformer(dict(features))["token_embeddings"][mask.bool()]
+        for found in _windows.values():
+            found.clear()
+        states = transformer(dict(features))["token_embeddings"][mask.bool()]
+        _check_windows(_windows["layers"], _windows["masks"], longest)
+        return states
 
     if transformer.model_forward_params is not None:  # the arguments that sentence-transformers passes on
         transformer.model_forward_params |= {"position_ids", "packing"}
@@ -410,6 +445,71 @@ def remove_padding(retriever) -> bool:
     is_removed = _keep_if_equal(transformer, encoder, NAME, hooks, embed, embed)
     transformer.is_pooled_packed = is_removed and len(retriever) > 1 and isinstance(retriever[1], Pooling)
     return is_removed
+
+
+# ---- classifiers of sequences
+
+
+def remove_padding_of_classifier(reranker) -> bool:
+    """Makes the encoder of a CrossEncoder compute without padding, if that changes no score. Else False, as above.
+
+    Its inputs stay padded. The encoder's outputs are padded again for the head, which reads the first token of each
+    sequence, or a mean over its tokens.
+    """
+    model, config = reranker[0].auto_model, reranker[0].auto_model.config
+    encoder = model.base_model
+    if encoder is model or not model.is_backend_compatible() or not hasattr(config, "vocab_size"):
+        return False
+    names = list(inspect.signature(encoder.forward).parameters)
+    running: list[Packing] = []
+
+    def pack(module, arguments, options):
+        options = dict(zip(names, arguments, strict=False)) | options
+        mask = options.get("attention_mask")
+        if mask is None or mask.ndim != 2 or config._attn_implementation != NAME:
+            return None
+        packing = plan_packing(mask)
+        running.append(packing)
+        packed = {
+            name: packing.pack(value) if torch.is_tensor(value) and value.shape == mask.shape else value
+            for name, value in options.items()
+            if name != "attention_mask"
+        }
+        places = packing.index[None] % mask.shape[1] + _first_position(encoder)
+        return (), {**packed, "position_ids": places, "packing": packing}
+
+    def first_tokens(module, arguments):
+        if not running:
+            return None
+        starts = torch.tensor([0, *accumulate(running[-1].lengths[: running[-1].shape[0] - 1])])
+        return arguments[0][0].index_select(0, starts.to(arguments[0].device))[:, None], *arguments[1:]
+
+    def unpack(module, arguments, output):
+        if running:
+            output.last_hidden_state = running.pop().unpack(output.last_hidden_state)
+        return output
+
+    hooks = [encoder.register_forward_pre_hook(pack, with_kwargs=True), encoder.register_forward_hook(unpack)]
+    if isinstance(getattr(encoder, "pooler", None), nn.Module):
+        hooks.append(encoder.pooler.register_forward_pre_hook(first_tokens))
+    longest = min((getattr(config, "sliding_window", None) or 0) + 40, LONGEST_CHECKED)
+    longest = min(longest, getattr(config, "max_position_embeddings", longest + 8) - 8)
+    mask = (torch.arange(longest) < torch.tensor([[longest], [5], [20]])).long().to(model.device)
+    ids = torch.randint(
+        config.vocab_size // 2, config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0)
+    )
+
+    def scores():
+        for found in _windows.values():
+            found.clear()
+        try:
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask).logits
+            _check_windows(_windows["layers"], _windows["masks"], longest)
+            return logits
+        finally:
+            running.clear()  # if it failed
+
+    return _keep_if_equal(model, model, NAME, hooks, scores, scores)
 
 
 # ---- models with a decoder
@@ -515,22 +615,9 @@ def remove_padding_of_both(model) -> bool:
 def _attention_of_decoder(plain, module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
     if not _now:
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
-    causal, window = options.get("is_causal"), options.get("sliding_window")
-    causal = getattr(module, "is_causal", False) if causal is None else causal
-    # biases, sinks, indices of keys to read
-    unknown = [name for name, option in options.items() if torch.is_tensor(option) and name != "position_ids"]
-    if attention_mask is not None or unknown or not causal or query.shape[2] != key.shape[2]:
-        raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings are computed in float32
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     now = _now[-1]
-    now["windows"].add(window)
-    out = _attend_packed(
-        query, key, value, now["self"], now["self"], now["layouts"], scaling,
-        causal=True, window=window, dropout=dropout, softcap=options.get("softcap"),
-    )  # fmt: skip
-    return out, None
+    return _attend_within(module, query, key, value, attention_mask, now["self"], now["layouts"], now["windows"],
+                          dropout=dropout, scaling=scaling, **options)  # fmt: skip
 
 
 def _mask_of_decoder(plain, *arguments, **options):
@@ -576,9 +663,7 @@ def remove_padding_of_decoder(model) -> bool:
     def packed():
         with laid_end_to_end(lengths):
             states = body(input_ids=ids[real][None], position_ids=places[real][None], use_cache=False)[0][0]
-            # the lengths above may not show a window
-            if _now[-1]["windows"] != _now[-1]["windows of masks"]:
-                raise NotImplementedError(f"attention windows of {config.model_type} cannot be packed")
+            _check_windows(_now[-1]["windows"], _now[-1]["windows of masks"], longest)
         return states
 
     return _keep_if_equal(model, model, name, [], padded, packed)

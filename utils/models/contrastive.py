@@ -1,8 +1,10 @@
 """The retriever's contrastive loss with negatives from all processes, and gradient caching for large batches."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 # ---- loss
@@ -17,6 +19,9 @@ def contrastive_loss(
     temperature: float,
     evidence_weights: torch.Tensor | None = None,
     is_distribution: torch.Tensor | None = None,
+    is_excluded: torch.Tensor | None = None,
+    matryoshka_dims: Sequence[int] = (),
+    is_unit: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed InfoNCE loss of this process's queries, and how many of them rank a positive first.
 
@@ -35,11 +40,19 @@ def contrastive_loss(
         is_distribution: (queries,) bool, True where the weights are a teacher's distribution over passages. The loss of
             such a query is the cross entropy with this distribution, in which positives compete with each other
             (perplexity distillation, Izacard et al., 2022, arXiv:2208.03299). None: no such query.
+        is_excluded: (queries, passages) bool, True where a passage is no negative of a query. None: nowhere.
+        matryoshka_dims: the loss is the mean over embeddings cut to each of these sizes, the largest first (Kusupati
+            et al., 2022, arXiv:2205.13147). None given: whole embeddings.
+        is_unit: whether embeddings that were cut get unit length again, as cosine similarity wants it.
     """
+    cuts = [(queries.float(), passages.float())]
+    if matryoshka_dims:
+        cuts = [tuple(side[:, :size] for side in cuts[0]) for size in matryoshka_dims]
+        cuts = [tuple(map(normalize, sides)) for sides in cuts] if is_unit else cuts
     with torch.autocast(queries.device.type, enabled=False):  # autocast would multiply in half precision
-        similarities = queries.float() @ passages.float().T / temperature
-    weights = torch.zeros_like(similarities)
-    is_evidence = torch.zeros_like(similarities, dtype=torch.bool)
+        similarities = torch.stack([of_queries @ of_passages.T / temperature for of_queries, of_passages in cuts])
+    weights = torch.zeros_like(similarities[0])
+    is_evidence = torch.zeros_like(similarities[0], dtype=torch.bool)
     for column, keys in enumerate(evidence_keys.T):  # one at a time: memory does not grow with the evidence
         found = keys[:, None] == passage_keys
         is_evidence |= found
@@ -47,15 +60,17 @@ def contrastive_loss(
     counted = _is_first(passage_keys) & (passage_keys != -2)
     weights = weights * counted
     weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    if is_excluded is not None:
+        counted = counted & (~is_excluded | (weights > 0))
     is_negative = counted & ~is_evidence
     # not -inf: a query without any negative must not give nan
-    negatives = similarities.masked_fill(~is_negative, -1e9).logsumexp(1, keepdim=True)
+    negatives = similarities.masked_fill(~is_negative, -1e9).logsumexp(2, keepdim=True)
     log_normalizers = torch.logaddexp(negatives, similarities)
     if is_distribution is not None:
-        everything = similarities.masked_fill(~counted, -1e9).logsumexp(1, keepdim=True)
+        everything = similarities.masked_fill(~counted, -1e9).logsumexp(2, keepdim=True)
         log_normalizers = torch.where(is_distribution[:, None], everything, log_normalizers)
-    losses = (weights * (log_normalizers - similarities)).sum(1)
-    best = similarities.masked_fill(~(is_negative | (weights > 0)), float("-inf")).argmax(1, keepdim=True)
+    losses = (weights * (log_normalizers - similarities)).sum(2).mean(0)
+    best = similarities[0].masked_fill(~(is_negative | (weights > 0)), float("-inf")).argmax(1, keepdim=True)
     right = (weights.gather(1, best)[:, 0] > 0) & (evidence_keys[:, 0] >= 0)
     return (losses * (evidence_keys[:, 0] >= 0)).sum(), right.sum()
 

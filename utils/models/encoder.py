@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer, SimilarityFunction
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel
 
 from utils.errors import UsageError
 from utils.fast.cpu import laid_out_weights, use_fast_layers
 from utils.fast.packing import is_packed, remove_padding
-from utils.models.lora import base_model, check_loaded
+from utils.models.lora import base_model, check_loaded, holds
 from utils.models.settings import checkpoint_layers, load_error, write_settings
 from utils.models.tokenizer import check_length, check_vocabulary, pad, position_limit, tokenizer_key, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
@@ -84,9 +85,12 @@ def load_retriever(
     attention_dropout: float | None = None,
     dropout: float | None = None,
     trust_remote_code: bool = False,
+    truncate_dim: int | None = None,
 ) -> SentenceTransformer:
-    """Loads a sentence-transformers or plain encoder checkpoint from a folder or the Hub.
+    """Loads a sentence-transformers model, or a plain encoder or decoder-only checkpoint, from a folder or the Hub.
 
+    A plain checkpoint reads texts as they are, also if it has a chat template. Its pooling is that of
+    sentence-transformers: the last token of language models, else the mean. `truncate_dim` replaces the model's own.
     UsageError if it cannot be loaded, if `dropout` cannot be set, or if training and search here would not compute the
     embeddings of sentence-transformers' own `encode_query` and `encode_document`.
     """
@@ -109,14 +113,19 @@ def load_retriever(
         raise UsageError(f"{name_or_path}: no retriever could be loaded: {load_error(error)}") from error
     check_loaded(retriever, name_or_path, "")
     _check_modules(retriever, name_or_path)
+    if truncate_dim is not None:
+        retriever.truncate_dim = None
+        if truncate_dim > retriever.get_embedding_dimension():
+            size = retriever.get_embedding_dimension()
+            raise UsageError(f"--truncate_dim {truncate_dim}: the embeddings of {name_or_path} have {size} dimensions")
+        retriever.truncate_dim = truncate_dim
     if dropout is not None and not any(hasattr(retriever[0].auto_model.config, name) for name in DROPOUTS):
         raise UsageError(f"--dropout: {name_or_path} has no dropout that could be set; leave the flag out")
     check_vocabulary(retriever.tokenizer, retriever[0].auto_model, name_or_path)
     limit = position_limit(retriever)
     if limit is not None and (retriever.max_seq_length or limit) >= limit:
         retriever.max_seq_length = limit  # a longer text has no positions
-    is_unit = any(isinstance(module, Normalize) for module in retriever)
-    if not is_unit and retriever.similarity_fn_name == SimilarityFunction.COSINE.value:
+    if is_unit(retriever) and not any(isinstance(module, Normalize) for module in retriever):
         retriever.append(Normalize())  # loss and search use the dot product, which must be the cosine
     use_fast_layers(retriever)
     remove_padding(retriever)
@@ -125,23 +134,25 @@ def load_retriever(
 
 
 def _check_modules(retriever: SentenceTransformer, name: str) -> None:
-    """Raises UsageError if the model is of a kind that is not supported here."""
+    """Settles chat template and padding token. Raises UsageError if the model is of a kind that is not supported."""
     first = type(retriever[0]).__name__
     if not isinstance(retriever[0], Transformer):
         remedy = "save one of its encoders as a model of its own" if first == "Router" else "choose a Transformer model"
         raise UsageError(f"{name}: its first module is a {first}, which is not supported as a retriever; {remedy}")
     if "message" in retriever[0].modality_config:
-        raise UsageError(f"{name}: texts would be put into its chat template; remove chat_template from its tokenizer")
+        if holds(name, "modules.json"):
+            raise UsageError(
+                f"{name}: texts would be put into its chat template; remove message from the modality_config in its "
+                "sentence_bert_config.json"
+            )
+        del retriever[0].modality_config["message"]  # a plain checkpoint, which no one trained as a retriever with it
     if retriever[0].modality_config.keys() != {"text"} or not callable(retriever.tokenizer):
         others = ", ".join(map(str, retriever[0].modality_config))
         raise UsageError(f"{name}: reads {others}, but only models of texts are supported; choose another")
+    if retriever.tokenizer.pad_token_id is None and retriever.tokenizer.eos_token_id is not None:
+        retriever.tokenizer.pad_token = retriever.tokenizer.eos_token  # what is masked may be any token
     if retriever.tokenizer.pad_token_id is None:
         raise UsageError(f"{name}: the tokenizer has no padding token; set pad_token in its tokenizer_config.json")
-    if retriever.truncate_dim is not None:
-        raise UsageError(
-            f"{name}: its embeddings are cut to {retriever.truncate_dim} dimensions, which is not supported; "
-            "remove truncate_dim from its config_sentence_transformers.json"
-        )
     if retriever.similarity_fn_name not in (SimilarityFunction.COSINE.value, SimilarityFunction.DOT_PRODUCT.value):
         raise UsageError(
             f"{name}: its similarity is {retriever.similarity_fn_name}, but only cosine and dot are supported; "
@@ -165,8 +176,9 @@ def _check_embeddings(retriever: SentenceTransformer, name: str) -> None:
             if theirs["input_ids"][0].tolist() != ids:
                 raise UsageError(problem)
         # one at a time, because the padding of a batch changes the embeddings of some models
-        theirs = encode_theirs(PROBES, batch_size=1, show_progress_bar=False, convert_to_tensor=True)
-        ours = retriever(_features(retriever, token_ids, kind))["sentence_embedding"]
+        theirs = encode_theirs(PROBES, batch_size=1, show_progress_bar=False, convert_to_tensor=True,
+                               normalize_embeddings=is_unit(retriever))  # fmt: skip
+        ours = _embeddings(retriever, _features(retriever, token_ids, kind))
         if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max():
             raise UsageError(problem)
 
@@ -201,6 +213,16 @@ def set_max_seq_length(retriever: SentenceTransformer, tokens: int) -> None:
 
 def set_up(retriever: SentenceTransformer, args) -> None:
     """Applies the flags of train_retrieve.py about length, prompts and memory. UsageError if the model refuses one."""
+    if retriever.truncate_dim is not None:
+        raise UsageError(
+            f"{args.model_name_or_path}: its embeddings are cut to {retriever.truncate_dim} dimensions, and only whole "
+            "ones can be trained; remove truncate_dim from its config_sentence_transformers.json"
+        )
+    if (sizes := matryoshka(retriever, args)["matryoshka_dims"]) and sizes[0] > retriever.get_embedding_dimension():
+        raise UsageError(
+            f"--matryoshka_dims {args.matryoshka_dims}: the embeddings have {retriever.get_embedding_dimension()} "
+            "dimensions only"
+        )
     if args.max_seq_length:
         set_max_seq_length(retriever, args.max_seq_length)
     set_prompts(retriever, args.query_prompt, args.passage_prompt)
@@ -208,9 +230,22 @@ def set_up(retriever: SentenceTransformer, args) -> None:
         checkpoint_layers(retriever[0].auto_model)
 
 
+def is_unit(retriever: SentenceTransformer) -> bool:
+    """Whether its similarity is the cosine, so that embeddings have unit length, also after they were cut."""
+    return retriever.similarity_fn_name == SimilarityFunction.COSINE.value
+
+
+def matryoshka(retriever: SentenceTransformer, args) -> dict:
+    """The arguments of the contrastive loss that `--matryoshka_dims` decides."""
+    sizes = args.matryoshka_dims.split(",") if args.matryoshka_dims else []
+    return {"matryoshka_dims": list(map(int, sizes)), "is_unit": is_unit(retriever)}
+
+
 def weights_key(model: torch.nn.Module) -> str:
-    """A checksum of a model's weights, and of a SentenceTransformer's prompts and maximum length."""
-    others = [getattr(model, name, None) for name in ("prompts", "max_seq_length")]
+    """A checksum of a model's weights, and of a SentenceTransformer's tokenizer, prompts, lengths and other modules."""
+    others = [getattr(model, name, None) for name in ("prompts", "max_seq_length", "truncate_dim")]
+    if isinstance(model, SentenceTransformer):
+        others += [tokens_key(model), model.similarity_fn_name, list(map(str, list(model)[1:]))]
     total = hashlib.sha256(json.dumps(others).encode())
     for name, tensor in sorted(model.state_dict().items()):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -277,7 +312,7 @@ def in_chunks(
     for side, length in zip(sides, lengths, strict=True):
         parts = [side]
         if max_tokens:
-            batches = _longest_first([token_ids[i] for i in side], max_tokens, is_padded=not packed)
+            batches = longest_first([len(token_ids[i]) for i in side], max_tokens, is_padded=not packed)
             parts = [[side[i] for i in batch] for batch in batches]
         for part in parts:
             features = pad([token_ids[i] for i in part], retriever.tokenizer.pad_token_id)
@@ -291,11 +326,11 @@ def count_tokens(retriever: SentenceTransformer, chunks: list[dict[str, torch.Te
     return tokens, tokens if is_packed(retriever[0]) else sum(chunk["attention_mask"].numel() for chunk in chunks)
 
 
-def _longest_first(token_ids: list[list[int]], max_tokens: int, *, is_padded: bool) -> list[list[int]]:
-    """Numbers of the texts in batches of at most `max_tokens`; a longer text has a batch of its own."""
+def longest_first(lengths: Sequence[int], max_tokens: int, *, is_padded: bool) -> list[list[int]]:
+    """Numbers of texts in batches of at most `max_tokens`; a longer text has a batch of its own."""
     batches, tokens, longest = [], 0, 0
-    for number in sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i])):
-        length = len(token_ids[number])
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[number]
         width = longest if is_padded else length
         if not batches or tokens + width > max_tokens:
             batches.append([])
@@ -331,7 +366,7 @@ def encode(
     if cost is not None:
         cost["encoder_tokens"] += sum(map(len, token_ids))
     process, processes = (0, 1) if alone else (accelerator.process_index, accelerator.num_processes)
-    batches = _longest_first(token_ids, max_tokens, is_padded=True)
+    batches = longest_first(list(map(len, token_ids)), max_tokens, is_padded=True)
     was_training = model.training
     model.eval()
     parts = [np.empty((0, model.get_embedding_dimension()), dtype=np.float32)]
@@ -343,8 +378,7 @@ def encode(
                 # a sharded model needs all processes each time: those without a batch left repeat the last one
                 batch = batches[min(first + process, len(batches) - 1)]
                 features = _features(model, [token_ids[i] for i in batch], kind)
-                output = model(send_to_device(features, accelerator.device))
-                parts.append(output["sentence_embedding"].float().cpu().numpy())
+                parts.append(_embeddings(model, send_to_device(features, accelerator.device)).cpu().numpy())
     finally:
         model.train(was_training)
     if processes == 1 or not batches:
@@ -359,6 +393,15 @@ def encode(
     embeddings = np.empty((len(texts), model.get_embedding_dimension()), dtype=np.float32)
     embeddings[numbers] = vectors
     return embeddings
+
+
+def _embeddings(model: SentenceTransformer, features: dict) -> torch.Tensor:
+    """Embeddings (texts, hidden) of a batch in float32, cut to the model's `truncate_dim`."""
+    embeddings = model(features)["sentence_embedding"].float()
+    if model.truncate_dim is None:
+        return embeddings
+    cut = embeddings[:, : model.truncate_dim]
+    return normalize(cut) if is_unit(model) else cut
 
 
 def save_pretrained(retriever: SentenceTransformer, folder: str | Path, args) -> None:

@@ -32,6 +32,12 @@ def saved_settings(folder: str | os.PathLike) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def check_made(flag: str, name: str, script: str) -> None:
+    """Raises UsageError if a run folder is named that is not there; its name is none to ask the Hub for."""
+    if name.startswith("outputs/") and not Path(name).is_dir():
+        raise UsageError(f"{flag} {name}: no such folder; {script} makes it, or name another")
+
+
 def load_error(error: Exception) -> str:
     """What a library says of a model that it cannot load; if the model brings its own code, the flag that runs it."""
     if "trust_remote_code" in str(error):

@@ -168,7 +168,12 @@ class Sources:
 
     def build(self, query: str, document, passage_numbers: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         """The token sequences, and the numbers of the passages in them, in the same order."""
-        return self.build_from_tokens(self.tokenize_queries([query])[0], document, passage_numbers)
+        excerpt, places = document.excerpt(passage_numbers)
+        sequences, kept = self.build_from_tokens(self.tokenize_queries([query])[0], excerpt, places)
+        if excerpt is not document:
+            del self.passage_tokens[excerpt]
+            kept = [passage_numbers[place] for place in kept]
+        return sequences, kept
 
     def build_from_tokens(self, query: list[int], document, passage_numbers: Sequence[int]):
         """As `build`, from the tokens of the query."""
@@ -210,7 +215,7 @@ class Sources:
             kept.append((number, min(int(sizes[first + number]), max(room, 0))))
             if self.fusion == "concat":
                 free = room - kept[-1][1]
-        return sorted(kept) if self.passage_order == "document" else kept
+        return sorted(kept) if self.passage_order == "document" and document.is_ordered else kept
 
     def rules(self) -> list:
         """What decides a source, beside the tokenizer; the tokens around the texts tell the languages."""

@@ -32,9 +32,9 @@ def train_tokenizer(
     max_length: int = 1024,
     key: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer with BART's format `<s> text </s>`; deterministic.
+    """Trains a byte-level BPE tokenizer with BART's format `<s> text </s>`, or `<s> text </s> text </s>`.
 
-    With `key`, a checksum of the texts, it is kept in the cache for later runs.
+    Deterministic. With `key`, a checksum of the texts, it is kept in the cache for later runs.
     """
     options = {"vocab_size": vocab_size, "lowercase": lowercase, "max_length": max_length}
     if key is None:
@@ -54,8 +54,9 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool, max
         texts, vocab_size=vocab_size, min_frequency=2, special_tokens=list(special.values()), show_progress=False
     )
     bpe.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[(token, bpe.token_to_id(token)) for token in ("<s>", "</s>")]
-    )
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[(token, bpe.token_to_id(token)) for token in ("<s>", "</s>")],
+    )  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, model_max_length=max_length, cls_token="<s>", sep_token="</s>", **special
     )

@@ -167,23 +167,33 @@ def bm25_index(corpus: Corpus, folder: str | os.PathLike | None = None, language
     return index
 
 
-def bm25_search(index: bm25s.BM25, queries: Sequence[str], top_k: int, language: str | None = None) -> list[Ranking]:
+def bm25_search(
+    index: bm25s.BM25,
+    queries: Sequence[str],
+    top_k: int,
+    language: str | None = None,
+    also: Sequence[Ranking] | None = None,
+) -> list[Ranking]:
     """Ranks the `top_k` best passages for each query. Passages that share no word with the query are left out.
 
-    `language` is that of the index.
+    `language` is that of the index. The passages of each query's ranking in `also` are ranked in any case.
     """
     rankings = []
-    for words in search_words(queries, language):
+    for number, words in enumerate(search_words(queries, language)):
         known = index.get_tokens_ids(words)
-        scores = index.get_scores_from_ids(known) if known else np.zeros(0, dtype=np.float32)
-        passages = np.flatnonzero(scores)
-        scores = scores[passages]
+        all_scores = index.get_scores_from_ids(known) if known else np.zeros(0, dtype=np.float32)
+        passages = np.flatnonzero(all_scores)
+        scores = all_scores[passages]
         if len(passages) > top_k:
             # This keeps all passages that tie with the last one; the stable sort then takes the first of them.
             good = scores >= np.partition(scores, -top_k)[-top_k]
             passages, scores = passages[good], scores[good]
         best_first = np.argsort(-scores, kind="stable")[:top_k]
         rankings.append(list(zip(passages[best_first].tolist(), scores[best_first].tolist(), strict=True)))
+        if also:
+            further = sorted({passage for passage, _ in also[number]} - dict(rankings[-1]).keys())
+            of_further = [float(all_scores[passage]) if known else 0.0 for passage in further]
+            rankings[-1] += sorted(zip(further, of_further, strict=True), key=lambda entry: -entry[1])
     return rankings
 
 

@@ -1,18 +1,24 @@
 """Search in one corpus for all examples, with the same methods as `DocumentSearch`."""
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from utils.data.examples import Corpus, Document, Example, Ranking
 from utils.models.encoder import weights_key
 from utils.retrieval.bm25 import bm25_index, bm25_search, say_unmatched, unmatched
+from utils.retrieval.dense import Encode
 from utils.retrieval.document_search import DocumentSearch
-from utils.retrieval.exact_search import dense_search, recall_lost
-from utils.retrieval.ranking import reciprocal_rank_fusion, search_texts
+from utils.retrieval.exact_search import add_passages, dense_search, recall_lost
+from utils.retrieval.faiss_index import approximate_index
+from utils.retrieval.ranking import KEPT, fuse_scores, search_texts
 from utils.retrieval.vectors import encode_corpus
+
+DEPTH = 200  # passages of a ranking at least, because rankings of searches and of hops are fused
+MOST_SEARCHED = 512  # examples of a block
 
 
 class CorpusSearch:
@@ -23,63 +29,115 @@ class CorpusSearch:
             encoder, changes.
         index: "flat", "ivf" or "hnsw". The last two are approximate; the log says how many passages they miss.
         language: that of BM25's words (see `search_tokenizer`).
+        depth: passages of a ranking, if a call does not ask for another number.
+        alone: each process searches by itself, and `encode` is its own. Call `prepare` on all of them first. Without
+            it, the searches are called on all processes, as is `encode`; the main one searches for all, after it has
+            encoded the passages with the encoder as it then is.
     """
 
     def __init__(
         self, corpus: Corpus, *, folder: Path, weights_key: Callable[[], str], index: str, language: str | None,
-        accelerator, log,
+        depth: int, alone: bool, accelerator, say: Callable[[str], None],
     ):  # fmt: skip
         self.corpus, self.folder, self.weights_key, self.index = corpus, folder, weights_key, index
-        self.accelerator, self.log, self.language = accelerator, log, language
-        self.lexical = bm25_index(corpus, language=language)
+        self.accelerator, self.say, self.language = accelerator, say, language
+        self.depth, self.alone = depth, alone
         self.checked = ""  # the key of the vectors that the index was last compared with exact search on
 
+    @cached_property
+    def lexical(self):
+        """The BM25 index. The first process that needs it builds it while the others wait."""
+        return bm25_index(self.corpus, language=self.language)
+
+    def prepare(self, encode: Encode) -> None:
+        """Encodes the passages whose vectors are not there, and builds an approximate index; called on all processes.
+
+        `encode(texts, kind)` runs on all of them.
+        """
+        key = f"{self.corpus.id} {self.weights_key()} {self.accelerator.mixed_precision}"
+        self.vectors = encode_corpus(self.corpus.passages, lambda texts: encode(texts, "passage"), self.folder,
+                                     key=key, accelerator=self.accelerator,
+                                     say=self.say if self.alone else None)  # fmt: skip
+        if self.alone and self.index != "flat":  # now, because it may take longer than processes wait for each other
+            if self.accelerator.is_main_process:
+                approximate_index(self.vectors, self.index)
+            self.accelerator.wait_for_everyone()
+
+    def remember(self, encode: Encode) -> Encode:
+        """`encode` itself: what is to be remembered of the passages is on the disk."""
+        return encode
+
+    def blocks(self, examples: Sequence[Example], size: int) -> list[list[int]]:
+        """Numbers of examples in blocks, whose queries go through the vectors together; `size`: the least in a block.
+
+        Many examples have larger blocks, up to `MOST_SEARCHED`, but enough of them for the processes to share.
+        """
+        size = max(size, min(len(examples) // 64, MOST_SEARCHED))
+        numbers = list(range(len(examples)))
+        return [numbers[first : first + size] for first in range(0, len(numbers), size)]
+
     def bm25_rankings(
-        self, examples: Sequence[Example], top_k: int, queries: Sequence[str] | None = None, say=None
+        self, examples: Sequence[Example], top_k: int | None = None, queries: Sequence[str] | None = None, say=None
     ) -> list[Ranking]:
         """Ranks passages by BM25 for each example's query, or for its search text in `queries`; `say` as there."""
-        rankings = bm25_search(self.lexical, search_texts(examples, queries), top_k, self.language)
+        rankings = bm25_search(self.lexical, search_texts(examples, queries), top_k or self.depth, self.language)
         if say:
             say_unmatched(unmatched(examples, rankings), len(examples), self.language, say)
         return rankings
 
     def dense_rankings(
-        self, examples: Sequence[Example], encode, top_k: int, queries: Sequence[str] | None = None
-    ) -> list[Ranking]:
-        """Ranks passages by dot product with the vector of each example's query, or of its search text in `queries`.
+        self, examples: Sequence[Example], encode: Encode, top_k: int | None = None,
+        queries: Sequence[str] | None = None,
+    ) -> list[Ranking]:  # fmt: skip
+        """Ranks passages by dot product with the vector of each example's query, or of its search text in `queries`."""
+        return self._search(encode, search_texts(examples, queries), partial(self._nearest, top_k=top_k or self.depth))
 
-        Call it on all processes; `encode(texts, kind)` runs on all, and the result is on all.
-        """
-        key = f"{self.corpus.id} {self.weights_key()} {self.accelerator.mixed_precision}"
-        vectors = encode_corpus(self.corpus.passages, lambda texts: encode(texts, "passage"), self.folder,
-                                key=key, accelerator=self.accelerator)  # fmt: skip
-        query_vectors = encode(search_texts(examples, queries), "query")
-        found = [None]
-        if self.accelerator.is_main_process:
-            found = [dense_search(query_vectors, vectors, top_k, index=self.index)]
-            if self.index != "flat" and self.checked != key:
-                self.checked = key
-                lost = recall_lost(query_vectors, vectors, top_k, index=self.index)
-                self.log.say(f"--index {self.index} misses {lost:.1f}% of the {top_k} passages that exact search finds")
-        return broadcast_object_list(found)[0]
-
-    def retriever_rankings(self, examples: Sequence[Example], encode, settings: dict, queries=None) -> list[Ranking]:
+    def retriever_rankings(
+        self, examples: Sequence[Example], encode: Encode, settings: dict, queries: Sequence[str] | None = None,
+        top_k: int | None = None,
+    ) -> list[Ranking]:  # fmt: skip
         """Ranks passages as the retriever's `settings` (flags of train_retrieve.py) say: by vectors, or with BM25 too.
 
-        Gives the `top_k` best passages. BM25 is fused in by reciprocal rank.
+        BM25 is added by score, as within a document (see `fuse_scores`). Candidates are the `top_k` best passages of
+        either search, at least `DEPTH`; each has both scores, and they are standardized over the candidates.
         """
-        top_k = settings["top_k"]
-        dense = self.dense_rankings(examples, encode, top_k, queries)
-        if settings["ranking"] == "dense":
-            return dense
-        both = zip(dense, self.bm25_rankings(examples, top_k, queries), strict=True)
-        return [reciprocal_rank_fusion(pair)[:top_k] for pair in both]
+        top_k, queries = top_k or self.depth, search_texts(examples, queries)
+        if settings.get("ranking") != "hybrid":
+            return self.dense_rankings(examples, encode, top_k, queries)
+
+        def search(query_vectors: np.ndarray) -> list[Ranking]:
+            dense = self._nearest(query_vectors, max(top_k, DEPTH))
+            lexical = bm25_search(self.lexical, queries, max(top_k, DEPTH), self.language, also=dense)
+            dense = add_passages(query_vectors, self.vectors, dense, lexical)
+            weight = settings["bm25_weight"]
+            return [fuse_scores(*both, weight)[:top_k] for both in zip(dense, lexical, strict=True)]
+
+        return self._search(encode, queries, search)
+
+    def _search(self, encode: Encode, queries: Sequence[str], search: Callable) -> list[Ranking]:
+        """What `search(query vectors)` finds in `self.vectors`."""
+        if self.alone:
+            return search(encode(list(queries), "query"))
+        self.prepare(encode)
+        query_vectors = encode(list(queries), "query")
+        return broadcast_object_list([search(query_vectors) if self.accelerator.is_main_process else None])[0]
+
+    def _nearest(self, query_vectors: np.ndarray, top_k: int) -> list[Ranking]:
+        if self.index != "flat" and self.checked != self.vectors.key and self.accelerator.is_main_process:
+            self.checked = self.vectors.key
+            lost = recall_lost(query_vectors, self.vectors, top_k, index=self.index)
+            self.say(f"--index {self.index} misses {lost:.1f}% of the {top_k} passages that exact search finds")
+        return dense_search(query_vectors, self.vectors, top_k, index=self.index)
 
 
-def make_search(documents: Sequence[Document], retriever, *, index: str, folder: Path, language, log, accelerator):
-    """Search in each example's own document, or in the corpus if that is the only document."""
+def make_search(documents: Sequence[Document], retriever, *, index: str, folder: Path, language: str | None, top_k: int,
+                say: Callable[[str], None], accelerator, alone: bool = False):  # fmt: skip
+    """Search in each example's own document, or in the corpus if that is the only document.
+
+    `top_k` passages are handed on. `retriever` may be None if only BM25 searches. The rest is as in `CorpusSearch`.
+    """
     if not isinstance(documents[0], Corpus):
-        return DocumentSearch(language)
-    weights = functools.partial(weights_key, retriever)
-    return CorpusSearch(documents[0], folder=folder, weights_key=weights, index=index, language=language,
-                        accelerator=accelerator, log=log)  # fmt: skip
+        return DocumentSearch(language, max(top_k, KEPT))
+    return CorpusSearch(documents[0], folder=folder, weights_key=partial(weights_key, retriever), index=index,
+                        language=language, depth=max(top_k, DEPTH), alone=alone, accelerator=accelerator,
+                        say=say)  # fmt: skip

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from utils.data.examples import Example, Ranking
+from utils.errors import UsageError
 from utils.retrieval.bm25 import bm25_score
 from utils.retrieval.ranking import combine, examples_by_document, rank, search_texts
+from utils.tables import values
 
 Encode = Callable[[list[str], str], np.ndarray]  # encode(texts, kind) -> (texts, dimension); kind: "query", "passage"
 ENCODED_AT_ONCE = 2**14  # passages
@@ -58,6 +60,8 @@ def retriever_rankings(
     Gives the `top_k` best passages, or all.
     """
     queries = search_texts(examples, queries)
+    if settings.get("smooth_window") and not all(document.is_ordered for document in values(examples, "document")):
+        raise UsageError("--smooth_window cannot be used with passages that are no neighbours; set it to 0")
     lexical = itertools.repeat((None, None))
     if settings.get("ranking") == "hybrid":  # both go through the documents in the same order
         lexical = bm25_score(examples, queries, settings.get("language"))

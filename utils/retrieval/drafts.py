@@ -55,6 +55,11 @@ class Imitations:
         return drafts
 
 
+def imitations(examples: Sequence[Example], args) -> Imitations | None:
+    """What imitates the drafts of a split; None if queries train without drafts, or no example has a reference."""
+    return Imitations(examples, args.seed) if args.draft_share and any(values(examples, "summaries")) else None
+
+
 def without_last_word(draft: str) -> str:
     """Cuts the last word off a draft, with the space before it."""
     head, _, last = draft.rpartition(" ")

@@ -1,5 +1,8 @@
 """Dense search in the vectors of a corpus: exact, or with an approximate index."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -43,6 +46,25 @@ def dense_search(
         [(passage, score) for passage, score in zip(*row, strict=True) if passage >= 0]  # -1: none was found
         for row in zip(passages.tolist(), scores.tolist(), strict=True)
     ]
+
+
+def add_passages(
+    query_vectors: np.ndarray, vectors: Vectors, rankings: Sequence[Ranking], others: Sequence[Ranking]
+) -> list[Ranking]:
+    """Adds to each query's ranking the passages of its ranking in `others` that are not in it, with their dot products.
+
+    `query_vectors` is (queries, dimension).
+    """
+    added = []
+    for start in range(0, len(rankings), QUERIES):  # the vectors of all passages could be too many
+        block = list(zip(rankings, others, strict=True))[start : start + QUERIES]
+        missing = [sorted(dict(other).keys() - dict(ranking).keys()) for ranking, other in block]
+        passages = np.unique(np.array(list(itertools.chain.from_iterable(missing)), dtype=np.int64))
+        rows = vectors.rows(passages)
+        for query, (ranking, _), further in zip(query_vectors[start : start + QUERIES], block, missing, strict=True):
+            scores = rows[np.searchsorted(passages, further)] @ query
+            added.append(ranking + list(zip(further, scores.tolist(), strict=True)))
+    return added
 
 
 def recall_lost(

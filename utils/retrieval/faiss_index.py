@@ -42,10 +42,7 @@ def _build(vectors: Vectors, kind: str) -> faiss.Index:
         index = faiss.IndexIVFFlat(centres, vectors.dimension, clusters, faiss.METRIC_INNER_PRODUCT)
         count = min(vectors.count, at_most * clusters)
         chosen = np.sort(np.random.default_rng(0).choice(vectors.count, count, replace=False))
-        index.train(np.concatenate([
-            shard[chosen[(chosen >= first) & (chosen < first + len(shard))] - first]
-            for first, shard in vectors.shards()
-        ]))  # fmt: skip
+        index.train(vectors.rows(chosen))
     for _, shard in vectors.shards():
         index.add(shard)
     return index

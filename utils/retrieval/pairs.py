@@ -1,32 +1,35 @@
 """The retriever's training data: pairs of a query and the passages that it is compared with.
 
-Positives are gold evidence, passages chosen by a ROUGE oracle, or passages that make the reference likely to a
-summarizer (the teacher). Hard negatives are other passages that rank high for the pair's search text.
+Positives are gold evidence, passages chosen by a ROUGE oracle, or what a teacher prefers: passages that make the
+reference likely to a summarizer, or that a reranker scores high. Hard negatives are other passages that rank high for
+the pair's search text.
 """
 
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from utils.data.examples import Corpus, Document, Example, Ranking, blocks
 from utils.data.hand_over import read_drafts
 from utils.data.kept import content_key
 from utils.errors import UsageError
 from utils.files import digest, write_json
-from utils.models.encoder import tokenize, tokens_key
+from utils.models import encoder
+from utils.models.settings import check_made
 from utils.models.tokenizer import describe_cut
 from utils.retrieval.bm25 import say_unmatched, unmatched
 from utils.retrieval.drafts import READ, imitate_draft, without_last_word
+from utils.retrieval.guide import Guide
 from utils.retrieval.oracle import greedy_rouge_oracle
-from utils.retrieval.ranking import hard_negatives, search_text
+from utils.retrieval.ranking import RANKED_AT_ONCE, hard_negatives, search_text
 from utils.tables import Table, Texts, cached, lengths, values, write_table
-
-RANKED_AT_ONCE = 2**11  # examples
 
 
 def is_marked(example: Example, supervision: str) -> bool:
@@ -119,26 +122,34 @@ class Pairs(Sequence):
     Args:
         args: the flags of train_retrieve.py about positives, negatives, drafts and the teacher.
         documents: the documents of the examples, or the one corpus.
-        lexical: `lexical(examples, top_k, queries)` ranks passages by BM25.
+        model: the retriever or reranker that is trained.
+        module: `encoder` or `cross_encoder`, which tokenizes for the model.
+        search: `search(examples, top_k=None, queries=None)` ranks the passages among which hard negatives are found.
+        search_key: what decides its result, beside examples and queries.
     """
 
     def __init__(
-        self, args, examples: Sequence[Example], documents: list[Document], retriever, *, lexical, accelerator
-    ):
-        self.args, self.examples, self.documents, self.retriever = args, examples, documents, retriever
-        self.is_corpus, self.lexical = isinstance(documents[0], Corpus), lexical
+        self, args, examples: Sequence[Example], documents: list[Document], model, *, module=encoder, search,
+        search_key: Sequence = (), accelerator,
+    ):  # fmt: skip
+        self.args, self.examples, self.documents, self.model = args, examples, documents, model
+        self.tokenize, self.tokens_key = partial(module.tokenize, model), module.tokens_key(model)
+        self.is_corpus, self.search = isinstance(documents[0], Corpus), search
         places = np.cumsum([0, *(len(document.passages) for document in documents)]).tolist()
         self.place = dict(zip(documents, places, strict=False))
         self.drafts = read_drafts(args.drafts_file, examples) if args.drafts_file else None
         self.whole = {kind: [] for kind in ("queries", "queries with a draft", "passages")}  # tokens before any cut
-        self.query_tokens = tokenize(retriever, values(examples, "query"), "query", whole=self.whole["queries"])
+        self.query_tokens = self.tokenize(values(examples, "query"), "query", whole=self.whole["queries"])
         taught = self._ask_teacher(accelerator) if args.teacher else {}
+        # whether queries search with drafts: only where there is something to make them of
+        self.has_drafts = bool(args.draft_share and (self.drafts or any(values(examples, "summaries"))))
 
         names = ("negatives_pool", "supervision", "oracle_passages", "teacher")
         of_teacher = [[number, keys, weights.round(4).tolist()] for number, (keys, weights) in taught.items()]
         key = [
             {name: getattr(args, name) for name in names}, bool(args.draft_share), READ, content_key(examples),
-            documents[0].id, tokens_key(retriever), digest([self.drafts]), digest(of_teacher), args.language,
+            documents[0].id, self.tokens_key, list(search_key), digest([self.drafts]), digest(of_teacher),
+            args.language,
         ]  # fmt: skip
 
         def write(folder: Path) -> None:
@@ -154,12 +165,19 @@ class Pairs(Sequence):
         self.whole["queries with a draft"] = [np.load(folder / "with_draft.npy")]
         without_words = json.loads((folder / "unmatched.json").read_text(encoding="utf-8"))
         say_unmatched(without_words, len(examples), args.language, self.warnings.append)
+        if args.draft_share and not self.has_drafts:
+            self.warnings.append("no query searches with a draft: no training example has a summary to imitate")
         self.table = Table(folder / "pairs.arrow")
         if not len(self.table):
             remedy = "" if self.is_corpus else " or shares a word with its summary"
             raise UsageError(f"no training example has evidence{remedy}: nothing to train on")
         self.mined: list[list[list[int]]] | None = None  # hard negatives that replace those of the table
         self.passage_tokens: Sequence[list[int]] | dict[int, list[int]] = {}
+        self.guide = None
+        if args.guide:
+            self.guide = Guide(args.guide, values(examples, "query"), accelerator=accelerator,
+                               trust_remote_code=args.trust_remote_code)  # fmt: skip
+            self.asking = self.table.array("example")
         self._tokenize_passages()
 
     def __len__(self) -> int:
@@ -184,7 +202,7 @@ class Pairs(Sequence):
 
     def searches(self, example: Example, drafts: Sequence[tuple[str, list[int]]]) -> list[str]:
         """The texts that hard negatives are searched with: the query, and the query with a draft if there are any."""
-        if not self.args.draft_share:
+        if not self.has_drafts:
             return [example.query]
         draft = ["", *example.summaries[:1], *(text for text, _ in drafts)][-1]
         return [example.query, search_text(example.query, draft)]
@@ -202,7 +220,8 @@ class Pairs(Sequence):
             searches = list(map(self.searches, examples, drafts))
             hops = len(searches[0])
             # one call for all hops, so that each document is indexed once
-            ranked = self.lexical([e for e in examples for _ in range(hops)], top_k, list(itertools.chain(*searches)))
+            repeated, queries = [e for e in examples for _ in range(hops)], list(itertools.chain(*searches))
+            ranked = self.search(repeated, top_k=top_k, queries=queries)
             ranked = [ranked[hop::hops] for hop in range(hops)]
             without_words += unmatched(examples, ranked[0])
             longest = self._longest_searches(examples, drafts, with_draft)
@@ -221,7 +240,7 @@ class Pairs(Sequence):
                     "evidence": list(weight_of),
                     "weights": weights / sum(weights),
                     "is_distribution": number in taught,
-                    "is_marked": is_marked(example, args.supervision),
+                    "is_marked": number not in taught and is_marked(example, args.supervision),
                     "read": first_hop(ranked[0][place], evidence),
                     "longest": longest[place],
                     "negatives": [self._negatives(of_hop[place], first, weight_of) for of_hop in ranked],
@@ -229,12 +248,12 @@ class Pairs(Sequence):
 
     def _longest_searches(self, examples: Sequence[Example], drafts: Sequence[list], with_draft: list) -> list[int]:
         """The most tokens of a search text of each example: of its query alone, or with a reference or draft."""
-        longest = list(map(len, tokenize(self.retriever, [e.query for e in examples], "query", keep=False)))
+        longest = list(map(len, self.tokenize([e.query for e in examples], "query", keep=False)))
         if self.args.draft_share:
             texts = [[*e.summaries, *(text for text, _ in own)] for e, own in zip(examples, drafts, strict=True)]
             of_texts = [(number, text) for number, of_example in enumerate(texts) for text in of_example]
             searches = [search_text(examples[number].query, text) for number, text in of_texts]
-            tokens = tokenize(self.retriever, searches, "query", keep=False, whole=with_draft)
+            tokens = self.tokenize(searches, "query", keep=False, whole=with_draft)
             for (number, _), search in zip(of_texts, tokens, strict=True):
                 longest[number] = max(longest[number], len(search))
         return longest
@@ -250,19 +269,37 @@ class Pairs(Sequence):
         return hard_negatives(by_key, evidence, self.args.negatives_pool, margin)
 
     def _ask_teacher(self, accelerator) -> dict[int, tuple]:
-        """Returns passage numbers and the probability of each, by the number of an example without gold evidence."""
-        from utils.retrieval.teacher import passage_likelihoods  # slow to import, and only needed here
+        """Returns passage numbers and the probability of each, by the number of the example.
+
+        A summarizer is asked about examples without gold evidence. A reranker is asked about all of them, and their
+        gold evidence is among the candidates.
+        """
+        from utils.models.cross_encoder import is_reranker  # slow to import, and only needed here
+        from utils.retrieval.teacher import passage_likelihoods, passage_scores
 
         args, examples = self.args, self.examples
-        unmarked = [number for number, example in enumerate(examples) if not is_marked(example, args.supervision)]
-        asking = [examples[number] for number in unmarked]
-        rankings = self.lexical(asking, args.teacher_candidates, values(asking, "query"))
-        candidates = [sorted(passage for passage, _ in ranking) for ranking in rankings]
-        likelihoods = passage_likelihoods(args.teacher, asking, candidates, accelerator,
-                                          trust_remote_code=args.trust_remote_code)  # fmt: skip
+        check_made("--teacher", args.teacher, "train_summarize.py or train_rerank.py")
+        reranks = is_reranker(args.teacher, args.trust_remote_code)
+        if self.is_corpus and reranks is False:
+            raise UsageError("--teacher cannot be a summarizer with --corpus_file; choose a reranker")
+        if reranks and args.supervision != "evidence":
+            raise UsageError(
+                f"--supervision {args.supervision} has no effect with a reranker as --teacher; leave it out"
+            )
+        numbers = [n for n, example in enumerate(examples) if reranks or not is_marked(example, args.supervision)]
+        asking = [examples[number] for number in numbers]
+        rankings = self.search(asking, top_k=args.teacher_candidates)
+        candidates = [
+            sorted({passage for passage, _ in ranking} | set(example.evidence or () if reranks else ()))
+            for example, ranking in zip(asking, rankings, strict=True)
+        ]
+        ask = passage_scores if reranks else passage_likelihoods
+        scores = ask(args.teacher, asking, candidates, accelerator, trust_remote_code=args.trust_remote_code)
+        temperature = args.teacher_temperature or (1.0 if reranks else 0.1)
         return {  # the weights are divided by their sum
-            number: (passages, np.exp((of_each - of_each.max()) / args.teacher_temperature))
-            for number, passages, of_each in zip(unmarked, candidates, likelihoods, strict=True)
+            number: (passages, np.exp((of_each - of_each.max()) / temperature))
+            for number, passages, of_each in zip(numbers, candidates, scores, strict=True)
+            if passages
         }
 
     def _tokenize_passages(self) -> None:
@@ -271,11 +308,22 @@ class Pairs(Sequence):
             wanted = {key for row in self._rows() for key in sum(row["negatives"], row["evidence"])}
             if keys := sorted(wanted - self.passage_tokens.keys()):
                 texts = self.documents[0].passages[keys]
-                texts = tokenize(self.retriever, texts, "passage", whole=self.whole["passages"])
-                self.passage_tokens.update(zip(keys, texts, strict=True))
+                tokens = self.tokenize(texts, "passage", whole=self.whole["passages"])
+                self.passage_tokens.update(zip(keys, tokens, strict=True))
+                if self.guide:
+                    self.guide.read(keys, texts)
         elif not self.passage_tokens:
             texts = Texts(lambda: (text for document in self.documents for text in document.passages))
-            self.passage_tokens = tokenize(self.retriever, texts, "passage", whole=self.whole["passages"])
+            self.passage_tokens = self.tokenize(texts, "passage", whole=self.whole["passages"])
+            if self.guide:
+                self.guide.read(self.keys.tolist(), texts)
+
+    def excluded(self, batch: dict, passage_keys) -> torch.Tensor | None:
+        """(pairs, passages) True where the guide takes a passage for as good as a pair's evidence; None without it."""
+        if self.guide is None:
+            return None
+        examples = self.asking[batch["number"].cpu().numpy()]
+        return self.guide.excluded(examples, batch["evidence_keys"], passage_keys)
 
     def _rows(self) -> Iterator[dict]:
         """The rows of the table, with the hard negatives that were mined, if any."""
@@ -288,7 +336,7 @@ class Pairs(Sequence):
         others = "the teacher" if self.args.teacher else "the ROUGE oracle"
         sources = {"gold evidence": marked, others: len(self) - marked}
         positives_from = ", ".join(f"{name}: {count}" for name, count in sources.items() if count)
-        limit = self.retriever.max_seq_length or self.retriever.tokenizer.model_max_length
+        limit = self.model.max_seq_length or self.model.tokenizer.model_max_length
         cut = describe_cut(
             "max_seq_length", limit, {kind: np.concatenate(of_kind) for kind, of_kind in self.whole.items()}
         )
@@ -297,7 +345,8 @@ class Pairs(Sequence):
     def digest(self) -> str:
         """A checksum of the training data."""
         return digest([
-            content_key(self.examples), self.documents[0].id, tokens_key(self.retriever), digest([self.drafts]),
+            content_key(self.examples), self.documents[0].id, self.tokens_key, digest([self.drafts]),
+            *([self.guide.key] if self.guide else []),
             # rounded, because a teacher's likelihoods differ slightly between GPU models
             *(row | {"weights": [round(weight, 4) for weight in row["weights"]]} for row in self.table.read()),
         ])  # fmt: skip
@@ -311,6 +360,11 @@ class Pairs(Sequence):
 
         Negatives that are mined later may be longer. The lengths still stay, so that a run can resume from any step.
         """
+        search, passage, count = self.sizes().T
+        return np.stack([search, passage * count], axis=1)
+
+    def sizes(self) -> np.ndarray:
+        """(pairs, 3) Tokens of the longest search text and passage that an epoch may draw, and how many passages."""
         args, found = self.args, []
         sizes = (
             {key: len(tokens) for key, tokens in self.passage_tokens.items()}
@@ -323,7 +377,7 @@ class Pairs(Sequence):
             if not row["is_distribution"]:
                 positive = min(args.num_positives, positive)
             negative = min(args.num_hard_negatives, max(map(len, row["negatives"])))
-            found.append([row["longest"], passage * (positive + negative)])
+            found.append([row["longest"], passage, positive + negative])
         return np.array(found)
 
     def draw(self, pair: Pair, epoch: int) -> tuple[list[int], np.ndarray, list[int]]:
@@ -345,10 +399,10 @@ class Pairs(Sequence):
             if weights[missing].any():  # a later hop should find what the draft did not use
                 weights = weights * np.where(missing, 1.0, 0.5 if args.found_weight is None else args.found_weight)
                 weights = weights / weights.sum()
-            search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query", keep=False)[0]
+            search = self.tokenize([search_text(pair.example.query, draft)], "query", keep=False)[0]
             while len(search) > pair.longest:  # invented words may have more tokens than those of the reference
                 draft = without_last_word(draft)
-                search = tokenize(self.retriever, [search_text(pair.example.query, draft)], "query", keep=False)[0]
+                search = self.tokenize([search_text(pair.example.query, draft)], "query", keep=False)[0]
         if pair.is_distribution:
             drawn = list(pair.evidence)
         else:

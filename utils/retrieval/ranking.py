@@ -13,7 +13,7 @@ from utils.tables import values
 SHARPNESS = 0.7  # factor of the standardized scores before `combine` takes their exponentials
 FADES_BACK = 2  # a score fades twice as fast backward: what belongs to a topic mostly comes after its first mention
 
-
+RANKED_AT_ONCE = 2**11  # examples
 KEPT = 1025  # passages of a ranking that are kept: those that can be among the first 1,024 words, and the next
 
 
@@ -69,12 +69,13 @@ def combine(
 
 
 def fuse_scores(first: Ranking, second: Ranking, weight: float) -> Ranking:
-    """Ranks by the standardized scores of `first` plus `weight` times those of `second`.
+    """Ranks by the standardized scores of `first` plus `weight` times those of `second`, which rank the same passages.
 
-    Scores of different kinds can be added once they are standardized (mean 0, deviation 1 over the document's
-    passages). Unlike reciprocal ranks they tell by how much one passage is better than the next.
+    Scores of different kinds can be added once they are standardized (mean 0, deviation 1 over these passages). Unlike
+    reciprocal ranks they tell by how much one passage is better than the next.
     """
-    return rank(_standardized(first) + weight * _standardized(second))
+    passages = sorted(passage for passage, _ in first)
+    return [(passages[place], score) for place, score in rank(_standardized(first) + weight * _standardized(second))]
 
 
 def smooth(scores: np.ndarray, window: int, decay: float) -> np.ndarray:
@@ -92,8 +93,12 @@ def smooth(scores: np.ndarray, window: int, decay: float) -> np.ndarray:
 
 
 def _standardized(ranking: Ranking) -> np.ndarray:
-    """(passages,) The scores of a ranking of all passages, in document order, with mean 0 and deviation 1."""
-    scores = np.array([score for _, score in sorted(ranking)])
+    """(passages,) The scores of a ranking, in the order of the passages' numbers, with mean 0 and deviation 1."""
+    return standardized(np.array([score for _, score in sorted(ranking)]))
+
+
+def standardized(scores: np.ndarray) -> np.ndarray:
+    """Scores (passages,) with mean 0 and deviation 1; if all are equal, 0."""
     return (scores - scores.mean()) / (scores.std() or 1.0)
 
 

@@ -6,16 +6,19 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
+from accelerate.utils import broadcast_object_list
 
 from utils.data.examples import Example, Ranking
 from utils.data.hand_over import have_rankings
 from utils.data.kept import content_key
 from utils.data.trec import run_rankings
+from utils.errors import UsageError
 from utils.models.settings import saved_settings
 from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
 from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched
-from utils.retrieval.dense import retriever_rankings
-from utils.tables import Table, cached, values, write_table
+from utils.retrieval.document_search import DocumentSearch
+from utils.retrieval.ranking import RANKED_AT_ONCE
+from utils.tables import Table, cached, find_cached, values, write_table
 
 BASELINES = {"lead": lead_ranking, "oracle": oracle_ranking, "random": random_ranking}
 RANKINGS = pa.schema([("passages", pa.large_list(pa.int64())), ("is_matched", pa.bool_())])
@@ -31,29 +34,67 @@ def rank_splits(
     rankings are those in the examples, or BM25's if no example has one. Called on all processes.
     """
     name, top_k = args.retriever, args.top_k
+    args.rerank_settings({})  # refuses flags without effect
     is_trained = name not in (None, "bm25", *BASELINES) and not Path(name).is_file()
     settings = args.ranking_settings(saved_settings(name) if is_trained else None)
     given = name is None and have_rankings(splits)
     source = name or ("the rankings in the files" if given else "bm25")
     check_language(args.language, source, settings if is_trained else {})
+    if args.reranker and not (is_trained or source == "bm25"):
+        remedy = "set --retriever bm25, or a retriever"
+        raise UsageError(f"--reranker has no effect on passages from {source}, which no search ranks; {remedy}")
     if given:
         return {split: _given(examples, top_k) for split, examples in splits.items()}, source
+    if args.reranker or is_trained:
+        return _search(splits, source if is_trained else None, settings, args, accelerator, say), source
     if source == "bm25" or source in BASELINES:
         return {split: _kept(examples, source, args, say) for split, examples in splits.items()}, source
-    if Path(source).is_file():
-        # in one call, which refuses ids that two splits have
-        ranked = iter(run_rankings(source, list(itertools.chain(*splits.values()))))
-        of_splits = {split: itertools.islice(ranked, len(examples)) for split, examples in splits.items()}
-    else:
-        from utils.models.encoder import encode, load_retriever  # imports sentence-transformers, which takes seconds
-
-        retriever = load_retriever(source, trust_remote_code=args.trust_remote_code).to(accelerator.device)
-        encode_texts = partial(encode, retriever, accelerator=accelerator)
-        of_splits = {
-            split: retriever_rankings(examples, encode_texts, settings, top_k=top_k)
-            for split, examples in splits.items()
-        }
+    # a TREC run, in one call, which refuses ids that two splits have
+    ranked = iter(run_rankings(source, list(itertools.chain(*splits.values()))))
+    of_splits = {split: list(itertools.islice(ranked, len(examples))) for split, examples in splits.items()}
     return {split: [[_best(ranking, top_k)] for ranking in rankings] for split, rankings in of_splits.items()}, source
+
+
+def _search(splits: dict, retriever_name: str | None, settings: dict, args, accelerator, say) -> dict[str, Hops]:
+    """Rankings of a trained retriever or (None) of BM25, reranked if that is asked for, and kept on disk."""
+    from utils.models.encoder import encode, load_retriever, weights_key  # imports sentence-transformers: seconds
+    from utils.retrieval.reranking import load_scorer, rank_passages
+
+    options = {"trust_remote_code": args.trust_remote_code, "truncate_dim": args.truncate_dim}
+    encode_texts, key = None, [args.language]
+    if retriever_name:
+        retriever = load_retriever(retriever_name, **options).to(accelerator.device)
+        encode_texts = partial(encode, retriever, accelerator=accelerator)
+        key = [settings, weights_key(retriever), args.truncate_dim]
+    make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
+    score = make_scorer and make_scorer(say=say)
+    of_search = (settings if retriever_name else {}) | of_reranker  # BM25 alone does not smooth
+    search = DocumentSearch(args.language)
+    rank = partial(rank_passages, search, score=score, top_k=args.top_k)
+    found = {}
+    for split, examples in splits.items():
+        of_split = [*key, of_reranker, content_key(examples), args.top_k, accelerator.mixed_precision]
+        kept = None
+        if accelerator.is_main_process and (folder := find_cached("rankings", of_split)):
+            kept = [[tuple(row["passages"])] for row in Table(folder / "rankings.arrow").read()]
+        found[split] = broadcast_object_list([kept])[0]  # the cache may be one machine's own
+        if found[split] is not None:
+            continue
+        if not retriever_name:
+            search.bm25_rankings(examples, 1, say=say)  # says which questions have no word in a passage
+        hops = []
+        for first in range(0, len(examples), RANKED_AT_ONCE):
+            block = examples[first : first + RANKED_AT_ONCE]
+            hops += [[_best(ranking, args.top_k)] for ranking in rank(block, encode_texts, of_search)]
+        found[split] = hops
+        if accelerator.is_main_process:
+            cached("rankings", of_split, partial(_write_rankings, hops=hops))
+    return found
+
+
+def _write_rankings(folder: Path, hops: Hops) -> None:
+    rows = ({"passages": of_example[0], "is_matched": True} for of_example in hops)
+    write_table(folder / "rankings.arrow", RANKINGS, rows)
 
 
 def _best(ranking: Ranking, top_k: int) -> tuple[int, ...]:

@@ -1,13 +1,35 @@
-"""A trained summarizer as the retriever's teacher: how likely each passage makes the reference."""
+"""The retriever's teachers: a summarizer, by how likely each passage makes the reference, or a reranker."""
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from utils.models.cross_encoder import load_reranker
 from utils.models.languages import set_languages
 from utils.models.settings import saved_settings
 from utils.models.sources import collate
 from utils.models.summarizer import check_positions, load_model_and_tokenizer, sources_for, wrap
+from utils.retrieval.ranking import RANKED_AT_ONCE
+from utils.retrieval.reranking import scorer
+
+
+def passage_scores(
+    folder, examples, candidates, accelerator, *, trust_remote_code: bool = False
+) -> list[np.ndarray]:  # fmt: skip
+    """The scores (logits) of a reranker for each example's query with each of its candidates, passage numbers.
+
+    A retriever that learns their softmax is distilled from the reranker (Hofstaetter et al., 2020, arXiv:2010.02666,
+    with the KL divergence in place of margins). The processes share the work, and all get the result.
+    """
+    reranker = load_reranker(folder, "--teacher", trust_remote_code=trust_remote_code).to(accelerator.device)
+    score, found = scorer(reranker, accelerator=accelerator), []
+    for first in range(0, len(examples), RANKED_AT_ONCE):
+        part = slice(first, first + RANKED_AT_ONCE)
+        block = list(zip(examples[part], candidates[part], strict=True))
+        pairs = [(example.query, example.document.passages[number]) for example, numbers in block for number in numbers]
+        ends = np.cumsum([len(numbers) for _, numbers in block])
+        found += np.split(score(pairs).astype(np.float64), ends[:-1])
+    return found
 
 
 @torch.no_grad()

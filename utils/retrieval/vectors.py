@@ -30,6 +30,14 @@ class Vectors:
             # "c" (copy on write) because torch warns about read-only arrays; nothing writes to them
             yield first, np.lib.format.open_memmap(_shard_file(self.folder, first // self.shard_size), mode="c")
 
+    def rows(self, passages: np.ndarray) -> np.ndarray:
+        """(passages, dimension) The vectors of some passages, whose numbers are sorted."""
+        found = [np.empty((0, self.dimension), dtype=np.float32)]
+        for first, shard in self.shards():
+            start, stop = np.searchsorted(passages, [first, first + len(shard)])
+            found.append(shard[passages[start:stop] - first])
+        return np.concatenate(found)
+
 
 def encode_corpus(
     passages: Sequence[str],
@@ -39,6 +47,7 @@ def encode_corpus(
     key: str,
     accelerator,
     shard_size: int = 2**14,
+    say: Callable[[str], None] | None = None,
 ) -> Vectors:
     """Encodes a corpus into files in `folder`, one shard of `shard_size` passages in memory at a time.
 
@@ -51,6 +60,8 @@ def encode_corpus(
     dimension, missing = broadcast_object_list(
         _open_shards(folder, wanted) if accelerator.is_main_process else [None, None]
     )
+    if missing and say:
+        say(f"encoding {len(missing)} of {-(-len(passages) // shard_size)} parts of the corpus")
     for shard in missing:
         texts = list(passages[shard * shard_size : (shard + 1) * shard_size])
         vectors = np.ascontiguousarray(encode(texts), dtype=np.float32)

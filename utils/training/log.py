@@ -79,12 +79,14 @@ class RunLog:
                 print(text, flush=True)
 
     def say_model(self, model) -> None:
-        """One line on the size of a model and what of it is trained, the processes and the precision."""
+        """One line on the size of a model, what of it is trained, a retriever's pooling, processes and precision."""
         accelerator, total = self.accelerator, sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         precision = accelerator.mixed_precision.replace("no", "float32")
         processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
         size = f"{total:,} parameters" if trained == total else f"{trained:,} of {total:,} parameters are trained"
+        poolings = [str(part.pooling_mode) for part in model.modules() if hasattr(part, "pooling_mode")]
+        size += f", pooling: {' '.join(poolings)}" if poolings else ""
         self.say(f"{size}, {processes} on {accelerator.device.type}, {precision}")
 
     def warn(self, text: str) -> None:
