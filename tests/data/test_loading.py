@@ -603,6 +603,7 @@ def test_hand_over_of_a_corpus_is_read_without_it(tmp_path, corpus):
     write_retrieved(tmp_path / "r.jsonl", examples, one_hop([[(2, 0.5), (1, 0.25)], [(0, 1.0)], []]))
     first, second, third = load_examples(tmp_path / "r.jsonl")
     assert first.document.passages == [PASSAGES[2], PASSAGES[1], PASSAGES[0]]
+    assert not any(e.document.is_ordered for e in (first, second, third))  # but by a ranking
     assert (first.evidence, first.evidence_words, first.retrieved) == ([0, 2], [3, 4], [(0, 0.5), (1, 0.25)])
     assert (second.document.passages, second.evidence, second.summaries) == ([PASSAGES[0]], None, ["s", "t"])
     assert (third.document.passages, third.evidence, third.retrieved) == ([PASSAGES[1]], [0], [])

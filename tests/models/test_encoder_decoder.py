@@ -325,6 +325,9 @@ def test_passages_stand_in_document_or_rank_order(tokenizer, fusion):
     by_rank, ranked = Sources(tokenizer, fusion, 100, "rank").build("May", DOCUMENT, [3, 0, 2])
     by_document, ordered = Sources(tokenizer, fusion, 100, "document").build("May", DOCUMENT, [3, 0, 2])
     assert (ranked, ordered) == ([3, 0, 2], [0, 2, 3])
+    # passages that a corpus's rankings left in a file have no other order than that of each ranking
+    of_corpus = Document("c", DOCUMENT.passages, is_ordered=False)
+    assert Sources(tokenizer, fusion, 100, "document").build("May", of_corpus, [3, 0, 2]) == (by_rank, ranked)
     if fusion == "fid":
         assert by_document == [by_rank[1], by_rank[2], by_rank[0]]
     else:
