@@ -272,7 +272,7 @@ def main():
     language = args.language if models.retriever is None else models.ranking.get("language")
     search = make_search([examples[0].document], models.retriever, index=args.index, folder=run_folder / "embeddings",
                          top_k=max(models.top_k, models.ranking.get("rerank_top_k", 0)), language=language, say=say,
-                         accelerator=accelerator, alone=True)  # fmt: skip
+                         accelerator=accelerator, alone=True, trained_in=args.retriever)  # fmt: skip
     if models.retriever is not None:
         search.prepare(partial(encode, models.retriever, accelerator=accelerator, poll=poll))
     decide_nothing = ("output_dir", "cache_dir", "deterministic")

@@ -150,7 +150,7 @@ def make_reranker(documents: list, examples: list, args):
 
 
 def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple:
-    """What finds the candidates: the search, its `encode` (None: BM25), how it ranks, and a key of all these."""
+    """The search for candidates, its `encode` (None: BM25), how it ranks, and a key of all these."""
     is_trained = args.retriever != "bm25"
     if args.index != "flat" and not (is_trained and args.corpus_file):
         raise UsageError(f"--index {args.index} needs a --corpus_file, and a --retriever other than bm25")
@@ -159,8 +159,7 @@ def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple
     check_language(args.language, args.retriever, settings if is_trained else {})
     if args.corpus_file and settings["smooth_window"] and is_trained:
         raise UsageError("--smooth_window cannot be used with --corpus_file, which has no neighbours; set it to 0")
-    retriever = encode = None
-    key = ["bm25"]
+    retriever, encode, key = None, None, ["bm25"]
     if is_trained:
         retriever = encoder.load_retriever(
             args.retriever, truncate_dim=args.truncate_dim, trust_remote_code=args.trust_remote_code
@@ -170,7 +169,7 @@ def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple
     language = settings.get("language") if is_trained else args.language
     search = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
                          top_k=max(args.top_k, args.rerank_top_k), language=language, say=say,
-                         accelerator=accelerator, alone=True)  # fmt: skip
+                         accelerator=accelerator, alone=True, trained_in=args.retriever)  # fmt: skip
     if is_trained:
         search.prepare(encode)
     return search, encode, settings if is_trained else {}, key

@@ -280,6 +280,16 @@ def test_both_stages_read_the_hops_over_a_corpus(corpus, tmp_path):
     for handed, record in zip(read_jsonl(tmp_path / "r" / "retrieved.validation.jsonl"), read_jsonl(written),
                               strict=True):  # fmt: skip
         assert handed["hops"][0]["draft"] == record["hops"][0]["draft"]
+    # the vectors of the trained retriever lie in its folder
+    flags = ["--corpus_file", corpus["folder"] / "corpus.jsonl", "--input_file", queries, "--retriever", tmp_path / "r",
+             "--summarizer", "extract", "--num_hops", 1]  # fmt: skip
+    result = launch(SCRIPT, *flags, "--output_dir", tmp_path / "h")
+    assert result.returncode == 0 and "encoding" not in result.stdout and not (tmp_path / "h" / "embeddings").exists()
+    other = read_jsonl(tmp_path / "h" / "predictions.validation.jsonl")
+    shutil.rmtree(tmp_path / "r" / "embeddings")
+    result = launch(SCRIPT, *flags, "--output_dir", tmp_path / "h2")
+    assert "encoding 1 of 1 parts of the corpus" in result.stdout
+    assert read_jsonl(tmp_path / "h2" / "predictions.validation.jsonl") == other
 
 
 def test_one_question_is_put_to_a_corpus(corpus, tmp_path):

@@ -25,8 +25,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def search(tmp_path):
     return CorpusSearch(make_corpus(tmp_path, random_texts(40)), folder=tmp_path / "v", weights_key=lambda: "k",
-                        index="flat", language=None, depth=8, alone=False, accelerator=Accelerator(),
-                        say=print)  # fmt: skip
+                        index="flat", language=None, depth=8, alone=False, trained_in=None,
+                        accelerator=Accelerator(), say=print)  # fmt: skip
 
 
 def encode(texts, kind):

@@ -5,7 +5,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from utils.data.examples import Corpus, Document, Example, Ranking
 from utils.models.encoder import weights_key
@@ -15,7 +15,7 @@ from utils.retrieval.document_search import DocumentSearch
 from utils.retrieval.exact_search import add_passages, dense_search, recall_lost
 from utils.retrieval.faiss_index import approximate_index
 from utils.retrieval.ranking import KEPT, fuse_scores, search_texts
-from utils.retrieval.vectors import encode_corpus
+from utils.retrieval.vectors import encode_corpus, find_vectors
 
 DEPTH = 200  # passages of a ranking at least, because rankings of searches and of hops are fused
 MOST_SEARCHED = 512  # examples of a block
@@ -33,15 +33,16 @@ class CorpusSearch:
         alone: each process searches by itself, and `encode` is its own. Call `prepare` on all of them first. Without
             it, the searches are called on all processes, as is `encode`; the main one searches for all, after it has
             encoded the passages with the encoder as it then is.
+        trained_in: the folder of the vectors in the retriever's own run folder, which are used if they are still right.
     """
 
     def __init__(
         self, corpus: Corpus, *, folder: Path, weights_key: Callable[[], str], index: str, language: str | None,
-        depth: int, alone: bool, accelerator, say: Callable[[str], None],
+        depth: int, alone: bool, trained_in: Path | None, accelerator, say: Callable[[str], None],
     ):  # fmt: skip
         self.corpus, self.folder, self.weights_key, self.index = corpus, folder, weights_key, index
         self.accelerator, self.say, self.language = accelerator, say, language
-        self.depth, self.alone = depth, alone
+        self.depth, self.alone, self.trained_in = depth, alone, trained_in
         self.checked = ""  # the key of the vectors that the index was last compared with exact search on
 
     @cached_property
@@ -55,6 +56,11 @@ class CorpusSearch:
         `encode(texts, kind)` runs on all of them.
         """
         key = f"{self.corpus.id} {self.weights_key()} {self.accelerator.mixed_precision}"
+        if self.trained_in and self.index == "flat":  # other indexes would be written there
+            found = find_vectors(self.trained_in, key=key, count=len(self.corpus.passages))
+            if all(gather_object([found is not None])):  # by every process
+                self.vectors = found
+                return
         self.vectors = encode_corpus(self.corpus.passages, lambda texts: encode(texts, "passage"), self.folder,
                                      key=key, accelerator=self.accelerator,
                                      say=self.say if self.alone else None)  # fmt: skip
@@ -131,13 +137,14 @@ class CorpusSearch:
 
 
 def make_search(documents: Sequence[Document], retriever, *, index: str, folder: Path, language: str | None, top_k: int,
-                say: Callable[[str], None], accelerator, alone: bool = False):  # fmt: skip
+                say: Callable[[str], None], accelerator, alone: bool = False, trained_in: str = ""):  # fmt: skip
     """Search in each example's own document, or in the corpus if that is the only document.
 
-    `top_k` passages are handed on. `retriever` may be None if only BM25 searches. The rest is as in `CorpusSearch`.
+    `top_k` passages are handed on. `retriever` may be None if only BM25 searches. `trained_in` is its run folder, if it
+    has one. The rest is as in `CorpusSearch`.
     """
     if not isinstance(documents[0], Corpus):
         return DocumentSearch(language, max(top_k, KEPT))
     return CorpusSearch(documents[0], folder=folder, weights_key=partial(weights_key, retriever), index=index,
-                        language=language, depth=max(top_k, DEPTH), alone=alone, accelerator=accelerator,
-                        say=say)  # fmt: skip
+                        language=language, depth=max(top_k, DEPTH), alone=alone, accelerator=accelerator, say=say,
+                        trained_in=Path(trained_in, "embeddings") if trained_in else None)  # fmt: skip

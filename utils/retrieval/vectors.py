@@ -76,27 +76,46 @@ def encode_corpus(
     return Vectors(folder, key, len(passages), dimension, shard_size)
 
 
+def find_vectors(folder: str | os.PathLike, *, key: str, count: int, shard_size: int = 2**14) -> Vectors | None:
+    """The vectors that `encode_corpus` has written to a folder, if all `count` of this `key` are there."""
+    folder = Path(folder)
+    wanted = {"key": key, "count": count, "shard_size": shard_size}
+    manifest, dimension = _read_manifest(folder)
+    is_there = manifest == wanted and not _missing(folder, wanted, dimension)
+    return Vectors(folder, key, count, dimension, shard_size) if is_there else None
+
+
+def _read_manifest(folder: Path) -> tuple[dict, int | None]:
+    """What the vectors in a folder are, and their dimension; {} and None if that is not known."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return manifest, manifest.pop("dimension")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}, None
+
+
+def _missing(folder: Path, wanted: dict, dimension: int | None) -> list[int]:
+    """The numbers of the shards that are not there whole."""
+    size, missing = wanted["shard_size"], []
+    for first in range(0, wanted["count"], size):
+        if not _is_whole(_shard_file(folder, first // size), (min(size, wanted["count"] - first), dimension)):
+            missing.append(first // size)
+    return missing
+
+
 def _open_shards(folder: Path, wanted: dict) -> list:
     """Prepares the folder. Returns the dimension (None if it is not known yet) and the numbers of missing shards."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{TEMPORARY}*"):  # left by a killed run
         path.unlink()
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        dimension = manifest.pop("dimension")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        manifest, dimension = {}, None
+    manifest, dimension = _read_manifest(folder)
     if manifest != wanted:
         dimension = None
         # the manifest first: without it, no file in this folder counts
         indexes = [folder / f"{kind}.{ending}" for kind in INDEXES for ending in ("json", "faiss")]
         for path in [folder / "manifest.json", *indexes, *folder.glob("[0-9]" * 8 + ".npy")]:
             path.unlink(missing_ok=True)
-    size, missing = wanted["shard_size"], []
-    for first in range(0, wanted["count"], size):
-        if not _is_whole(_shard_file(folder, first // size), (min(size, wanted["count"] - first), dimension)):
-            missing.append(first // size)
-    return [dimension, missing]
+    return [dimension, _missing(folder, wanted, dimension)]
 
 
 def _shard_file(folder: Path, shard: int) -> Path:
