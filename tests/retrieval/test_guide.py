@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from retrieval_cases import make_corpus
 from sentence_transformers import SentenceTransformer
@@ -18,6 +19,7 @@ from utils.retrieval.ranking import search_texts
 def folder(tmp_path_factory):
     """A guide with a prompt for questions."""
     folder = tmp_path_factory.mktemp("guide")
+    torch.manual_seed(1)
     model = build_small_encoder([*PASSAGES, *SECOND, "Find: what about it?"], vocab_size=300, hidden_size=32, layers=1)
     model.prompts = {"query": "Find: ", "document": ""}
     model.save_pretrained(str(folder), create_model_card=False)
