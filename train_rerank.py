@@ -138,7 +138,7 @@ def make_reranker(documents: list, examples: list, args):
     """A checkpoint, or a small cross-encoder with a tokenizer trained on the training text."""
     options = {"attention_dropout": args.attention_dropout, "dropout": args.dropout}
     if args.model_name_or_path:
-        if args.lora_rank and not cross_encoder.is_reranker(args.model_name_or_path):
+        if args.lora_rank and not cross_encoder.is_reranker(args.model_name_or_path, args.trust_remote_code):
             raise UsageError(f"--lora_rank: {args.model_name_or_path} scores no pairs yet; train it without adapters")
         reranker = cross_encoder.load_reranker(args.model_name_or_path, "--model_name_or_path", **options,
                                                trust_remote_code=args.trust_remote_code, needs_head=False)  # fmt: skip

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from sentence_transformers import CrossEncoder
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, BertForSequenceClassification
 from transformers.utils import logging
 
 from utils.errors import UsageError
 from utils.fast.cpu import laid_out_weights, use_fast_layers
 from utils.fast.packing import is_packed, remove_padding_of_classifier
-from utils.models.encoder import ATTENTION_DROPOUTS, DROPOUTS, longest_first
+from utils.models.encoder import ATTENTION_DROPOUTS, DROPOUTS, longest_first, small_bert
 from utils.models.lora import base_model, check_loaded
 from utils.models.settings import checkpoint_layers, load_error, write_settings
 from utils.models.tokenizer import check_length, check_vocabulary, pad, position_limit, tokenizer_key, train_tokenizer
@@ -53,19 +53,7 @@ def build_small_reranker(
     `key` is as in `train_tokenizer`.
     """
     tokenizer = train_tokenizer(texts, vocab_size=vocab_size, lowercase=True, max_length=512, key=key)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32,
-        intermediate_size=4 * hidden_size,
-        max_position_embeddings=512,
-        attention_probs_dropout_prob=attention_dropout,
-        hidden_dropout_prob=0.1 if dropout is None else dropout,
-        initializer_range=0.06,  # suits this width; BERT's 0.02 is made for hidden_size 768
-        pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
-    )
+    config = small_bert(tokenizer, hidden_size, layers, attention_dropout, dropout, num_labels=1)
     with tempfile.TemporaryDirectory() as folder:  # sentence-transformers loads its model from a folder
         config.architectures = ["BertForSequenceClassification"]
         config.save_pretrained(folder)

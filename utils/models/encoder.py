@@ -41,6 +41,25 @@ PROBES = ["Who agreed?", "The committee agreed on the new budget for the old tow
 # ---- models
 
 
+def small_bert(
+    tokenizer, hidden_size: int, layers: int, attention_dropout: float, dropout: float | None, **more
+) -> BertConfig:
+    """The configuration of a small BERT with the tokenizer's vocabulary; `dropout` is 0.1 if it is None."""
+    return BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        intermediate_size=4 * hidden_size,
+        max_position_embeddings=512,
+        attention_probs_dropout_prob=attention_dropout,
+        hidden_dropout_prob=0.1 if dropout is None else dropout,
+        initializer_range=0.06,  # suits this width; BERT's 0.02 is made for hidden_size 768
+        pad_token_id=tokenizer.pad_token_id,
+        **more,
+    )
+
+
 def build_small_encoder(
     texts,
     *,
@@ -56,18 +75,7 @@ def build_small_encoder(
     `key` is as in `train_tokenizer`.
     """
     own_tokenizer = train_tokenizer(texts, vocab_size=vocab_size, lowercase=True, max_length=512, key=key)
-    config = BertConfig(
-        vocab_size=len(own_tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32,
-        intermediate_size=4 * hidden_size,
-        max_position_embeddings=512,
-        attention_probs_dropout_prob=attention_dropout,
-        hidden_dropout_prob=0.1 if dropout is None else dropout,
-        initializer_range=0.06,  # suits this width; BERT's 0.02 is made for hidden_size 768
-        pad_token_id=own_tokenizer.pad_token_id,
-    )
+    config = small_bert(own_tokenizer, hidden_size, layers, attention_dropout, dropout)
     with tempfile.TemporaryDirectory() as folder:  # sentence-transformers loads its Transformer module from a folder
         config.save_pretrained(folder)
         # not the model's save_pretrained, which writes nothing on the other processes
