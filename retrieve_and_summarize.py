@@ -29,13 +29,9 @@ class HopArguments(LanguageArguments, SearchArguments, RerankerArguments, Rankin
 
     output_dir: str = flag("outputs/hops", "the run folder")
     input_file: str | None = flag(
-        None,
-        "examples, in any form that the training scripts read; references and evidence may be absent "
-        "(default: the embedded data set)",
+        None, "examples, as the training scripts read them; summaries may be absent (default: the embedded data set)"
     )
-    split: str = flag(
-        "validation", "split to read from a folder, Hub or embedded data set; also names the output files"
-    )
+    split: str = flag("validation", "split to read from a folder, Hub or embedded data; also names the output files")
     qrels_file: str | None = flag(None, "evidence of the examples in the corpus, in BEIR's or TREC's format")
     max_examples: int | None = flag(None, "use only the first N examples", at_least=1)
     document: str | None = flag(None, "summarize one document: a text file, or - for standard input")
@@ -49,6 +45,9 @@ class HopArguments(LanguageArguments, SearchArguments, RerankerArguments, Rankin
         None, "what writes the drafts: extract, or a retriever that scores sentences (default: the summarizer)"
     )
     draft_words: int = flag(30, "maximum words of an extracted draft", at_least=1)
+    hop_weight: float | None = flag(
+        None, "share of a later hop in the fused scores (default: the retriever's, else 0.5)", at_least=0, at_most=1
+    )
     num_hops: int = flag(2, "maximum hops; the search stops early if a hop finds no new passage to read", at_least=1)
     top_k: int | None = flag(
         None, "passages read at each hop (default: the summarizer's setting, likewise below)", at_least=1
@@ -73,6 +72,8 @@ class HopArguments(LanguageArguments, SearchArguments, RerankerArguments, Rankin
             raise UsageError(f"--index {self.index} needs a --corpus_file, and a --retriever other than bm25")
         if self.passage_order == "document" and self.corpus_file:
             raise UsageError("--passage_order document cannot be used with --corpus_file: its passages have no order")
+        if self.hop_weight is not None and self.num_hops == 1:
+            raise UsageError("--hop_weight has no effect with --num_hops 1")
         if "/" in self.split:
             raise UsageError(f"--split {self.split}: must not contain /")
 
@@ -149,8 +150,7 @@ def load_models(args, accelerator) -> Models:
     ranking = args.ranking_settings(saved_settings(args.retriever) if is_trained else None)
     check_language(args.language, args.retriever, ranking if is_trained else {})
     if args.corpus_file and ranking["smooth_window"]:
-        reason = f"--smooth_window {ranking['smooth_window']} cannot be used with --corpus_file"
-        raise UsageError(f"{reason}, whose passages have no neighbours; set it to 0")
+        raise UsageError("--smooth_window cannot be used with --corpus_file, which has no neighbours; set it to 0")
     retriever = load(args.retriever, truncate_dim=args.truncate_dim).to(accelerator.device) if is_trained else None
     saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": None, "passage_order": "document", "top_k": 5,
@@ -175,7 +175,7 @@ def load_models(args, accelerator) -> Models:
     elif summarizer is None:
         raise UsageError("--drafter summarizer needs a --summarizer")
     make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
-    ranking = (ranking if is_trained else {}) | of_reranker
+    ranking = (ranking if is_trained else {"hop_weight": ranking["hop_weight"]}) | of_reranker
     return Models(retriever, make_scorer, ranking, summarizer, sources, settings["top_k"], scorer)
 
 
@@ -223,7 +223,7 @@ def run_hops(examples: list, models: Models, search, *, args, accelerator, poll)
         fused = {}
         for i, ranking in zip(searching, ranked, strict=True):
             rankings[i].append(ranking)
-            fused[i] = fuse_hops(rankings[i])
+            fused[i] = fuse_hops(rankings[i], models.ranking["hop_weight"])
             if hops[i] and {passage for passage, _ in fused[i][: models.top_k]} == set(hops[i][-1].read):
                 del fused[i]  # this hop brings nothing new: the search is over
         searching = list(fused)

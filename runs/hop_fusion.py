@@ -36,38 +36,29 @@ from utils.models.encoder import encode, load_retriever
 from utils.models.settings import saved_settings
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import first_drafts
-from utils.retrieval.ranking import reciprocal_rank_fusion, search_text, standardized
+from utils.retrieval.ranking import fuse_hops, rank, reciprocal_rank_fusion, scores_of, search_text, standardized
 from utils.retrieval.reranking import rank_passages, scorer
 
 FOUND = 25  # passages
 
 
-def by_score(first, second, weight: float, power: float | None = None):
-    """Adds the standardized scores of two rankings; a passage that one of them lacks has its lowest there.
-
-    With `power` the sum is that of the powers, so that a passage which stands out at one hop stays in front.
-    """
-    total: dict[int, float] = {}
-    passages = {passage for ranking in (first, second) for passage, _ in ranking}
-    for ranking, share in ((first, 1.0), (second, weight)):
-        scores = standardized(np.array([score for _, score in ranking]))
-        of_passage = dict(zip((passage for passage, _ in ranking), scores, strict=True))
-        for passage in passages:
-            score = of_passage.get(passage, scores.min())
-            total[passage] = total.get(passage, 0.0) + share * (np.exp(power * score) if power else score)
-    return sorted(total.items(), key=lambda entry: (-entry[1], entry[0]))
+def by_score(first, second, weight: float):
+    """Adds the standardized scores of two rankings as `fuse_hops` does, whether they agree or not."""
+    passages = sorted({passage for ranking in (first, second) for passage, _ in ranking})
+    before, now = (standardized(scores_of(ranking, passages)) for ranking in (first, second))
+    return [(passages[place], score) for place, score in rank((1 - weight) * before + weight * now)]
 
 
 FUSIONS = {"hop 1 alone": lambda first, second: first, "hop 2 alone": lambda first, second: second}
 FUSIONS |= {
-    f"reciprocal ranks, k {k}, weight {weight:g}": partial(
-        lambda first, second, k, weight: reciprocal_rank_fusion([first, second], k=k, weights=[1.0, weight]),
-        k=k, weight=weight,
-    ) for k in (10, 60) for weight in (0.5, 1.0, 2.0)
+    f"reciprocal ranks, k 10, last hop {weight:g} times": partial(
+        lambda first, second, weight: reciprocal_rank_fusion([first, second], k=10, weights=[1.0, weight]),
+        weight=weight,
+    ) for weight in (0.5, 1.0, 2.0)
 }  # fmt: skip
-FUSIONS |= {f"scores, weight {weight:g}": partial(by_score, weight=weight) for weight in (0.5, 1.0, 2.0)}
-FUSIONS |= {f"exponentials of scores, weight {weight:g}": partial(by_score, weight=weight, power=0.7)
-            for weight in (0.5, 1.0, 2.0)}  # fmt: skip
+for share in (0.25, 0.5, 0.75, 1.0):
+    FUSIONS[f"scores, share {share:g}"] = partial(by_score, weight=share)
+    FUSIONS[f"--hop_weight {share:g}"] = lambda first, second, share=share: fuse_hops([first, second], share)
 
 
 def recall(ranking, evidence) -> float:

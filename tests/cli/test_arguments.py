@@ -167,8 +167,8 @@ def test_drafts_that_would_not_be_used_are_refused(monkeypatch, capsys):
     assert parse_flags(monkeypatch, capsys, "--draft_share", "0", script="train_retrieve")[0]
 
 
-TRAINED = {"ranking": "hybrid", "bm25_weight": 0.3, "smooth_window": 4, "smooth_decay": 0.7}
-DEFAULTS = {"ranking": "dense", "bm25_weight": 0.5, "smooth_window": 0, "smooth_decay": 0.5}
+TRAINED = {"ranking": "hybrid", "bm25_weight": 0.3, "smooth_window": 4, "smooth_decay": 0.7, "hop_weight": 0.8}
+DEFAULTS = {"ranking": "dense", "bm25_weight": 0.5, "smooth_window": 0, "smooth_decay": 0.5, "hop_weight": 0.5}
 
 
 @pytest.mark.parametrize(("flags", "saved", "expected"), [

@@ -90,7 +90,7 @@ def test_two_hops_over_a_corpus_fuse_its_rankings_and_hold_no_vectors(search):
         return Encoder()(texts)
 
     examples = [make_example(query=query, document=search.corpus) for query in QUERIES]
-    settings = {"ranking": "hybrid", "bm25_weight": 0.5}
+    settings = {"ranking": "hybrid", "bm25_weight": 0.5, "hop_weight": 0.6}
     found = list(search_hops(search, counted, settings, examples, lambda block, read, first: ["wheat", "", "bread"]))
     assert kinds == [("passage", 40), ("query", 3), ("query", 3)]
     assert search.remember(counted) is counted
@@ -98,7 +98,7 @@ def test_two_hops_over_a_corpus_fuse_its_rankings_and_hold_no_vectors(search):
     two = search.retriever_rankings(examples, encode, settings, ["bread wheat", QUERIES[1], f"{QUERIES[2]} bread"])
     for hops, *rankings in zip(found, one, two, strict=True):
         assert hops[0].retrieved == rankings[0] and hops[0].read == [passage for passage, _ in rankings[0][:5]]
-        assert hops[1].retrieved == fuse_hops(rankings)[:8]
+        assert hops[1].retrieved == fuse_hops(rankings, 0.6)[:8]
 
 
 def test_many_examples_have_larger_blocks_and_few_have_enough_for_all_processes(search):

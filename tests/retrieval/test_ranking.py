@@ -5,12 +5,16 @@ import pytest
 
 from utils.retrieval.ranking import (
     SHARPNESS,
+    TRUST,
+    agreement,
     combine,
     fuse_hops,
     hard_negatives,
     rank,
     reciprocal_rank_fusion,
+    scores_of,
     smooth,
+    standardized,
 )
 
 
@@ -35,15 +39,48 @@ def test_passages_with_the_same_ranks_in_another_order_tie_exactly():
     assert len({score for _, score in fused}) == 1
 
 
-def test_hops_are_fused_so_that_what_one_draft_alone_finds_comes_before_what_is_middling_at_both():
-    first = [(passage, 1.0) for passage in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)]
-    second = [(passage, 1.0) for passage in (9, 0, 4, 3, 5, 1, 2, 6, 7, 8)]
-    fused = fuse_hops([first, second])
-    assert [passage for passage, _ in fused[:2]] == [0, 9]
-    assert dict(fused)[9] == pytest.approx(1 / 20 + 2 / 11)
-    assert fuse_hops([first]) == first
-    third = fuse_hops([first, second, first])
-    assert dict(third)[9] == pytest.approx(1 / 20 + 1 / 11 + 2 / 20)
+def test_a_later_hop_counts_with_its_weight_where_it_agrees():
+    rng = np.random.default_rng(0)
+    first = rank(rng.normal(size=40))
+    second = rank(scores_of(first, range(40)) + 0.3 * rng.normal(size=40))
+    assert agreement(scores_of(first, range(40)), scores_of(second, range(40))) > TRUST[1]
+    for weight in (0.0, 0.25, 0.75, 1.0):
+        one, two = (standardized(scores_of(ranking, range(40))) for ranking in (first, second))
+        fused = fuse_hops([first, second], weight)
+        assert fused == rank((1 - weight) * one + weight * two)
+        third = (1 - weight) * standardized(scores_of(fused, range(40))) + weight * one
+        assert fuse_hops([first, second, first], weight) == rank(third)
+    assert [passage for passage, _ in fuse_hops([first, second], 0.0)] == [passage for passage, _ in first]
+    assert [passage for passage, _ in fuse_hops([first, second], 1.0)] == [passage for passage, _ in second]
+
+
+def test_a_hop_whose_best_passages_were_the_worst_before_changes_nothing():
+    first = rank(np.arange(40.0))
+    led_astray = rank(-np.arange(40.0))
+    assert [passage for passage, _ in fuse_hops([first, led_astray], 1.0)] == [passage for passage, _ in first]
+    half = np.arange(40.0)
+    half[30:37] -= 40.0  # seven of the ten best are now the worst
+    share = agreement(np.arange(40.0), half)
+    assert share == pytest.approx((37 + 38 + 39 + sum(range(23, 30))) / sum(range(30, 40)))
+    expected = np.clip((share - TRUST[0]) / (TRUST[1] - TRUST[0]), 0, 1)
+    mixed = (1 - expected) * standardized(np.arange(40.0)) + expected * standardized(half)
+    assert 0 < expected < 1 and dict(fuse_hops([first, rank(half)], 1.0)) == pytest.approx(dict(rank(mixed)))
+
+
+def test_a_passage_that_one_hop_did_not_find_has_its_lowest_score_there():
+    first, second = [(7, 3.0), (2, 2.0), (5, 1.0)], [(9, 0.9), (7, 0.5), (2, 0.1)]
+    one, two = standardized(np.array([2.0, 1.0, 3.0, 1.0])), standardized(np.array([0.1, 0.1, 0.5, 0.9]))
+    expected = rank(0.5 * one + 0.5 * two)
+    passages = [2, 5, 7, 9]
+    assert fuse_hops([first, second], 0.5) == [(passages[place], score) for place, score in expected]
+    assert fuse_hops([first, []], 0.5) == fuse_hops([[], first], 0.5) == fuse_hops([first], 0.5) == first
+    assert fuse_hops([[], []], 0.5) == []
+
+
+def test_a_hop_without_any_preference_leaves_the_order_to_the_other():
+    equal, ordered = [(passage, 0.0) for passage in range(6)], rank(np.arange(6.0))
+    for hops in ([equal, ordered], [ordered, equal]):
+        assert [passage for passage, _ in fuse_hops(hops, 0.75)] == [5, 4, 3, 2, 1, 0]
 
 
 def test_smoothing_shares_scores_with_neighbours_and_further_with_those_that_follow():

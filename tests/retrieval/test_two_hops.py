@@ -20,5 +20,5 @@ def test_each_hop_keeps_as_many_passages_as_are_asked_for(write_drafts):
         raise AssertionError("the search is a stand-in")
 
     for kept in (3, 1500):
-        found = list(search_hops(Search(depth=kept), encode, {}, examples, write_drafts))
+        found = list(search_hops(Search(depth=kept), encode, {"hop_weight": 0.5}, examples, write_drafts))
         assert [[len(hop.retrieved) for hop in hops] for hops in found] == [[kept] * (2 if write_drafts else 1)] * 2

@@ -70,8 +70,8 @@ MAY_CHANGE = frozenset(
     per_device_train_batch_size per_device_eval_batch_size max_tokens gradient_accumulation_steps curriculum_epochs
     group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
     min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
-    validation_drafts_file ranking bm25_weight smooth_window smooth_decay truncate_dim reranker rerank_top_k
-    rerank_weight index trec_run gradient_checkpointing trust_remote_code merge_lora
+    validation_drafts_file ranking bm25_weight smooth_window smooth_decay hop_weight truncate_dim reranker
+    rerank_top_k rerank_weight index trec_run gradient_checkpointing trust_remote_code merge_lora
     """.split()
 )
 
@@ -191,6 +191,7 @@ class RankingArguments:
     bm25_weight: float = flag(0.5, "weight of BM25's score with --ranking hybrid (the retriever's: 1)", at_least=0)
     smooth_window: int = flag(0, "neighbours per side that share in a passage's score; 0: off", at_least=0)
     smooth_decay: float = flag(0.5, "decay of the shared score per passage; squared backward", at_least=0)
+    hop_weight: float = flag(0.5, "share of a later hop in the fused scores, if it agrees", at_least=0, at_most=1)
 
 
 @dataclass
@@ -227,6 +228,8 @@ class RankingOverrides:
             raise UsageError("--bm25_weight has no effect without --ranking hybrid")
         if "smooth_decay" in given and not settings["smooth_window"]:
             raise UsageError("--smooth_decay has no effect without --smooth_window")
+        if (hop_weight := getattr(self, "hop_weight", None)) is not None:
+            settings["hop_weight"] = hop_weight
         if saved == {} and settings["ranking"] == "hybrid":  # a retriever from elsewhere, which has no language of ours
             settings["language"] = getattr(self, "language", None)
         return settings
@@ -461,7 +464,7 @@ GROUPS = {
         num_positives negatives_pool mine_negatives_every negatives_margin group_by_document supervision oracle_passages
         teacher teacher_candidates teacher_temperature guide
     """,
-    "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words",
+    "drafts and hops": "draft_share drafts_file validation_drafts_file found_weight drafter draft_words hop_weight",
     "ranking": """
         ranking language bm25_weight smooth_window smooth_decay truncate_dim index trec_run reranker rerank_top_k
         rerank_weight

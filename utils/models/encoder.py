@@ -415,5 +415,5 @@ def _embeddings(model: SentenceTransformer, features: dict) -> torch.Tensor:
 def save_pretrained(retriever: SentenceTransformer, folder: str | Path, args) -> None:
     """A folder that `SentenceTransformer(folder)` loads unchanged, with the settings that ranking needs beside it."""
     retriever.save_pretrained(str(folder), create_model_card=False)
-    ranking = ("ranking", "bm25_weight", "smooth_window", "smooth_decay", "language")
+    ranking = ("ranking", "bm25_weight", "smooth_window", "smooth_decay", "hop_weight", "language")
     write_settings(folder, args, ("model_name_or_path", *ranking))

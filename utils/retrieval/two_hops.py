@@ -34,4 +34,5 @@ def search_hops(
         queries = list(map(search_text, [e.query for e in block], drafts))
         two = rank_passages(search, block, encode_once, settings, queries, score=score)
         for draft, of_hop, *rankings in zip(drafts, read, one, two, strict=True):
-            yield [Hop(draft, of_hop, rankings[0][:kept]), Hop("", [], fuse_hops(rankings)[:kept])]
+            fused = fuse_hops(rankings, settings["hop_weight"])
+            yield [Hop(draft, of_hop, rankings[0][:kept]), Hop("", [], fused[:kept])]
