@@ -44,8 +44,8 @@ before.
 | reciprocal of rank, k 10, the last hop twice | +14.6 (+2.1) | +2.7 (+1.1) | -9.5 (-18.8) | -1.4 (-3.4) | -0.1 (-0.7) |
 | scores, share 0.5 | +12.7 (+2.3) | +2.8 (+1.4) | -2.3 (-7.2) | -1.2 (-2.9) | -0.1 (-0.3) |
 | scores, share 0.3 | +9.2 (+1.7) | +2.4 (+1.5) | +0.3 (-2.3) | -0.2 (-0.9) | +0.6 (+0.5) |
-| scores, share 0.75, less without agreement | +10.3 (+2.0) | +2.7 (+1.1) | -2.5 (-6.4) | -1.4 (-3.4) | -0.5 (-0.7) |
-| scores, share 0.5, less without agreement | +8.6 (+2.0) | +2.5 (+1.5) | -0.2 (-2.3) | -0.2 (-1.6) | +0.2 (-0.1) |
+| scores, share 1, less without agreement | +12.9 (+2.0) | +2.3 (+0.1) | -8.0 (-16.1) | -2.8 (-5.1) | -1.0 (-2.1) |
+| scores, share 0.5, less without agreement | +10.3 (+2.2) | +2.8 (+1.4) | -0.5 (-3.0) | -0.8 (-2.6) | +0.3 (-0.1) |
 
 Cost (the last command of runs/qmsum_hops.sh, 272 questions with the general ones, no summarizer): 602,671 tokens
 encoded and 57.4 s at hop 1, 31,514 tokens and 3.5 s at hop 2.

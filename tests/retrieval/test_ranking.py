@@ -43,7 +43,7 @@ def test_a_later_hop_counts_with_its_weight_where_it_agrees():
     rng = np.random.default_rng(0)
     first = rank(rng.normal(size=40))
     second = rank(scores_of(first, range(40)) + 0.3 * rng.normal(size=40))
-    assert agreement(scores_of(first, range(40)), scores_of(second, range(40))) > TRUST[1]
+    assert agreement(first, second) >= TRUST[1]
     for weight in (0.0, 0.25, 0.75, 1.0):
         one, two = (standardized(scores_of(ranking, range(40))) for ranking in (first, second))
         fused = fuse_hops([first, second], weight)
@@ -59,17 +59,27 @@ def test_a_hop_whose_best_passages_were_the_worst_before_changes_nothing():
     led_astray = rank(-np.arange(40.0))
     assert [passage for passage, _ in fuse_hops([first, led_astray], 1.0)] == [passage for passage, _ in first]
     half = np.arange(40.0)
-    half[30:37] -= 40.0  # seven of the ten best are now the worst
-    share = agreement(np.arange(40.0), half)
-    assert share == pytest.approx((37 + 38 + 39 + sum(range(23, 30))) / sum(range(30, 40)))
-    expected = np.clip((share - TRUST[0]) / (TRUST[1] - TRUST[0]), 0, 1)
-    mixed = (1 - expected) * standardized(np.arange(40.0)) + expected * standardized(half)
-    assert 0 < expected < 1 and dict(fuse_hops([first, rank(half)], 1.0)) == pytest.approx(dict(rank(mixed)))
+    half[30:33] -= 40.0  # three of the ten best are now the worst
+    half[10:13] += 40.0
+    assert agreement(first, rank(half)) == pytest.approx(0.7)
+    share = (0.7 - TRUST[0]) / (TRUST[1] - TRUST[0])
+    mixed = (1 - share) * standardized(np.arange(40.0)) + share * standardized(half)
+    assert 0 < share < 1 and dict(fuse_hops([first, rank(half)], 1.0)) == pytest.approx(dict(rank(mixed)))
+
+
+def test_agreement_is_by_chance_a_half_and_ties_agree():
+    first = rank(np.arange(7.0))  # its upper half: 6, 5, 4, 3
+    assert agreement(first, rank(np.array([9.0, 0, 8, 7, 6, 0, 0]))) == 0.5  # 0, 2, 3, 4
+    assert agreement(first, [(6, 1.0)]) == 1 and agreement(first, [(0, 1.0)]) == 0
+    assert agreement([(passage, 0.0) for passage in range(7)], first) == 1
+    rng = np.random.default_rng(0)
+    by_chance = [agreement(rank(rng.normal(size=60)), rank(rng.normal(size=60))) for _ in range(2000)]
+    assert np.mean(by_chance) == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_passage_that_one_hop_did_not_find_has_its_lowest_score_there():
-    first, second = [(7, 3.0), (2, 2.0), (5, 1.0)], [(9, 0.9), (7, 0.5), (2, 0.1)]
-    one, two = standardized(np.array([2.0, 1.0, 3.0, 1.0])), standardized(np.array([0.1, 0.1, 0.5, 0.9]))
+    first, second = [(7, 3.0), (2, 2.0), (5, 1.0)], [(7, 0.9), (2, 0.5), (9, 0.4)]
+    one, two = standardized(np.array([2.0, 1.0, 3.0, 1.0])), standardized(np.array([0.5, 0.4, 0.9, 0.4]))
     expected = rank(0.5 * one + 0.5 * two)
     passages = [2, 5, 7, 9]
     assert fuse_hops([first, second], 0.5) == [(passages[place], score) for place, score in expected]

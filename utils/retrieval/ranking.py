@@ -14,8 +14,8 @@ SHARPNESS = 0.7  # factor of the standardized scores before `combine` takes thei
 FADES_BACK = 2  # a score fades twice as fast backward: what belongs to a topic mostly comes after its first mention
 
 # chosen on EntailmentBank's training questions (runs/hop_fusion.py):
-TRUST = 0.7, 0.9  # a hop counts from this agreement with the hops before it, and fully from that
-COMPARED = 10  # passages of each that are compared
+TRUST = 0.5, 0.9  # a hop counts from this agreement with the hops before it, and fully from that
+COMPARED = 10  # of its best passages
 
 RANKED_AT_ONCE = 2**11  # examples
 KEPT = 1025  # passages of a ranking that are kept: those that can be among the first 1,024 words, and the next
@@ -129,8 +129,8 @@ def fuse_hops(rankings: Sequence[Ranking], weight: float) -> Ranking:
     """Fuses the rankings of an example's hops, first to last, by score.
 
     A later hop adds its standardized scores with `weight`, what came before it with 1 - `weight`; a passage that one of
-    them lacks has its lowest score there. A draft may lead astray. So a hop counts less the less its best passages were
-    worth at the hops before it (see `agreement`), and not at all where they were worth little.
+    them lacks has its lowest score there. A draft may lead astray. So a hop counts less, down to not at all, the fewer
+    of its best passages the hops before it ranked in their upper half (see `agreement`).
     """
     fused = rankings[0]
     for ranking in filter(None, rankings[1:]):
@@ -139,19 +139,22 @@ def fuse_hops(rankings: Sequence[Ranking], weight: float) -> Ranking:
             continue
         passages = sorted({passage for both in (fused, ranking) for passage, _ in both})
         before, now = (standardized(scores_of(part, passages)) for part in (fused, ranking))
-        share = weight * float(np.clip((agreement(before, now) - TRUST[0]) / (TRUST[1] - TRUST[0]), 0, 1))
+        trusted = np.clip((agreement(fused, ranking) - TRUST[0]) / (TRUST[1] - TRUST[0]), 0, 1)
+        share = weight * float(trusted)
         fused = [(passages[place], score) for place, score in rank((1 - share) * before + share * now)]
     return fused
 
 
-def agreement(before: np.ndarray, now: np.ndarray) -> float:
-    """What the ten best passages by `now` score in `before`, as a share of what its own ten best score: 0 to 1.
+def agreement(before: Ranking, now: Ranking) -> float:
+    """The share of the ten best passages of `now` (fewer of a short ranking) in the upper half of `before`: 0 to 1.
 
-    Both are scores (passages,) of the same passages; those of `before` are counted from the lowest.
+    By chance it would be a half. Passages that tie with the last of the upper half are in it.
     """
-    before = before - before.min()
-    best = np.sort(before)[::-1][:COMPARED].sum()
-    return float(before[np.argsort(-now, kind="stable")[:COMPARED]].sum() / best) if best else 1.0
+    half = (len(before) + 1) // 2
+    lowest = before[half - 1][1]
+    upper = {passage for passage, score in before if score >= lowest}
+    best = [passage for passage, _ in now[: min(COMPARED, half)]]
+    return sum(passage in upper for passage in best) / len(best)
 
 
 def scores_of(ranking: Ranking, passages: Sequence[int]) -> np.ndarray:
