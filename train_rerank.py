@@ -93,6 +93,7 @@ from utils.training.checkpoint_files import publish
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
 from utils.training.run import Run
+from utils.training.sharding import prepare, whole_weights
 from utils.training.step import average_gradients, is_sharded, local_gradients, parameter_groups
 
 # ---- batches: queries with their candidates
@@ -252,8 +253,8 @@ def main():
     warmup = warmup_steps(args, max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
     # FSDP leaves each process a part of the weights: a whole model is kept to be saved
-    whole = copy.deepcopy(reranker) if is_sharded(accelerator) else reranker
-    model, optimizer = accelerator.prepare(reranker, optimizer)
+    whole = copy.deepcopy(reranker) if is_sharded(accelerator) and accelerator.is_main_process else reranker
+    model, optimizer = prepare(accelerator, reranker, optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
@@ -308,7 +309,7 @@ def main():
     if args.load_best_model_at_end:
         run.load_best()
     scores = run.scores or validate_now()  # a finished run that is started again has no scores yet
-    weights = accelerator.get_state_dict(model)
+    weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
         if whole is not reranker:
             whole.load_state_dict(weights)

@@ -77,6 +77,7 @@ from utils.training.checkpoint_files import publish
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
 from utils.training.run import Run
+from utils.training.sharding import prepare, whole_weights
 from utils.training.step import average_gradients, is_sharded, local_gradients, parameter_groups
 
 
@@ -241,7 +242,7 @@ def main():
     max_steps = schedule_steps(args, plan, shape_of)
     warmup = warmup_steps(args, max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
-    model, optimizer = accelerator.prepare(summarizer, optimizer)
+    model, optimizer = prepare(accelerator, summarizer, optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=train_rows.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
@@ -292,7 +293,7 @@ def main():
         run.load_best()
     # a finished run that is started again has no scores yet
     predictions, scores = (run.predictions, run.scores) if run.scores else validate_now()
-    weights = accelerator.get_state_dict(model)  # whole, where it is sharded
+    weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
         publish(run_folder, lambda folder: save(summarizer, sources, folder, weights, args))
         log.say(f"wrote {write_predictions(run_folder, 'validation', rows['validation'], predictions)}")

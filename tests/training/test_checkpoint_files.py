@@ -42,7 +42,7 @@ from utils.training.checkpoint_files import (
 )
 from utils.training.checkpoints import Checkpoints
 from utils.training.loop_state import LoopState
-from utils.training.sharding import frozen_digest, gather_tensors, keep_outputs_exact, restore_tensors
+from utils.training.sharding import frozen_digest, gather_tensors, keep_sums_exact, restore_tensors
 from utils.training.step import parameter_groups
 
 FILES = (*FILES, "manifest.json")
@@ -199,7 +199,7 @@ def check_outputs(fully_shard, mesh) -> None:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
     sums = []
-    for change in (lambda accelerator: None, keep_outputs_exact):
+    for change in (lambda accelerator: None, keep_sums_exact):
         change(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
         model = SumOfLosses(4, 4)
         fully_shard(model, mesh=mesh, mp_policy=plugin.mixed_precision_policy)

@@ -24,7 +24,7 @@ from utils.files import choose_cache_folder, is_disk_full, write_json, write_lin
 from utils.tables import remove_private_folder
 from utils.training.checkpoint_files import WRITER
 from utils.training.memory import keep_memory
-from utils.training.sharding import keep_outputs_exact
+from utils.training.sharding import keep_sums_exact
 
 
 def run_script(main) -> None:
@@ -114,7 +114,7 @@ def start(accelerator, args) -> Path:
         raise UsageError("--gradient_checkpointing: fsdp_activation_checkpointing does the same; set only one of them")
     if args.trust_remote_code and accelerator.is_main_process:
         print("--trust_remote_code: Python code that the models bring with them is run", file=sys.stderr)
-    keep_outputs_exact(accelerator)
+    keep_sums_exact(accelerator)
     # accelerate has no other name for it yet
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()

@@ -108,7 +108,7 @@ def together(accelerator):
     try:
         yield
     except (RuntimeError, MemoryError) as caught:
-        if not is_out_of_memory(caught):
+        if not is_out_of_memory(caught) or is_sharded(accelerator):  # whose processes exchange parameters all the time
             raise
         error = caught
     if any_process(accelerator, error is not None):
