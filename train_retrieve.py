@@ -73,7 +73,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from accelerate.utils.operations import send_to_device
 from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
@@ -94,11 +94,12 @@ from utils.retrieval.two_hops import search_hops
 from utils.tables import values
 from utils.training.batching import batch_shape, plan_epoch
 from utils.training.checkpoint_files import publish
+from utils.training.exchange import average_gradients, exchanging
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
 from utils.training.run import Run
 from utils.training.sharding import prepare, whole_weights
-from utils.training.step import average_gradients, is_sharded, local_gradients, parameter_groups, together
+from utils.training.step import is_sharded, parameter_groups, together
 
 # ---- batches: queries, their positives and hard negatives
 
@@ -135,31 +136,30 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, arg
     sides, states = (len(batch["evidence_keys"]), len(batch["passage_keys"])), None
     texts = contrastive.as_many_on_all(batch["texts"]) if is_sharded(accelerator) else batch["texts"]
     # each part is `together`: if memory runs out on one process, none waits for it in an exchange
-    with local_gradients(accelerator, model):
-        with record_function("forward"), accelerator.autocast(), together(accelerator):
-            if len(texts) > 1 and args.gradient_cache_tokens:
-                embeddings, states = contrastive.embed_without_graph(model, texts)
+    with record_function("forward"), accelerator.autocast(), together(accelerator):
+        if len(texts) > 1 and args.gradient_cache_tokens:
+            embeddings, states = contrastive.embed_without_graph(model, texts)
+        else:
+            embeddings = contrastive.embed(model, texts)
+    queries, passages = embeddings.detach().split(sides)
+    passages, keys = contrastive.gather_passages(passages, batch["passage_keys"])  # of all processes
+    with record_function("backward"):
+        with together(accelerator):
+            with accelerator.autocast():
+                loss, right = contrastive.contrastive_loss(
+                    queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
+                    evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
+                    is_excluded=pairs.excluded(batch, keys), temperature=args.temperature,
+                    **encoder.matryoshka(pairs.model, args),
+                )  # fmt: skip
+            # times the number of processes, because gradients are averaged over them
+            accelerator.backward(loss * accelerator.num_processes / count)
+        gradient = torch.cat([queries.grad, contrastive.own_gradient(passages.grad, sides[1])])
+        with together(accelerator), exchanging(model, overlaps=not states):
+            if states:
+                contrastive.backward_by_chunk(model, texts, gradient, states)
             else:
-                embeddings = contrastive.embed(model, texts)
-        queries, passages = embeddings.detach().split(sides)
-        passages, keys = contrastive.gather_passages(passages, batch["passage_keys"])  # of all processes
-        with record_function("backward"):
-            with together(accelerator):
-                with accelerator.autocast():
-                    loss, right = contrastive.contrastive_loss(
-                        queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
-                        evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
-                        is_excluded=pairs.excluded(batch, keys), temperature=args.temperature,
-                        **encoder.matryoshka(pairs.model, args),
-                    )  # fmt: skip
-                # times the number of processes, because gradients are averaged over them
-                accelerator.backward(loss * accelerator.num_processes / count)
-            gradient = torch.cat([queries.grad, contrastive.own_gradient(passages.grad, sides[1])])
-            with together(accelerator):
-                if states:
-                    contrastive.backward_by_chunk(model, texts, gradient, states)
-                else:
-                    embeddings.backward(gradient)
+                embeddings.backward(gradient)
     real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.model, batch["texts"])
     counts = {"count": real, "examples": real, "tokens": tokens if real else 0, "slots": slots}  # a dummy has none
     return {"loss": loss.detach(), "right": right, **counts}
@@ -215,9 +215,8 @@ def main():
     accelerator = Accelerator(
         mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
         project_dir=args.output_dir,
-        # no exchange of buffers in a forward pass: a process that runs out of memory would leave the others waiting
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
-                         InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # of the one that searches a corpus
+        # of the process that searches a corpus
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )  # fmt: skip
     run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)

@@ -2,13 +2,16 @@
 
 import dataclasses
 import hashlib
+import math
+import platform
 from collections.abc import Iterable, Iterator
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.errors import UsageError
+from utils.training.exchange import Exchange
 from utils.training.step import is_sharded
 
 
@@ -24,7 +27,19 @@ def keep_sums_exact(accelerator) -> None:
 
 
 def prepare(accelerator, model, optimizer) -> tuple:
-    """`accelerator.prepare`. With FSDP, the layers of a model of sentence-transformers are sharded one by one, too."""
+    """`accelerator.prepare`, but with an `Exchange` of gradients in place of DDP.
+
+    With FSDP, the layers of a model of sentence-transformers are sharded one by one, too. Raises UsageError if the
+    processes have loaded different models.
+    """
+    _check_same(accelerator, model)
+    if accelerator.num_processes > 1 and not is_sharded(accelerator):
+        model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP
+        for tensor in (*model.parameters(), *model.buffers()):
+            # new weights may differ in the last bit between machines
+            tensor.detach().copy_(broadcast(tensor.detach().contiguous()))
+        model.exchange = Exchange(model)
+        return model, accelerator.prepare_optimizer(optimizer)
     if is_sharded(accelerator):
         plugin, names = accelerator.state.fsdp_plugin, {type(module).__name__ for module in model.modules()}
         if plugin.transformer_cls_names_to_wrap is None:
@@ -34,6 +49,25 @@ def prepare(accelerator, model, optimizer) -> tuple:
             # no name of a module: accelerate would take `Normalize` for the last norm and fail to shard it
             model.base_model_prefix = "-"
     return accelerator.prepare(model, optimizer)
+
+
+def _check_same(accelerator, model) -> None:
+    """Raises UsageError if a process has other parameters than the main one, by name, shape or sum."""
+    own = {name: (tuple(p.shape), float(p.detach().sum(dtype=torch.float64))) for name, p in model.named_parameters()}
+    everywhere = gather_object([(platform.node(), own)]) if accelerator.num_processes > 1 else []
+    for number, (machine, found) in enumerate(everywhere):
+        first = everywhere[0][1]
+        differing = sorted(name for name in first | found if not _is_close(first.get(name), found.get(name)))
+        if differing:
+            raise UsageError(
+                f"process {number} on {machine} has loaded another model than process 0 on {everywhere[0][0]}: "
+                f"{len(differing)} parameters differ, such as {differing[0]}; all machines need the same files"
+            )
+
+
+def _is_close(ours: tuple | None, theirs: tuple | None) -> bool:
+    is_there = ours is not None and theirs is not None and ours[0] == theirs[0]
+    return is_there and math.isclose(ours[1], theirs[1], rel_tol=1e-3, abs_tol=1e-3)
 
 
 def trained_tensors(accelerator, model, optimizer) -> dict[str, dict[str, torch.Tensor]]:
@@ -78,7 +112,7 @@ def gather_tensors(accelerator, model, optimizer, into=None) -> dict[str, dict[s
 def stream(accelerator, tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | None]:
     """Gathers sharded tensors one by one: gives each, whole, on the main process's CPU; None on the others.
 
-    Called on all processes, all of which must go to the end. None of them ever holds more than one whole tensor.
+    Called on all processes, all of which must go to the end. None of them needs memory for more than two at a time.
     """
     for tensor in tensors:
         yield _gather(accelerator, tensor, None)
