@@ -120,8 +120,12 @@ def start(accelerator, args) -> Path:
             "DeepSpeed is not supported: use accelerate_configs/fsdp2.yaml, which shards the model as well"
         )
     choose_cache_folder(args.cache_dir)
-    by_fsdp = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
-    if by_fsdp and getattr(args, "gradient_checkpointing", False):
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp and (fsdp.fsdp_version != 2 or fsdp.cpu_ram_efficient_loading):  # each process loads the whole model first
+        raise UsageError(
+            "FSDP: fsdp_version must be 2 and fsdp_cpu_ram_efficient_loading false, as in accelerate_configs/fsdp2.yaml"
+        )
+    if fsdp and fsdp.activation_checkpointing and getattr(args, "gradient_checkpointing", False):
         raise UsageError("--gradient_checkpointing: fsdp_activation_checkpointing does the same; set only one of them")
     if args.trust_remote_code and accelerator.is_main_process:
         print("--trust_remote_code: Python code that the models bring with them is run", file=sys.stderr)
