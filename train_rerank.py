@@ -67,7 +67,7 @@ from functools import partial
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from accelerate.utils.operations import send_to_device
 from torch.profiler import record_function
 from transformers import get_scheduler
@@ -90,10 +90,12 @@ from utils.retrieval.two_hops import search_hops
 from utils.tables import values
 from utils.training.batching import batch_shape, plan_epoch
 from utils.training.checkpoint_files import publish
+from utils.training.exchange import average_gradients, exchanging
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
 from utils.training.run import Run
-from utils.training.step import average_gradients, is_sharded, local_gradients, parameter_groups
+from utils.training.sharding import prepare, whole_weights
+from utils.training.step import is_sharded, parameter_groups
 
 # ---- batches: queries with their candidates
 
@@ -123,13 +125,12 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, reranker, 
     """Adds this micro-batch's share of the gradient of the step's mean loss over `count` queries, of all processes."""
     queries, (tokens, slots) = cross_encoder.count_queries(batch), cross_encoder.count_tokens(reranker, batch["pairs"])
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
-    with local_gradients(accelerator, model):
-        with record_function("forward"), accelerator.autocast():
-            scores = model(batch["pairs"])["scores"][:, 0]
-            loss, right = cross_encoder.rerank_loss(scores, batch["candidates"], batch["positives"], args.loss)
-        with record_function("backward"):
-            # times the number of processes, because gradients are averaged over them
-            accelerator.backward(loss * accelerator.num_processes / count)
+    with record_function("forward"), accelerator.autocast():
+        scores = model(batch["pairs"])["scores"][:, 0]
+        loss, right = cross_encoder.rerank_loss(scores, batch["candidates"], batch["positives"], args.loss)
+    with record_function("backward"), exchanging(model):
+        # times the number of processes, because gradients are averaged over them
+        accelerator.backward(loss * accelerator.num_processes / count)
     counts = {"count": queries, "examples": queries, "tokens": tokens if queries else 0, "slots": slots}
     return {"loss": loss.detach(), "right": right, **counts}
 
@@ -214,9 +215,8 @@ def main():
     accelerator = Accelerator(
         mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
         project_dir=args.output_dir,
-        # no exchange of buffers in a forward pass: a process that runs out of memory would leave the others waiting
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
-                         InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # of the one that searches a corpus
+        # of the process that searches a corpus
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )  # fmt: skip
     run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
@@ -252,8 +252,8 @@ def main():
     warmup = warmup_steps(args, max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
     # FSDP leaves each process a part of the weights: a whole model is kept to be saved
-    whole = copy.deepcopy(reranker) if is_sharded(accelerator) else reranker
-    model, optimizer = accelerator.prepare(reranker, optimizer)
+    whole = copy.deepcopy(reranker) if is_sharded(accelerator) and accelerator.is_main_process else reranker
+    model, optimizer = prepare(accelerator, reranker, optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
@@ -308,7 +308,7 @@ def main():
     if args.load_best_model_at_end:
         run.load_best()
     scores = run.scores or validate_now()  # a finished run that is started again has no scores yet
-    weights = accelerator.get_state_dict(model)
+    weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
         if whole is not reranker:
             whole.load_state_dict(weights)

@@ -73,7 +73,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from accelerate.utils.operations import send_to_device
 from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
@@ -94,10 +94,12 @@ from utils.retrieval.two_hops import search_hops
 from utils.tables import values
 from utils.training.batching import batch_shape, plan_epoch
 from utils.training.checkpoint_files import publish
+from utils.training.exchange import average_gradients, exchanging
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
 from utils.training.run import Run
-from utils.training.step import average_gradients, is_sharded, local_gradients, parameter_groups, together
+from utils.training.sharding import prepare, whole_weights
+from utils.training.step import is_sharded, parameter_groups, together
 
 # ---- batches: queries, their positives and hard negatives
 
@@ -131,34 +133,34 @@ def plan_steps(lengths: list, groups: list, args, shape_of, epoch: int, without=
 def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, args) -> dict:
     """Adds this micro-batch's share of the gradient of the step's mean loss over `count` pairs, of all processes."""
     batch = send_to_device(batch, accelerator.device, non_blocking=True)
-    texts, states, sides = batch["texts"], None, (len(batch["evidence_keys"]), len(batch["passage_keys"]))
+    sides, states = (len(batch["evidence_keys"]), len(batch["passage_keys"])), None
+    texts = contrastive.as_many_on_all(batch["texts"]) if is_sharded(accelerator) else batch["texts"]
     # each part is `together`: if memory runs out on one process, none waits for it in an exchange
-    with local_gradients(accelerator, model):
-        with record_function("forward"), accelerator.autocast(), together(accelerator):
-            if len(texts) > 1 and args.gradient_cache_tokens:
-                embeddings, states = contrastive.embed_without_graph(model, texts)
+    with record_function("forward"), accelerator.autocast(), together(accelerator):
+        if len(texts) > 1 and args.gradient_cache_tokens:
+            embeddings, states = contrastive.embed_without_graph(model, texts)
+        else:
+            embeddings = contrastive.embed(model, texts)
+    queries, passages = embeddings.detach().split(sides)
+    passages, keys = contrastive.gather_passages(passages, batch["passage_keys"])  # of all processes
+    with record_function("backward"):
+        with together(accelerator):
+            with accelerator.autocast():
+                loss, right = contrastive.contrastive_loss(
+                    queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
+                    evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
+                    is_excluded=pairs.excluded(batch, keys), temperature=args.temperature,
+                    **encoder.matryoshka(pairs.model, args),
+                )  # fmt: skip
+            # times the number of processes, because gradients are averaged over them
+            accelerator.backward(loss * accelerator.num_processes / count)
+        gradient = torch.cat([queries.grad, contrastive.own_gradient(passages.grad, sides[1])])
+        with together(accelerator), exchanging(model, overlaps=not states):
+            if states:
+                contrastive.backward_by_chunk(model, texts, gradient, states)
             else:
-                embeddings = contrastive.embed(model, texts)
-        queries, passages = embeddings.detach().split(sides)
-        passages, keys = contrastive.gather_passages(passages, batch["passage_keys"])  # of all processes
-        with record_function("backward"):
-            with together(accelerator):
-                with accelerator.autocast():
-                    loss, right = contrastive.contrastive_loss(
-                        queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
-                        evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
-                        is_excluded=pairs.excluded(batch, keys), temperature=args.temperature,
-                        **encoder.matryoshka(pairs.model, args),
-                    )  # fmt: skip
-                # times the number of processes, because gradients are averaged over them
-                accelerator.backward(loss * accelerator.num_processes / count)
-            gradient = torch.cat([queries.grad, contrastive.own_gradient(passages.grad, sides[1])])
-            with together(accelerator):
-                if states:
-                    contrastive.backward_by_chunk(model, texts, gradient, states)
-                else:
-                    embeddings.backward(gradient)
-    real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.model, texts)
+                embeddings.backward(gradient)
+    real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.model, batch["texts"])
     counts = {"count": real, "examples": real, "tokens": tokens if real else 0, "slots": slots}  # a dummy has none
     return {"loss": loss.detach(), "right": right, **counts}
 
@@ -213,13 +215,10 @@ def main():
     accelerator = Accelerator(
         mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
         project_dir=args.output_dir,
-        # no exchange of buffers in a forward pass: a process that runs out of memory would leave the others waiting
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
-                         InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # of the one that searches a corpus
+        # of the process that searches a corpus
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )  # fmt: skip
     run_folder = start(accelerator, args)
-    if args.gradient_cache_tokens and is_sharded(accelerator):  # whose processes must run the model equally often
-        raise UsageError("--gradient_cache_tokens is not supported with FSDP")
     log = RunLog(accelerator, run_folder, args.log_format)
     splits = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
     train, validation = splits["train"], splits["validation"]
@@ -250,8 +249,8 @@ def main():
     warmup = warmup_steps(args, max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
     # FSDP leaves each process a part of the weights: a whole model is kept to be saved
-    whole = copy.deepcopy(retriever) if is_sharded(accelerator) else retriever
-    model, optimizer = accelerator.prepare(retriever, optimizer)
+    whole = copy.deepcopy(retriever) if is_sharded(accelerator) and accelerator.is_main_process else retriever
+    model, optimizer = prepare(accelerator, retriever, optimizer)
 
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
@@ -312,7 +311,7 @@ def main():
     if args.load_best_model_at_end:
         run.load_best()
     scores = run.scores or validate_now()  # a finished run that is started again has no scores yet
-    weights = accelerator.get_state_dict(model)
+    weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
         if whole is not retriever:
             whole.load_state_dict(weights)

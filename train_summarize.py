@@ -54,7 +54,7 @@ from functools import cache, partial
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from torch.profiler import record_function
 from transformers import get_scheduler
 
@@ -74,10 +74,12 @@ from utils.retrieval.splits import rank_splits
 from utils.tables import lengths, values
 from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns
 from utils.training.checkpoint_files import publish
+from utils.training.exchange import average_gradients, exchanging
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
 from utils.training.run import Run
-from utils.training.step import average_gradients, is_sharded, local_gradients, parameter_groups
+from utils.training.sharding import prepare, whole_weights
+from utils.training.step import is_sharded, parameter_groups
 
 
 def make_model(train: list, args, accelerator) -> tuple:
@@ -134,12 +136,11 @@ def plan_steps(lengths, args, shape_of, epoch: int, without=(), shape: dict | No
 def train_micro_batch(batch: dict, target_tokens: int, *, accelerator, model, summarizer, args) -> dict:
     """Adds this micro-batch's share of the gradient of the step's mean loss over `target_tokens`, of all processes."""
     batch = batch.to(accelerator.device)
-    with local_gradients(accelerator, model):
-        with record_function("forward"), accelerator.autocast():
-            loss, nll = model(**batch, label_smoothing_factor=args.label_smoothing_factor)
-        with record_function("backward"):
-            # times the number of processes, because gradients are averaged over them
-            accelerator.backward(loss * accelerator.num_processes / target_tokens)
+    with record_function("forward"), accelerator.autocast():
+        loss, nll = model(**batch, label_smoothing_factor=args.label_smoothing_factor)
+    with record_function("backward"), exchanging(model):
+        # times the number of processes, because gradients are averaged over them
+        accelerator.backward(loss * accelerator.num_processes / target_tokens)
     tokens = count_tokens(batch, summarizer.is_packed)
     return {"loss": loss.detach(), "nll": nll, "count": count_targets(batch), **tokens}
 
@@ -211,8 +212,6 @@ def main():
     accelerator = Accelerator(
         mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
         project_dir=args.output_dir,
-        # no exchange of buffers in a forward pass: a process that runs out of memory would leave the others waiting
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )  # fmt: skip
     run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
@@ -241,7 +240,7 @@ def main():
     max_steps = schedule_steps(args, plan, shape_of)
     warmup = warmup_steps(args, max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
-    model, optimizer = accelerator.prepare(summarizer, optimizer)
+    model, optimizer = prepare(accelerator, summarizer, optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=train_rows.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
@@ -292,7 +291,7 @@ def main():
         run.load_best()
     # a finished run that is started again has no scores yet
     predictions, scores = (run.predictions, run.scores) if run.scores else validate_now()
-    weights = accelerator.get_state_dict(model)  # whole, where it is sharded
+    weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
         publish(run_folder, lambda folder: save(summarizer, sources, folder, weights, args))
         log.say(f"wrote {write_predictions(run_folder, 'validation', rows['validation'], predictions)}")

@@ -1,6 +1,7 @@
 """The files of accelerate_configs/ do what their comments say: the CPU ones are started, all are checked key by key."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def quoted_command(path: Path) -> tuple[dict[str, str], list[str]]:
     comment = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
     commands = [line for line in comment if "accelerate launch --" in line]
     assert len(commands) == 1, f"{path}: {len(commands)} command lines in the comment instead of one"
-    words = shlex.split(commands[0])
+    words = shlex.split(re.sub(r"\$\(nvidia-smi .*?\)", "8", commands[0]))  # so many GPUs has this machine
     first = words.index("accelerate")
     return dict(word.split("=", 1) for word in words[:first]), words[first:]
 
@@ -101,7 +102,7 @@ def test_multi_cpu_starts_two_processes_that_add_up_their_tensors(tmp_path):
 def test_accelerate_knows_every_key(path):
     assert unknown_keys(path) == []
     config = load_config_from_file(str(path))
-    assert config.num_processes >= config.num_machines
+    assert launch_arguments(path).num_processes or config.num_processes >= config.num_machines
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,15 @@ def test_the_quoted_command_names_its_file_and_a_script_and_is_accepted(path):
     arguments = launch_arguments(path)
     assert arguments.config_file == str(path.relative_to(ROOT))
     assert (ROOT / arguments.training_script).is_file()
+
+
+@pytest.mark.parametrize("name", ["multi_gpu", "multi_node", "fsdp2"])
+def test_the_number_of_gpus_is_no_guess_of_ours(name):
+    path = ROOT / f"accelerate_configs/{name}.yaml"
+    assert _validate_launch_command(launch_arguments(path))[0].num_processes == (16 if name == "multi_node" else 8)
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "train_summarize.py"])
+    with pytest.raises(ValueError, match="You need to manually pass in `--num_processes`"):
+        _validate_launch_command(arguments)
 
 
 def test_a_misspelt_flag_in_a_quoted_command_is_found(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from utils.errors import CheckpointError, DataError, Diverged, UsageError
         *[(OSError(number, "full"), 74) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)],
         (OSError(errno.EACCES, "closed"), 1),
         (RuntimeError("a bug"), 1),
+        (RuntimeError("[gloo/pair.cc:553] Connection closed by peer [10.0.0.1]:3389"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -38,8 +40,11 @@ def test_each_way_to_end_has_its_exit_code_and_only_a_bug_a_traceback(error, cod
     run_script(main)
     assert codes == [code]
     printed = capsys.readouterr().err
-    assert ("Traceback" in printed) == (code == 1)
-    if code not in (0, 1) and not isinstance(error, SystemExit):
+    is_lost = "Connection closed" in str(error)
+    assert ("Traceback" in printed) == (code == 1 and not is_lost)
+    if is_lost:
+        assert "lost the connection to another process" in printed and "run the same command again" in printed
+    if (code not in (0, 1) and not isinstance(error, SystemExit)) or is_lost:
         assert printed.count("\n") == 1
 
 
@@ -69,6 +74,14 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
 def test_gradients_are_not_divided_by_accelerate_as_well(tmp_path):
     with pytest.raises(UsageError, match="unset it and use --gradient_accumulation_steps"):
         start(alone(gradient_accumulation_steps=4), TrainingArguments(output_dir=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("change", [{"fsdp_version": 1}, {"cpu_ram_efficient_loading": True}])
+def test_fsdp_of_another_kind_is_refused(change, tmp_path):
+    plugin = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "activation_checkpointing": False, **change}
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin))
+    with pytest.raises(UsageError, match="fsdp_version must be 2 and fsdp_cpu_ram_efficient_loading false"):
+        start(alone(state=state), TrainingArguments(output_dir=str(tmp_path / "run")))
 
 
 def test_other_systems_than_linux_are_refused(tmp_path, monkeypatch):

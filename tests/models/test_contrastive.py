@@ -256,7 +256,8 @@ from utils.models.contrastive import (
     backward_by_chunk, contrastive_loss, embed, embed_without_graph, gather_passages, own_gradient
 )
 from utils.models.encoder import build_small_encoder, in_chunks, tokenize
-from utils.training.step import average_gradients
+from utils.training.exchange import average_gradients, exchanging
+from utils.training.sharding import prepare
 
 
 def encoder(texts):
@@ -284,22 +285,24 @@ def gradients(accelerator, retriever, model, parts, max_tokens=0, cached=False):
     }
     count = accelerator.reduce((batch["evidence_keys"][:, 0] >= 0).sum(), "sum")
     assert dummy or (len(batch["texts"]) > 3 if max_tokens else len(batch["texts"]) == 1)
-    with accelerator.no_sync(model):
-        if cached:
-            embeddings, states = embed_without_graph(model, batch["texts"])
-        else:
-            embeddings = embed(model, batch["texts"])
-        own_queries, own_passages = embeddings.detach().split([len(numbers), len(keys)])
-        all_passages, all_keys = gather_passages(own_passages, batch["passage_keys"])
-        loss, right = contrastive_loss(
-            own_queries.requires_grad_(),
-            all_passages,
-            passage_keys=all_keys,
-            evidence_keys=batch["evidence_keys"],
-            temperature=0.05,
-        )
-        accelerator.backward(loss * accelerator.num_processes / count)
-        gradient = torch.cat([own_queries.grad, own_gradient(all_passages.grad, len(keys))])
+    if cached:
+        embeddings, states = embed_without_graph(model, batch["texts"])
+    else:
+        embeddings = embed(model, batch["texts"])
+    own_queries, own_passages = embeddings.detach().split([len(numbers), len(keys)])
+    all_passages, all_keys = gather_passages(own_passages, batch["passage_keys"])
+    loss, right = contrastive_loss(
+        own_queries.requires_grad_(),
+        all_passages,
+        passage_keys=all_keys,
+        evidence_keys=batch["evidence_keys"],
+        temperature=0.05,
+    )
+    accelerator.backward(loss * accelerator.num_processes / count)
+    gradient = torch.cat([own_queries.grad, own_gradient(all_passages.grad, len(keys))])
+    if accelerator.num_processes > 1:
+        model.exchange.is_due = True
+    with exchanging(model, overlaps=not cached):
         if cached:
             backward_by_chunk(model, batch["texts"], gradient, states)
         else:
@@ -316,7 +319,7 @@ accelerator = Accelerator()
 process = f"{accelerator.num_processes}.{accelerator.process_index}"
 retriever = encoder(texts)
 queries, passages = tokenize(retriever, texts[::-1], "query"), tokenize(retriever, texts, "passage")
-model = accelerator.prepare(retriever)
+model, _ = prepare(accelerator, retriever, torch.optim.SGD(retriever.parameters()))
 model.train()
 for name, first, second in (("even", (0, 8), (8, 16)), ("uneven", (0, 8), (8, 13)), ("dummy", (0, 8), None)):
     parts = [(list(range(*first)), False), (list(range(*second)), False) if second else ([0], True)]

@@ -110,10 +110,14 @@ def test_many_examples_have_larger_blocks_and_few_have_enough_for_all_processes(
 TWO_PROCESSES = """
 import json, sys
 sys.path.insert(0, {root!r})
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 from accelerate import Accelerator
-from utils.retrieval import bm25
+from utils.retrieval import bm25, corpus_search
 from utils.retrieval.bm25 import bm25_index, bm25_search
+from utils.retrieval.corpus_search import CorpusSearch
 from utils.retrieval.exact_search import dense_search
 from utils.retrieval.vectors import encode_corpus
 from utils.data.corpus import load_corpus
@@ -136,20 +140,52 @@ if rank == 0:
 accelerator.wait_for_everyone()
 vectors = encode_corpus(corpus.passages, encode, folder + "/v", **settings)
 dense = dense_search(np.ones((1, 2)), vectors, 5)
-found = {{"calls": calls, "builds": len(builds), "lexical": lexical, "dense": dense, "dimension": vectors.dimension}}
+
+# search: each process in its own share of the vectors
+noted_calls, opened, open_shard, search_exactly = calls[:], set(), np.lib.format.open_memmap, corpus_search.dense_search
+
+def search_noted(*arguments, **options):
+    np.lib.format.open_memmap = lambda path, mode: opened.add(path.name) or open_shard(path, mode=mode)
+    try:
+        return search_exactly(*arguments, **options)
+    finally:
+        np.lib.format.open_memmap = open_shard
+
+corpus_search.dense_search = search_noted
+corpus_search.encode_corpus = partial(encode_corpus, shard_size=16)
+search = CorpusSearch(corpus, folder=Path(folder, "of_search"), weights_key=lambda: "k", index="flat", language=None,
+                      depth=8, alone=False, trained_in=None, accelerator=accelerator, say=print)
+examples = [SimpleNamespace(query=query) for query in {queries!r}]
+searched = [search.dense_rankings(examples, lambda texts, kind: encode(texts)),
+            search.retriever_rankings(examples, lambda texts, kind: encode(texts), {settings!r})]
+found = {{"calls": noted_calls, "builds": len(builds), "lexical": lexical, "dense": dense,
+         "dimension": vectors.dimension, "searched": searched, "opened": sorted(opened)}}
 with open(f"{{folder}}/{{rank}}.json", "w") as file:
     json.dump(found, file)
 accelerator.end_training()
 """
 
 
-def test_two_processes_build_once_encode_together_and_find_the_same(tmp_path):
-    make_corpus(tmp_path, random_texts(40))
-    (tmp_path / "run.py").write_text(TWO_PROCESSES.format(root=str(ROOT), folder=str(tmp_path)))
+def encode_letters(texts, kind):
+    return np.array([[len(text), text.count("e")] for text in texts], dtype=np.float32)
+
+
+def test_two_processes_build_once_encode_together_and_find_in_their_shares_what_one_process_finds(tmp_path, search):
+    settings = {"ranking": "hybrid", "bm25_weight": 0.5}
+    text = TWO_PROCESSES.format(root=str(ROOT), folder=str(tmp_path), queries=QUERIES, settings=settings)
+    (tmp_path / "run.py").write_text(text)
     result = launch(tmp_path / "run.py", processes=2)
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["calls"] == second["calls"] == [16, 16, 8, 16]  # the second time the damaged shard only
     assert first.pop("builds") + second.pop("builds") == 1
+    # of three files; the first process also reads what BM25 finds
+    assert [first.pop("opened"), second.pop("opened")] == [["00000000.npy", "00000002.npy"], ["00000001.npy"]]
     assert first == second and first["dimension"] == 2
+    examples = [make_example(query=query, document=search.corpus) for query in QUERIES]
+    one = [
+        search.dense_rankings(examples, encode_letters),
+        search.retriever_rankings(examples, encode_letters, settings),
+    ]
+    assert first["searched"] == json.loads(json.dumps(one))
     assert [len(ranking) for ranking in first["dense"] + first["lexical"]] == [5, 5]

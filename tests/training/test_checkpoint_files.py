@@ -17,18 +17,22 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from transformers import BartConfig, BartForConditionalGeneration
 
 from utils.cli.script import end_run
 from utils.errors import CheckpointError, DamagedCheckpoint, UsageError
 from utils.files import size_and_digest
+from utils.training import checkpoint_files, sharding
 from utils.training.checkpoint_files import (
     DTYPES,
     FILES,
@@ -42,7 +46,7 @@ from utils.training.checkpoint_files import (
 )
 from utils.training.checkpoints import Checkpoints
 from utils.training.loop_state import LoopState
-from utils.training.sharding import frozen_digest, gather_tensors, keep_outputs_exact, restore_tensors
+from utils.training.sharding import frozen_digest, gather_tensors, keep_sums_exact, restore_tensors
 from utils.training.step import parameter_groups
 
 FILES = (*FILES, "manifest.json")
@@ -185,8 +189,44 @@ def worker(folder: Path) -> None:
 
     check_resuming(accelerator, shard, folder / "fsdp")
     check_frozen(accelerator, shard, folder / "fsdp")
+    check_streaming(accelerator, shard, folder / "streamed")
     check_outputs(fully_shard, init_device_mesh("cpu", (2,)))
     end_run(accelerator)
+
+
+def check_streaming(accelerator, shard, folder: Path) -> None:
+    """A sharded model is written tensor by tensor. A failed write leaves no process waiting."""
+    model, optimizer = shard(*small_bart(seed=1))
+    model.train()
+    train(accelerator, model, optimizer, range(2))
+    expected = gather_tensors(accelerator, model, optimizer)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    args = SimpleNamespace(checkpoints_total_limit=0, decisive=dict)
+    checkpoints = Checkpoints(accelerator, args, folder, lambda *event, **values: None, SimpleNamespace(received=None),
+                              model=model, optimizer=optimizer, scheduler=SimpleNamespace(state_dict=dict), data="",
+                              shape=lambda epoch: {})  # fmt: skip
+    gathered, gather = [], sharding._gather
+
+    def watched(*arguments):
+        assert sum(tensor() is not None for tensor in gathered) <= 1
+        tensor = gather(*arguments)
+        gathered.append(weakref.ref(tensor) if tensor is not None else lambda: None)
+        return tensor
+
+    with mock.patch.object(sharding, "_gather", watched):
+        checkpoints.save(LoopState(step=1), {}, is_best=False)
+        checkpoints.wait()
+        count = len(gathered)
+        assert count == len(expected.get("model", gathered)) + len(expected.get("optimizer", ()))
+        with mock.patch.object(checkpoint_files, "_write_whole", side_effect=OSError(28, "No space left on device")):
+            checkpoints.save(LoopState(step=2), {}, is_best=False)
+            with pytest.raises(CheckpointError, match="No space left on device"):
+                checkpoints.wait()
+        assert len(gathered) == 2 * count  # to the end, on both processes
+    if accelerator.is_main_process:
+        assert names(folder / "checkpoints") == ["last", "step_00000001"]
+        assert_equal(read(folder / "checkpoints" / "last")[0], expected)
+    accelerator.state.distributed_type = DistributedType.MULTI_CPU
 
 
 class SumOfLosses(torch.nn.Linear):
@@ -199,7 +239,7 @@ def check_outputs(fully_shard, mesh) -> None:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
     sums = []
-    for change in (lambda accelerator: None, keep_outputs_exact):
+    for change in (lambda accelerator: None, keep_sums_exact):
         change(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
         model = SumOfLosses(4, 4)
         fully_shard(model, mesh=mesh, mp_policy=plugin.mixed_precision_policy)

@@ -1,12 +1,14 @@
 """The parts of a run that no whole run on a processor can show: steps that are dropped in fp16."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import alone
 
+from utils.errors import UsageError
 from utils.training.run import Run
 
 
@@ -19,7 +21,8 @@ def fp16():
     run = SimpleNamespace(args=SimpleNamespace(nan_detector=True, seed=1), optimizer=optimizer,
                           accelerator=alone(scaler=scaler), state=SimpleNamespace(step=0),
                           is_culprit_named=False)  # fmt: skip
-    run._seed_step = lambda: None
+    run._seed_step, run.model = lambda: None, model
+    run._compute = partial(Run._compute, run)
     return model, optimizer, scaler, run
 
 
@@ -77,3 +80,10 @@ def test_what_does_not_fit_is_tried_in_halves_until_it_does(fp16):
     assert Run.try_step(run, micro_step, ["abcd"], 4, halve) == [{"count": 1}] * 4
     assert tried == ["abcd", "ab", "a", "b", "c", "d"]
     assert Run.try_step(run, lambda batch, total: micro_step("xy", 2), ["a"], 1, halve) is None
+
+
+def test_processes_that_read_other_data_do_not_train_together(monkeypatch):
+    monkeypatch.setattr("utils.training.run.gather_object", lambda own: [*own, "other"])
+    with pytest.raises(UsageError, match="process 1 has other training data than process 0: all machines"):
+        Run(alone(num_processes=2), None, None, None, model=None, optimizer=None, scheduler=None, max_steps=0, warmup=0,
+            plan=None, shape=None, data="own")  # fmt: skip

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,19 +18,19 @@ import transformers
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
 
-from utils.errors import Interrupted, UsageError
+from utils.errors import Interrupted, UsageError, in_one_line
 from utils.files import choose_cache_folder, is_disk_full, write_json, write_lines
 from utils.tables import remove_private_folder
 from utils.training.checkpoint_files import WRITER
 from utils.training.memory import keep_memory
-from utils.training.sharding import keep_outputs_exact
+from utils.training.sharding import keep_sums_exact
 
 
 def run_script(main) -> None:
     """Runs `main()` and ends the process with an exit code.
 
-    0: done. 2: unusable arguments, data or checkpoint. 3: diverged. 74: a write failed. 128 + n: signal n. 1: any other
-    error. Only the last prints a traceback; the others print one readable line.
+    0: done. 2: unusable arguments, data or checkpoint. 3: diverged. 74: a write failed. 128 + n: signal n. 1: another
+    process is gone, or any other error. Only the last prints a traceback; the others print one readable line.
     """
     try:
         main()
@@ -41,7 +40,12 @@ def run_script(main) -> None:
     except BaseException as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         code = 74 if code == 1 and is_disk_full(error) else code
-        if code == 1:
+        if code == 1 and is_process_lost(error):
+            text = in_one_line(error).partition(". ")[0]
+            print(f"{_script()}: process {os.environ.get('RANK', '0')} on {platform.node()} lost the connection to "
+                  f"another process, which was killed or has failed ({text}); see what that one says, or run the same "
+                  "command again, on all machines, to resume", file=sys.stderr)  # fmt: skip
+        elif code == 1:
             traceback.print_exc()
         else:
             text = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
@@ -53,6 +57,13 @@ def run_script(main) -> None:
                 text = f"process {rank}: {text}"
             print(f"{_script()}: {text}", file=sys.stderr)
     _exit(code)
+
+
+def is_process_lost(error: BaseException) -> bool:
+    """Whether an exchange failed because another process or its machine is gone."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed",
+            "remote process exited", "Application timeout caused pair closure")  # fmt: skip
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
 
 
 def end_run(accelerator, code: int = 0) -> None:
@@ -109,14 +120,16 @@ def start(accelerator, args) -> Path:
             "DeepSpeed is not supported: use accelerate_configs/fsdp2.yaml, which shards the model as well"
         )
     choose_cache_folder(args.cache_dir)
-    by_fsdp = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
-    if by_fsdp and getattr(args, "gradient_checkpointing", False):
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp and (fsdp.fsdp_version != 2 or fsdp.cpu_ram_efficient_loading):  # each process loads the whole model first
+        raise UsageError(
+            "FSDP: fsdp_version must be 2 and fsdp_cpu_ram_efficient_loading false, as in accelerate_configs/fsdp2.yaml"
+        )
+    if fsdp and fsdp.activation_checkpointing and getattr(args, "gradient_checkpointing", False):
         raise UsageError("--gradient_checkpointing: fsdp_activation_checkpointing does the same; set only one of them")
     if args.trust_remote_code and accelerator.is_main_process:
         print("--trust_remote_code: Python code that the models bring with them is run", file=sys.stderr)
-    keep_outputs_exact(accelerator)
-    # accelerate has no other name for it yet
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    keep_sums_exact(accelerator)
     transformers.utils.logging.disable_progress_bar()
     set_seed(args.seed)
     if args.deterministic:

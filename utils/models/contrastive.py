@@ -125,6 +125,19 @@ def _all_gather(rows: torch.Tensor) -> torch.Tensor:
 # ---- embeddings in chunks, and gradient caching (Gao et al., 2021, arXiv:2101.06983)
 
 
+def as_many_on_all(chunks: list[dict]) -> list[dict]:
+    """The chunks, and the last one again without `rows` until each process has equally many.
+
+    The processes that share a sharded model must run it equally often.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return chunks
+    most = torch.tensor(len(chunks), device=chunks[0]["rows"].device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    again = {**chunks[-1], "rows": chunks[-1]["rows"][:0]}  # nothing of it is used: its gradient is zero
+    return chunks + [again] * (int(most) - len(chunks))
+
+
 def embed(model, chunks: list[dict]) -> torch.Tensor:
     """Embeddings (texts, hidden) of the chunks that `in_chunks` made, in the order of the batch."""
     return _in_batch_order([_forward(model, chunk) for chunk in chunks], chunks)
@@ -157,7 +170,8 @@ def backward_by_chunk(model, chunks: list[dict], gradient: torch.Tensor, states:
 
 
 def _forward(model, chunk: dict) -> torch.Tensor:
-    return model({name: value for name, value in chunk.items() if name != "rows"})["sentence_embedding"]
+    embeddings = model({name: value for name, value in chunk.items() if name != "rows"})["sentence_embedding"]
+    return embeddings[: len(chunk["rows"])]
 
 
 def _in_batch_order(parts: list[torch.Tensor], chunks: list[dict]) -> torch.Tensor:

@@ -250,14 +250,18 @@ def matryoshka(retriever: SentenceTransformer, args) -> dict:
 
 
 def weights_key(model: torch.nn.Module) -> str:
-    """A checksum of a model's weights, and of a SentenceTransformer's tokenizer, prompts, lengths and other modules."""
+    """A checksum of a model's weights, and of a SentenceTransformer's tokenizer, prompts, lengths and other modules.
+
+    Called on all processes if the model is sharded.
+    """
     others = [getattr(model, name, None) for name in ("prompts", "max_seq_length", "truncate_dim")]
     if isinstance(model, SentenceTransformer):
         others += [tokens_key(model), model.similarity_fn_name, list(map(str, list(model)[1:]))]
     total = hashlib.sha256(json.dumps(others).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        total.update(name.encode() + local.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+        total.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:32]
 
 

@@ -12,7 +12,7 @@ from utils.models.encoder import weights_key
 from utils.retrieval.bm25 import bm25_index, bm25_search, say_unmatched, unmatched
 from utils.retrieval.dense import Encode
 from utils.retrieval.document_search import DocumentSearch
-from utils.retrieval.exact_search import add_passages, dense_search, recall_lost
+from utils.retrieval.exact_search import add_passages, dense_search, merge, recall_lost
 from utils.retrieval.faiss_index import approximate_index
 from utils.retrieval.ranking import KEPT, fuse_scores, search_texts
 from utils.retrieval.vectors import encode_corpus, find_vectors
@@ -31,8 +31,9 @@ class CorpusSearch:
         language: that of BM25's words (see `search_tokenizer`).
         depth: passages of a ranking, if a call does not ask for another number.
         alone: each process searches by itself, and `encode` is its own. Call `prepare` on all of them first. Without
-            it, the searches are called on all processes, as is `encode`; the main one searches for all, after it has
-            encoded the passages with the encoder as it then is.
+            it, the searches are called on all processes, as is `encode`, after the passages were encoded with the
+            encoder as it then is. In exact search each process looks at its share of the vectors; the main one does
+            the rest for all.
         trained_in: the folder of the vectors in the retriever's own run folder, which are used if they are still right.
     """
 
@@ -96,7 +97,7 @@ class CorpusSearch:
         queries: Sequence[str] | None = None,
     ) -> list[Ranking]:  # fmt: skip
         """Ranks passages by dot product with the vector of each example's query, or of its search text in `queries`."""
-        return self._search(encode, search_texts(examples, queries), partial(self._nearest, top_k=top_k or self.depth))
+        return self._search(encode, search_texts(examples, queries), top_k or self.depth)
 
     def retriever_rankings(
         self, examples: Sequence[Example], encode: Encode, settings: dict, queries: Sequence[str] | None = None,
@@ -111,22 +112,34 @@ class CorpusSearch:
         if settings.get("ranking") != "hybrid":
             return self.dense_rankings(examples, encode, top_k, queries)
 
-        def search(query_vectors: np.ndarray) -> list[Ranking]:
-            dense = self._nearest(query_vectors, max(top_k, DEPTH))
+        def fuse(query_vectors: np.ndarray, dense: list[Ranking]) -> list[Ranking]:
             lexical = bm25_search(self.lexical, queries, max(top_k, DEPTH), self.language, also=dense)
             dense = add_passages(query_vectors, self.vectors, dense, lexical)
             weight = settings["bm25_weight"]
             return [fuse_scores(*both, weight)[:top_k] for both in zip(dense, lexical, strict=True)]
 
-        return self._search(encode, queries, search)
+        return self._search(encode, queries, max(top_k, DEPTH), fuse)
 
-    def _search(self, encode: Encode, queries: Sequence[str], search: Callable) -> list[Ranking]:
-        """What `search(query vectors)` finds in `self.vectors`."""
-        if self.alone:
-            return search(encode(list(queries), "query"))
-        self.prepare(encode)
+    def _search(
+        self, encode: Encode, queries: Sequence[str], top_k: int, finish: Callable | None = None
+    ) -> list[Ranking]:
+        """The `top_k` passages nearest to each query, or what `finish(query vectors, rankings)` makes of them."""
+        if not self.alone:
+            self.prepare(encode)
         query_vectors = encode(list(queries), "query")
-        return broadcast_object_list([search(query_vectors) if self.accelerator.is_main_process else None])[0]
+        if self.alone:
+            found = self._nearest(query_vectors, top_k)
+            return finish(query_vectors, found) if finish else found
+        found, process, processes = None, self.accelerator.process_index, self.accelerator.num_processes
+        if self.index == "flat" and processes > 1:
+            own = dense_search(query_vectors, self.vectors, top_k, process=process, processes=processes)
+            parts = gather_object([own])
+            found = merge(parts, top_k) if process == 0 else None
+        elif process == 0:
+            found = self._nearest(query_vectors, top_k)
+        if finish and process == 0:
+            found = finish(query_vectors, found)
+        return broadcast_object_list([found])[0]
 
     def _nearest(self, query_vectors: np.ndarray, top_k: int) -> list[Ranking]:
         if self.index != "flat" and self.checked != self.vectors.key and self.accelerator.is_main_process:

@@ -1,7 +1,7 @@
 """Dense search in the vectors of a corpus: exact, or with an approximate index."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,14 +15,17 @@ EF_SEARCH = 128  # candidates that the search in an HNSW graph keeps
 
 
 def dense_search(
-    query_vectors: np.ndarray, vectors: Vectors, top_k: int, *, index: str = "flat", nprobe: int = 64
-) -> list[Ranking]:
+    query_vectors: np.ndarray, vectors: Vectors, top_k: int, *, index: str = "flat", nprobe: int = 64,
+    process: int = 0, processes: int = 1,
+) -> list[Ranking]:  # fmt: skip
     """Ranks the `top_k` passages with the largest dot products, for each of the (queries, dimension) vectors.
 
     `index`: "flat" is exact. "ivf" searches the `nprobe` nearest of about 4 * sqrt(passages) clusters. "hnsw" follows a
     graph of neighbours (Malkov and Yashunin, arXiv:1603.09320). These two are faster but miss some passages (see
     `recall_lost`). faiss builds them at the first search, with more memory than the vectors take, and they are kept in
     the vectors' folder.
+
+    With several `processes`, exact search finds the best in this process's share of the vectors (see `merge`).
     """
     queries = np.ascontiguousarray(query_vectors, dtype=np.float32)
     if queries.ndim != 2 or queries.shape[1] != vectors.dimension:
@@ -33,7 +36,7 @@ def dense_search(
         return []
     top_k = min(top_k, vectors.count)
     if index == "flat":
-        scores, passages = _search_flat(queries, vectors, top_k)
+        scores, passages = _search_flat(queries, vectors.shards(process, processes), top_k)
     else:
         approximate = approximate_index(vectors, index)
         if index == "ivf":
@@ -45,6 +48,14 @@ def dense_search(
     return [
         [(passage, score) for passage, score in zip(*row, strict=True) if passage >= 0]  # -1: none was found
         for row in zip(passages.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def merge(parts: Sequence[list[Ranking]], top_k: int) -> list[Ranking]:
+    """What `dense_search` finds in all vectors, from what it found in each process's share."""
+    return [
+        sorted(itertools.chain(*of_query), key=lambda found: (-found[1], found[0]))[:top_k]
+        for of_query in zip(*parts, strict=True)
     ]
 
 
@@ -79,11 +90,11 @@ def recall_lost(
     return 100 * sum(missed) / max(len(missed), 1)
 
 
-def _search_flat(queries: np.ndarray, vectors: Vectors, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and passage numbers, both (queries, top_k), best first; ties are in corpus order."""
+def _search_flat(queries: np.ndarray, shards: Iterable, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and passage numbers, both (queries, top_k) or less, best first; ties are in corpus order."""
     best_scores = np.empty((len(queries), 0), dtype=np.float32)
     best_passages = np.empty((len(queries), 0), dtype=np.int64)
-    for first, shard in vectors.shards():
+    for first, shard in shards:
         parts = [
             _search_shard(some, torch.from_numpy(shard), top_k) for some in torch.from_numpy(queries).split(QUERIES)
         ]

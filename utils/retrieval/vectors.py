@@ -24,9 +24,12 @@ class Vectors:
     dimension: int
     shard_size: int  # vectors per file
 
-    def shards(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Gives the number of each shard's first passage, and its vectors (passages, dimension), mapped into memory."""
-        for first in range(0, self.count, self.shard_size):
+    def shards(self, process: int = 0, processes: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        """Gives the number of each shard's first passage, and its vectors (passages, dimension), mapped into memory.
+
+        With several `processes`, these share the shards.
+        """
+        for first in range(process * self.shard_size, self.count, processes * self.shard_size):
             # "c" (copy on write) because torch warns about read-only arrays; nothing writes to them
             yield first, np.lib.format.open_memmap(_shard_file(self.folder, first // self.shard_size), mode="c")
 

@@ -37,13 +37,15 @@ REPLACED = ".old"  # ends the name of a checkpoint that a new one of the same st
 
 
 def save(
-    checkpoints: Path, step: int, tensors: dict | None, *, state: dict, fingerprint: dict, limit: int, is_best: bool
-) -> Path:
+    checkpoints: Path, step: int, tensors: dict | None, *, state: dict, fingerprint: dict, limit: int, is_best: bool,
+    whole: Iterator[torch.Tensor] | None = None,
+) -> Path:  # fmt: skip
     """Writes a checkpoint, points `last` (and `best`) to it, and then removes old ones.
 
     The `limit` newest are kept (0: all), and those that `last` and `best` point to. A checkpoint of the same step is
-    replaced; without `tensors` the new one keeps those of the old one. `state` and `fingerprint` are JSON (string keys,
-    no tuples). Raises CheckpointError if a write fails.
+    replaced; without `tensors` the new one keeps those of the old one. If the tensors are sharded, `whole` gives them
+    whole, in the order of `file_order`, and no other is in memory at the time. `state` and `fingerprint` are JSON
+    (string keys, no tuples). Raises CheckpointError if a write fails.
     """
     folder = checkpoints / f"step_{step:08d}"
     temporary = checkpoints / f"{TEMPORARY}{folder.name}"
@@ -53,7 +55,7 @@ def save(
         files = {}
         for name in ("model.safetensors", "optimizer.safetensors"):
             if tensors:
-                files[name] = _write(temporary / name, _safetensors(tensors[Path(name).stem]))
+                files[name] = _write(temporary / name, _safetensors(tensors[Path(name).stem], whole))
             else:
                 os.link(folder / name, temporary / name)
                 files[name] = json.loads((folder / "manifest.json").read_text())["files"][name]
@@ -156,10 +158,15 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
+def file_order(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The names of tensors in the order in which a file holds them, so that each is aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _safetensors(tensors: dict[str, torch.Tensor], whole) -> Iterator[memoryview | bytes]:
     """The bytes of a safetensors file: the length of a JSON header, the header, and the tensors end to end."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each is aligned
+    names = file_order(tensors)
     for name in names:
         start, end = end, end + tensors[name].nbytes
         header[name] = {
@@ -171,7 +178,8 @@ def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | byte
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        tensor = tensors[name] if whole is None else next(whole)
+        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _write(path: Path, parts) -> dict:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -11,14 +12,16 @@ from utils.errors import CheckpointError, DamagedCheckpoint, UsageError
 from utils.files import remove
 from utils.training import checkpoint_files
 from utils.training.loop_state import LoopState
-from utils.training.sharding import frozen_digest, gather_tensors, restore_tensors
+from utils.training.sharding import frozen_digest, gather_tensors, restore_tensors, stream, trained_tensors
+from utils.training.step import is_sharded
 
 
 class Checkpoints:
     """Saves the complete state of a run, and resumes from it with identical results.
 
-    Training waits only while tensors are copied; a thread writes them. A run resumes from a checkpoint only if `data`
-    (a checksum of what is trained on) and `shape(epoch)` (what decides the examples of a step) are the same.
+    Training waits only while tensors are copied; a thread writes them. With FSDP it waits until they are written, one
+    by one, because they may not fit into one process. A run resumes from a checkpoint only if `data` (a checksum of
+    what is trained on) and `shape(epoch)` (what decides the examples of a step) are the same.
     """
 
     def __init__(self, accelerator, args, run_folder: Path, log, signals, *, model, optimizer, scheduler, data, shape):
@@ -50,7 +53,13 @@ class Checkpoints:
         """
         self.wait()
         is_new, self.saved_step = state.step != self.saved_step, state.step
-        if is_new:
+        whole = None
+        if is_new and is_sharded(self.accelerator):
+            # no copies: what lies on this process
+            self.copies = trained_tensors(self.accelerator, self.model, self.optimizer)
+            parts = (part[name] for part in self.copies.values() for name in checkpoint_files.file_order(part))
+            whole = stream(self.accelerator, parts)
+        elif is_new:
             self.copies = gather_tensors(self.accelerator, self.model, self.optimizer, self.copies)
         state.meters = {name: meter.state(self.accelerator) for name, meter in meters.items()}
         scaler = self.accelerator.scaler
@@ -63,15 +72,20 @@ class Checkpoints:
             folder = str(self.folder / f"step_{state.step:08d}")
             event = {"step": state.step, "folder": folder, "is_best": is_best}
             contents = {"state": content, "fingerprint": self.fingerprint(state.epoch), "is_best": is_best}
-            tensors = self.copies if is_new else None
-            self.thread = Thread(target=self._write, args=(event, tensors, contents), name=checkpoint_files.WRITER)
-            self.thread.start()
+            work = partial(self._write, event, self.copies if is_new else None, contents, whole)
+            if whole:
+                work()
+            else:
+                self.thread = Thread(target=work, name=checkpoint_files.WRITER)
+                self.thread.start()
+        for _ in whole or ():  # on the other processes; on the main one, what is left after a failed write
+            pass
         self.is_writing = True
 
-    def _write(self, event: dict, tensors: dict | None, contents: dict) -> None:
+    def _write(self, event: dict, tensors: dict | None, contents: dict, whole=None) -> None:
         try:
             limit = self.args.checkpoints_total_limit
-            checkpoint_files.save(self.folder, event["step"], tensors, **contents, limit=limit)
+            checkpoint_files.save(self.folder, event["step"], tensors, **contents, limit=limit, whole=whole)
             if tensors or event["is_best"]:
                 self.log("checkpoint", **event)
         except BaseException as error:

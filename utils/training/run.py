@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from utils.errors import Interrupted
+from utils.errors import Interrupted, UsageError
 from utils.training.batching import StepBatches
 from utils.training.checkpoints import Checkpoints
 from utils.training.log import Meters, RunLog
@@ -38,7 +39,8 @@ class Run:
         max_steps, warmup: optimizer steps of the learning rate schedule (0: no end), and of its rise.
         plan: `plan(epoch, without=example numbers, shape=...)` gives the steps of an epoch, as `plan_epoch` does.
         shape: `shape(epoch)` gives what decides the examples of a step, beside data and seed (see `batch_shape`).
-        data: a checksum of what is trained on. Only a run with the same checksum resumes.
+        data: a checksum of what is trained on, the same on all processes (else UsageError). Only a run with the same
+            checksum resumes.
 
     Attributes:
         state: where the run stands (`LoopState`).
@@ -48,6 +50,12 @@ class Run:
 
     def __init__(self, accelerator, args, folder: Path, log: RunLog, *, model, optimizer, scheduler,
                  max_steps: int, warmup: int, plan, shape, data):  # fmt: skip
+        everywhere = gather_object([str(data)]) if accelerator.num_processes > 1 else []
+        if others := [number for number, found in enumerate(everywhere) if found != everywhere[0]]:
+            raise UsageError(
+                f"process {others[0]} has other training data than process 0: all machines need the same files, models "
+                "and code"
+            )
         self.accelerator, self.args, self.folder, self.log = accelerator, args, folder, log
         self.model, self.optimizer, self.scheduler, self.plan = model, optimizer, scheduler, plan
         self.max_steps, self.warmup = max_steps, warmup
@@ -117,22 +125,47 @@ class Run:
     def try_step(self, micro_step, micro_batches: list, total: int, halve: Callable | None = None) -> list[dict] | None:
         """Calls `micro_step(batch, total)` for each micro-batch. Returns None if memory ran out on any process.
 
-        If memory runs out and `halve` is given, `halve(micro_batches)` makes smaller ones and all of them are tried
-        again, until it returns [].
+        The exchange of gradients begins in the last micro-batch. If memory runs out and `halve` is given, all processes
+        try again and exchange nothing meanwhile: where it ran out, with the smaller ones that `halve(micro_batches)`
+        makes, until it returns [].
         """
-        sums = None
+        self.tried, exchange = (micro_step, micro_batches, total), getattr(self.model, "exchange", None)
+        sums = self._compute(*self.tried, exchange)
+        if not any_process(self.accelerator, sums is None):
+            return sums
+        if exchange:
+            exchange.drop()
+        self.optimizer.zero_grad()
+        if not halve:
+            return None
+        micro_batches, sums = micro_batches if sums else halve(micro_batches), None
         while micro_batches and sums is None:
-            self._seed_step()
-            try:
-                sums = [micro_step(batch, total) for batch in micro_batches]
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or is_sharded(self.accelerator):
-                    raise
-            if sums is None:
-                self.optimizer.zero_grad()
-                micro_batches = halve(micro_batches) if halve else []
-        self.tried = (micro_step, micro_batches, total)
+            self.tried = (micro_step, micro_batches, total)
+            sums = self._compute(*self.tried)
+            micro_batches = micro_batches if sums else halve(micro_batches)
         return None if any_process(self.accelerator, sums is None) else sums
+
+    def _compute(self, micro_step, micro_batches: list, total: int, exchange=None) -> list[dict] | None:
+        """What `micro_step` returns for each micro-batch, or None and no gradients if memory ran out on this process.
+
+        With an `exchange`, gradients are sent to the other processes.
+        """
+        self._seed_step()
+        sums = []
+        try:
+            for number, batch in enumerate(micro_batches, start=1):
+                if exchange:
+                    exchange.is_due = number == len(micro_batches)
+                sums.append(micro_step(batch, total))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or is_sharded(self.accelerator):
+                raise
+            sums = None
+        if sums is None:
+            self.optimizer.zero_grad()
+        if exchange:
+            exchange.complete(is_failed=sums is None)
+        return sums
 
     def check_gradients(self, sums: list[dict], gnorm: float) -> str | None:
         """Why the step must be dropped: what is not finite in it. None if the gradient norm is finite.

@@ -2,47 +2,136 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import math
+import platform
+from collections.abc import Iterable, Iterator
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.errors import UsageError
+from utils.training.exchange import Exchange
+from utils.training.step import is_sharded
 
 
-def keep_outputs_exact(accelerator) -> None:
-    """Stops FSDP2 from casting a model's outputs to bf16, which would round summed losses. Call before `prepare`."""
+def keep_sums_exact(accelerator) -> None:
+    """Makes FSDP2 add up gradients in float32, and stops it from casting a model's outputs to bf16.
+
+    In bf16, which accelerate asks for, gradients and summed losses would be rounded. Call it before `prepare`.
+    """
     policy = getattr(getattr(accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
     if hasattr(policy, "output_dtype"):
-        accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+        exact = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = exact
 
 
-def gather_tensors(accelerator, model, optimizer, into=None) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies what training changes to the main process's CPU: {"model": {...}, "optimizer": {...}}; {} on others.
+def prepare(accelerator, model, optimizer) -> tuple:
+    """`accelerator.prepare`, but with an `Exchange` of gradients in place of DDP.
 
-    Called on all processes. Training may continue while the copies are written. Tied weights are copied once. Optimizer
-    states are named "parameter/entry". Of the parameter groups only the learning rates are kept, which schedulers
-    change; the flags have the rest. `into` holds earlier copies whose memory is reused.
+    With FSDP, the layers of a model of sentence-transformers are sharded one by one, too. Raises UsageError if the
+    processes have loaded different models.
+    """
+    _check_same(accelerator, model)
+    if accelerator.num_processes > 1 and not is_sharded(accelerator):
+        model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP
+        for tensor in (*model.parameters(), *model.buffers()):
+            # new weights may differ in the last bit between machines
+            tensor.detach().copy_(broadcast(tensor.detach().contiguous()))
+        model.exchange = Exchange(model)
+        return model, accelerator.prepare_optimizer(optimizer)
+    if is_sharded(accelerator):
+        plugin, names = accelerator.state.fsdp_plugin, {type(module).__name__ for module in model.modules()}
+        if plugin.transformer_cls_names_to_wrap is None:
+            layers = {name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+            plugin.transformer_cls_names_to_wrap = sorted(layers & names)
+        if not hasattr(model, "base_model_prefix"):
+            # no name of a module: accelerate would take `Normalize` for the last norm and fail to shard it
+            model.base_model_prefix = "-"
+    return accelerator.prepare(model, optimizer)
+
+
+def _check_same(accelerator, model) -> None:
+    """Raises UsageError if a process has other parameters than the main one, by name, shape or sum."""
+    own = {name: (tuple(p.shape), float(p.detach().sum(dtype=torch.float64))) for name, p in model.named_parameters()}
+    everywhere = gather_object([(platform.node(), own)]) if accelerator.num_processes > 1 else []
+    for number, (machine, found) in enumerate(everywhere):
+        first = everywhere[0][1]
+        differing = sorted(name for name in first | found if not _is_close(first.get(name), found.get(name)))
+        if differing:
+            raise UsageError(
+                f"process {number} on {machine} has loaded another model than process 0 on {everywhere[0][0]}: "
+                f"{len(differing)} parameters differ, such as {differing[0]}; all machines need the same files"
+            )
+
+
+def _is_close(ours: tuple | None, theirs: tuple | None) -> bool:
+    if str(ours) == str(theirs):  # also nan
+        return True
+    is_there = ours is not None and theirs is not None and ours[0] == theirs[0]
+    return is_there and math.isclose(ours[1], theirs[1], rel_tol=1e-3, abs_tol=1e-3)
+
+
+def trained_tensors(accelerator, model, optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """What training changes, as it lies on this process: {"model": {...}, "optimizer": {...}}.
+
+    Tied weights are there once. Optimizer states are named "parameter/entry". Of the parameter groups only the learning
+    rates are kept, which schedulers change; the flags have the rest.
     """
     named = _named_tensors(accelerator, model)
     names = {id(tensor): name for name, tensor in named.items()}
     optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
     states = {
-        f"{names[id(parameter)]}/{entry}": value
+        f"{names[id(parameter)]}/{entry}": _as_tensor(value)
         for parameter, state in optimizer.state.items()
         for entry, value in state.items()
         if value is not None
     }
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    states["learning_rates"] = torch.tensor(rates, dtype=torch.float64)
+    return {"model": named, "optimizer": states}
+
+
+def _as_tensor(value) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+
+
+def gather_tensors(accelerator, model, optimizer, into=None) -> dict[str, dict[str, torch.Tensor]]:
+    """Copies `trained_tensors` to the main process's CPU; {} on the others.
+
+    Called on all processes. Training may continue while the copies are written. `into` holds earlier copies whose
+    memory is reused.
+    """
     gathered = {}
-    for group, tensors in {"model": named, "optimizer": states}.items():
+    for group, tensors in trained_tensors(accelerator, model, optimizer).items():
         memory = (into or {}).get(group, {})
         gathered[group] = {name: _gather(accelerator, tensor, memory.get(name)) for name, tensor in tensors.items()}
-    if not accelerator.is_main_process:
-        return {}
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    gathered["optimizer"]["learning_rates"] = torch.tensor(rates, dtype=torch.float64)
-    return gathered
+    return gathered if accelerator.is_main_process else {}
+
+
+def stream(accelerator, tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | None]:
+    """Gathers sharded tensors one by one: gives each, whole, on the main process's CPU; None on the others.
+
+    Called on all processes, all of which must go to the end. None of them needs memory for more than two at a time.
+    """
+    for tensor in tensors:
+        yield _gather(accelerator, tensor, None)
+
+
+def whole_weights(accelerator, model) -> dict[str, torch.Tensor]:
+    """The model's state dict. Where it is sharded: whole, on the main process's CPU, and {} on the others.
+
+    Called on all processes. Tied weights are one tensor.
+    """
+    if not is_sharded(accelerator):
+        return accelerator.get_state_dict(model)
+    everything, whole = accelerator.unwrap_model(model, keep_torch_compile=False).state_dict(keep_vars=True), {}
+    for tensor in everything.values():
+        if id(tensor) not in whole:
+            whole[id(tensor)] = _gather(accelerator, tensor, None)
+    return {name: whole[id(tensor)] for name, tensor in everything.items()} if accelerator.is_main_process else {}
 
 
 def restore_tensors(accelerator, model, optimizer, tensors, *, with_optimizer: bool = True) -> None:
@@ -116,13 +205,11 @@ def frozen_digest(accelerator, model) -> str | None:
 
 
 def _gather(accelerator, value, memory: torch.Tensor | None) -> torch.Tensor | None:
-    """A contiguous copy of a tensor (unsharded) or number on the main process's CPU; None on other processes."""
+    """A contiguous copy of a tensor (unsharded) on the main process's CPU; None on other processes."""
     if isinstance(value, DTensor):
         value = value.to(value.device_mesh.device_type).full_tensor()  # from the CPU, where parameters are offloaded
     if not accelerator.is_main_process:
         return None
-    if not isinstance(value, torch.Tensor):
-        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
     if memory is None or (memory.shape, memory.dtype) != (value.shape, value.dtype):
         memory = torch.empty(value.shape, dtype=value.dtype)
     return memory.copy_(value.detach())  # reused memory: several times faster than new pages

@@ -46,30 +46,6 @@ def is_sharded(accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def local_gradients(accelerator, model):
-    """A context in which gradients stay on this process; `average_gradients` exchanges them once at the end of a step.
-
-    If memory runs out on one process, the others are then not left waiting in an exchange.
-    """
-    return nullcontext() if is_sharded(accelerator) else accelerator.no_sync(model)
-
-
-def average_gradients(accelerator, model) -> None:
-    """Averages the gradients over the processes, in buckets of 64 MiB."""
-    if accelerator.num_processes == 1 or is_sharded(accelerator):
-        return
-    bucket, size = [], 0
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for number, gradient in enumerate(gradients, start=1):
-        bucket.append(gradient)
-        size += gradient.nbytes
-        if size >= 2**26 or number == len(gradients):
-            flat = accelerator.reduce(torch.cat([g.flatten() for g in bucket]), "mean")
-            for g, averaged in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                g.copy_(averaged.view_as(g))
-            bucket, size = [], 0
-
-
 def any_process(accelerator, condition: bool) -> bool:
     """Whether the condition holds on any process."""
     if accelerator.num_processes == 1:
@@ -108,7 +84,7 @@ def together(accelerator):
     try:
         yield
     except (RuntimeError, MemoryError) as caught:
-        if not is_out_of_memory(caught):
+        if not is_out_of_memory(caught) or is_sharded(accelerator):  # whose processes exchange parameters all the time
             raise
         error = caught
     if any_process(accelerator, error is not None):
