@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from utils.errors import Interrupted, UsageError
 from utils.files import choose_cache_folder, is_disk_full, write_json, write_lines
+from utils.processes import connect, wait_for_all
 from utils.tables import remove_private_folder
 from utils.training.checkpoint_files import WRITER
 from utils.training.memory import keep_memory
@@ -60,7 +61,7 @@ def end_run(accelerator, code: int = 0) -> None:
 
     Returning from `main` would destroy the process group, and two gloo processes then sometimes hang or abort.
     """
-    accelerator.wait_for_everyone()
+    wait_for_all()
     accelerator.end_training()
     _exit(code)
 
@@ -88,6 +89,7 @@ def start(accelerator, args) -> Path:
             f"{started} processes were started, but they are not connected: "
             "set ACCELERATE_USE_CPU=1 to train on the CPU, or start as many processes as there are GPUs"
         )
+    connect()
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             raise UsageError("fp16 needs a GPU: use --mixed_precision bf16 or no")

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DistributedType, ProfileKwargs, gather_object
 
 from utils.errors import Diverged
+from utils.processes import add_up
 from utils.training.memory import is_out_of_memory
 
 
@@ -72,9 +73,7 @@ def average_gradients(accelerator, model) -> None:
 
 def any_process(accelerator, condition: bool) -> bool:
     """Whether the condition holds on any process."""
-    if accelerator.num_processes == 1:
-        return condition
-    return accelerator.reduce(torch.tensor(float(condition), device=accelerator.device), "sum").item() > 0
+    return condition if accelerator.num_processes == 1 else add_up([condition])[0] > 0
 
 
 def check_weight_norm(accelerator, model) -> None:
