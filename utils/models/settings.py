@@ -5,17 +5,21 @@ import os
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import noop_context_fn
+from transformers import PreTrainedModel
 
 from utils.errors import UsageError, in_one_line
 from utils.fast.cpu import FunctionalDropout, use_fast_layers
-from utils.fast.packing import laid_as_now
+from utils.fast.packing import keep_padding, laid_as_now
 from utils.files import write_json
 from utils.models.losses import has_own_logits
 
 FILE = "settings.json"
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # in configurations
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_settings(folder: str | os.PathLike, args, names: tuple[str, ...], **others) -> None:
@@ -57,6 +61,32 @@ def checkpoint_layers(model, context_fn=noop_context_fn) -> None:
         enable({"use_reentrant": False, "context_fn": context_fn})
     except ValueError as error:
         raise UsageError(f"--gradient_checkpointing: {in_one_line(error).rstrip('.')}; leave the flag out") from error
+
+
+def attention_dropout(model: nn.Module) -> float:
+    """The highest attention dropout in the configurations of a model and its parts."""
+    configs = [part.config for part in model.modules() if hasattr(part, "config")]
+    return max((getattr(config, name, None) or 0.0 for config in configs for name in ATTENTION_DROPOUTS), default=0.0)
+
+
+def settle_packing(model: nn.Module, accelerator, longest: int | None = None, is_trained: bool = False) -> nn.Module:
+    """Has batches padded where the accelerator's GPU has no kernel that computes them packed. Returns the model.
+
+    `model` is a summarizer, retriever or reranker, `longest` the most tokens of a sequence. What was decided, and why,
+    is the attribute `stays_padded` of the model of Transformers.
+    """
+    inner = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    dropout = attention_dropout(inner) if is_trained else 0.0
+    dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    inner.stays_padded = keep_padding(inner, accelerator.device, dtype, longest=longest, dropout=dropout)
+    if inner.stays_padded and isinstance(model, Summarizer):
+        model.is_packed = False
+    return model
+
+
+def place(model: nn.Module, accelerator) -> nn.Module:
+    """Moves a model that is used, not trained, to the accelerator's device, where `settle_packing` decides."""
+    return settle_packing(model, accelerator, getattr(model, "max_seq_length", None)).to(accelerator.device)
 
 
 def same_contexts() -> tuple:
