@@ -66,13 +66,14 @@ from utils.evaluation.extracts import score_extracts
 from utils.models.encoder_decoder import build_small_bart
 from utils.models.generation import describe_generation
 from utils.models.lora import add_adapters
-from utils.models.settings import write_settings
+from utils.models.settings import settle_packing, write_settings
 from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, decode, halves
 from utils.models.summarizer import load_model_and_tokenizer, save_pretrained, set_up, sources_for, wrap
 from utils.models.tokenizer import train_tokenizer
+from utils.processes import wait_for_all
 from utils.retrieval.splits import rank_splits
 from utils.tables import lengths, values
-from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns
+from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns, to_device
 from utils.training.checkpoint_files import publish
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
@@ -97,6 +98,7 @@ def make_model(train: list, args, accelerator) -> tuple:
     set_up(pretrained, tokenizer, vars(args))
     summarizer = wrap(pretrained, args.gradient_checkpointing)
     add_adapters(summarizer, args, accelerator)
+    settle_packing(summarizer, accelerator, args.max_source_length + args.max_target_length, is_trained=True)
     runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
     if runs_twice or pretrained.get_input_embeddings().weight.shape[1] < 256:
         # activation checkpointing runs layers again, without the sequences' lengths; narrow models are faster padded
@@ -107,7 +109,9 @@ def make_model(train: list, args, accelerator) -> tuple:
 # ---- what is read: the query and the passages retrieved for it
 
 
-def collate_targets(targets: list[int], dummy: bool, *, rows: Rows, epoch: int, seed: int, pad_token_id: int) -> dict:
+def collate_targets(
+    targets: list[int], dummy: bool, *, rows: Rows, epoch: int, seed: int, pad_token_id: int, lay_out
+) -> dict:
     """A batch of sources and targets. Each epoch draws a hop for each target: one summarizer serves all hops."""
     numbers = rows.number_of_target[targets].tolist()
     hops = [
@@ -118,7 +122,7 @@ def collate_targets(targets: list[int], dummy: bool, *, rows: Rows, epoch: int, 
     batch = collate(sources, [rows.target_tokens[target] for target in targets], pad_token_id)
     if dummy:
         batch["labels"].fill_(-100)
-    return batch
+    return {**batch, "layout": lay_out(**batch)}
 
 
 def plan_steps(lengths, args, shape_of, epoch: int, without=(), shape: dict | None = None) -> list:
@@ -133,15 +137,16 @@ def plan_steps(lengths, args, shape_of, epoch: int, without=(), shape: dict | No
 
 def train_micro_batch(batch: dict, target_tokens: int, *, accelerator, model, summarizer, args) -> dict:
     """Adds this micro-batch's share of the gradient of the step's mean loss over `target_tokens`, of all processes."""
-    batch = batch.to(accelerator.device)
+    # counted before the batch is on the GPU, for which the host would have to wait
+    counts = {"count": count_targets(batch), **count_tokens(batch, summarizer.is_packed)}
+    batch = to_device(batch, accelerator.device)
     with local_gradients(accelerator, model):
         with record_function("forward"), accelerator.autocast():
             loss, nll = model(**batch, label_smoothing_factor=args.label_smoothing_factor)
         with record_function("backward"):
             # times the number of processes, because gradients are averaged over them
             accelerator.backward(loss * accelerator.num_processes / target_tokens)
-    tokens = count_tokens(batch, summarizer.is_packed)
-    return {"loss": loss.detach(), "nll": nll, "count": count_targets(batch), **tokens}
+    return {"loss": loss.detach(), "nll": nll, **counts}
 
 
 def validate(summarizer, sources: Sources, rows: Rows, extract_scores, *, args, accelerator, poll) -> tuple:
@@ -210,9 +215,8 @@ def main():
 
     accelerator = Accelerator(
         mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
-        project_dir=args.output_dir,
         # no exchange of buffers in a forward pass: a process that runs out of memory would leave the others waiting
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        project_dir=args.output_dir, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )  # fmt: skip
     run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
@@ -241,6 +245,7 @@ def main():
     max_steps = schedule_steps(args, plan, shape_of)
     warmup = warmup_steps(args, max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
+    wait_for_all()  # some may have read data for longer than an exchange of parameters waits
     model, optimizer = accelerator.prepare(summarizer, optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=train_rows.digest())  # fmt: skip
@@ -260,7 +265,7 @@ def main():
         if run.is_over():
             break
         collate_epoch = partial(collate_targets, rows=train_rows, epoch=epoch, seed=args.seed,
-                                pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+                                pad_token_id=tokenizer.pad_token_id, lay_out=summarizer.lay_out)  # fmt: skip
         for micro_batches in run.loader(targets, epoch, collate_epoch):
             target_tokens = run.begin_step(sum(map(count_targets, micro_batches)))  # of all processes
             # forward and backward pass of each micro-batch; if memory runs out, again in halves
