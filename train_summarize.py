@@ -40,6 +40,7 @@ class SummarizeArguments(LanguageArguments, RerankerArguments, RankingOverrides,
     passage_order: str = flag("document", "order of the passages in the source", choices=("document", "rank"))
     max_source_length: int = flag(512, "maximum source tokens; with fid, per passage", at_least=16)
     dropout: float | None = flag(None, "dropout (default: the model's own; 0 for a new one)", at_least=0, below=1)
+    attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster", at_least=0, below=1)
     max_target_length: int = flag(128, "maximum reference tokens in training", at_least=1)
     label_smoothing_factor: float = flag(0.1, "probability spread over the vocabulary in the loss", at_least=0, below=1)
 
@@ -66,7 +67,7 @@ from utils.evaluation.extracts import score_extracts
 from utils.models.encoder_decoder import build_small_bart
 from utils.models.generation import describe_generation
 from utils.models.lora import add_adapters
-from utils.models.settings import settle_packing, write_settings
+from utils.models.settings import compile_layers, settle_packing, write_settings
 from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, decode, halves
 from utils.models.summarizer import load_model_and_tokenizer, save_pretrained, set_up, sources_for, wrap
 from utils.models.tokenizer import train_tokenizer
@@ -85,8 +86,9 @@ def make_model(train: list, args, accelerator) -> tuple:
     """The summarizer and its tokenizer: a checkpoint, or a small BART with a tokenizer trained on the training text."""
     if args.model_name_or_path:
         pretrained, tokenizer = load_model_and_tokenizer(
-            args.model_name_or_path, args.dropout, trust_remote_code=args.trust_remote_code
-        )
+            args.model_name_or_path, args.dropout, trust_remote_code=args.trust_remote_code,
+            attention_dropout=args.attention_dropout,
+        )  # fmt: skip
     else:
         documents = dict.fromkeys(values(train, "document"))
         texts = itertools.chain(
@@ -94,7 +96,8 @@ def make_model(train: list, args, accelerator) -> tuple:
             itertools.chain.from_iterable((example.query, *example.summaries) for example in train),
         )
         tokenizer = train_tokenizer(texts, key=content_key(train))
-        pretrained = build_small_bart(tokenizer, dropout=args.dropout or 0.0)
+        dropouts = {"dropout": args.dropout or 0.0, "attention_dropout": args.attention_dropout}
+        pretrained = build_small_bart(tokenizer, **dropouts)
     set_up(pretrained, tokenizer, vars(args))
     summarizer = wrap(pretrained, args.gradient_checkpointing)
     add_adapters(summarizer, args, accelerator)
@@ -246,7 +249,7 @@ def main():
     warmup = warmup_steps(args, max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
     wait_for_all()  # some may have read data for longer than an exchange of parameters waits
-    model, optimizer = accelerator.prepare(summarizer, optimizer)
+    model, optimizer = accelerator.prepare(compile_layers(summarizer, args, accelerator), optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=train_rows.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted

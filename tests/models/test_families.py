@@ -10,6 +10,8 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     EncoderDecoderConfig,
     GenerationConfig,
@@ -22,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
 )
+from transformers.models.bart.modeling_bart import BartAttention
 
 from utils.data.examples import Document
 from utils.errors import UsageError
@@ -195,6 +198,27 @@ def test_dropout_reaches_every_layer(kind, tmp_path):
     rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     rates |= {module.dropout for module in model.modules() if isinstance(getattr(module, "dropout", None), float)}
     assert 0.3 in rates and not rates - {0.3, 0.0, 0.1}  # the other two are of attention weights
+
+
+def test_attention_dropout_of_a_checkpoint_is_replaced_in_training_only(tmp_path):
+    config = BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, vocab_size=60,
+                        attention_dropout=0.1, dropout=0.2)  # fmt: skip
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    for asked, expected in ((None, 0.1), (0.0, 0.0), (0.3, 0.3)):
+        model, _ = load_model_and_tokenizer(str(tmp_path), attention_dropout=asked)
+        rates = {module.dropout for module in model.modules() if isinstance(module, BartAttention)}
+        assert (rates, model.config.dropout) == ({expected}, 0.2)
+
+
+def test_attention_dropout_of_a_model_that_has_none_of_its_own_is_refused(tmp_path):
+    FAMILIES["t5"]().save_pretrained(tmp_path)
+    build(FAMILIES["t5"]()).save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    load_model_and_tokenizer(str(tmp_path), attention_dropout=0.0)
+    with pytest.raises(UsageError, match="no attention_dropout that --attention_dropout could set"):
+        load_model_and_tokenizer(str(tmp_path), attention_dropout=0.1)
 
 
 # ---- global attention

@@ -111,6 +111,8 @@ def load_reranker(
         raise UsageError(f"{name}: the tokenizer has no padding token; set pad_token in its tokenizer_config.json")
     if dropout is not None and not any(hasattr(reranker[0].auto_model.config, name) for name in DROPOUTS):
         raise UsageError(f"--dropout: {name_or_path} has no dropout that could be set; leave the flag out")
+    if attention_dropout and not any(hasattr(reranker[0].auto_model.config, name) for name in ATTENTION_DROPOUTS):
+        raise UsageError(f"--attention_dropout: {name_or_path} has none that could be set; leave the flag out")
     check_vocabulary(reranker.tokenizer, reranker[0].auto_model, name_or_path)
     limit = position_limit(reranker)
     if limit is not None and (not has_head or (reranker.max_seq_length or limit) >= limit):

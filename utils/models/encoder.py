@@ -129,6 +129,8 @@ def load_retriever(
         retriever.truncate_dim = truncate_dim
     if dropout is not None and not any(hasattr(retriever[0].auto_model.config, name) for name in DROPOUTS):
         raise UsageError(f"--dropout: {name_or_path} has no dropout that could be set; leave the flag out")
+    if attention_dropout and not any(hasattr(retriever[0].auto_model.config, name) for name in ATTENTION_DROPOUTS):
+        raise UsageError(f"--attention_dropout: {name_or_path} has none that could be set; leave the flag out")
     check_vocabulary(retriever.tokenizer, retriever[0].auto_model, name_or_path)
     limit = position_limit(retriever)
     if limit is not None and (retriever.max_seq_length or limit) >= limit:

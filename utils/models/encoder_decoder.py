@@ -28,8 +28,9 @@ ENCODED_ON_CPU, ENCODED_ON_GPU = 2048, 8192
 
 
 def build_small_bart(
-    tokenizer, *, d_model: int = 128, layers: int = 2, heads: int = 8, dropout: float = 0.0
-) -> BartForConditionalGeneration:
+    tokenizer, *, d_model: int = 128, layers: int = 2, heads: int = 8, dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+) -> BartForConditionalGeneration:  # fmt: skip
     """A BART of about a million parameters with random weights, which learns to copy within minutes on a CPU.
 
     Position embeddings start as sinusoids (Vaswani et al., 2017, arXiv:1706.03762): from these, attending to the next
@@ -47,6 +48,7 @@ def build_small_bart(
         decoder_ffn_dim=4 * d_model,
         max_position_embeddings=1024,
         dropout=dropout,
+        attention_dropout=attention_dropout,
         init_std=init_std,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,

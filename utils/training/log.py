@@ -80,7 +80,7 @@ class RunLog:
                 print(text, flush=True)
 
     def say_model(self, model) -> None:
-        """One line on the size of a model, what of it is trained, a retriever's pooling, processes and precision."""
+        """One line on the size of a model, what of it is trained, pooling, attention, processes and precision."""
         accelerator, total = self.accelerator, sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         precision = accelerator.mixed_precision.replace("no", "float32")
@@ -88,6 +88,7 @@ class RunLog:
         size = f"{total:,} parameters" if trained == total else f"{trained:,} of {total:,} parameters are trained"
         poolings = [str(part.pooling_mode) for part in model.modules() if hasattr(part, "pooling_mode")]
         size += f", pooling: {' '.join(poolings)}" if poolings else ""
+        size += "".join(f", {part.attends}" for part in model.modules() if hasattr(part, "attends"))
         self.say(f"{size}, {processes} on {accelerator.device.type}, {precision}")
 
     def warn(self, text: str) -> None:
