@@ -77,7 +77,7 @@ from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.hops import score_hops
 from utils.models import cross_encoder, encoder
 from utils.models.lora import add_adapters
-from utils.models.settings import check_made, place, saved_settings, settle_packing
+from utils.models.settings import check_made, compile_layers, place, saved_settings, settle_packing
 from utils.models.tokenizer import describe_cut
 from utils.processes import wait_for_all
 from utils.retrieval.bm25 import check_language
@@ -251,7 +251,7 @@ def main():
     # FSDP leaves each process a part of the weights: a whole model is kept to be saved
     whole = copy.deepcopy(reranker) if is_sharded(accelerator) else reranker
     wait_for_all()  # some may have read data for longer than an exchange of parameters waits
-    model, optimizer = accelerator.prepare(reranker, optimizer)
+    model, optimizer = accelerator.prepare(compile_layers(reranker, args, accelerator), optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted

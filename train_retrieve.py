@@ -84,7 +84,7 @@ from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.hops import score_beside_bm25, score_hops, score_one_hop
 from utils.models import contrastive, encoder
 from utils.models.lora import add_adapters
-from utils.models.settings import settle_packing
+from utils.models.settings import compile_layers, settle_packing
 from utils.processes import wait_for_all
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import first_drafts, imitations
@@ -252,7 +252,7 @@ def main():
     # FSDP leaves each process a part of the weights: a whole model is kept to be saved
     whole = copy.deepcopy(retriever) if is_sharded(accelerator) else retriever
     wait_for_all()  # some may have read data for longer than an exchange of parameters waits
-    model, optimizer = accelerator.prepare(retriever, optimizer)
+    model, optimizer = accelerator.prepare(compile_layers(retriever, args, accelerator), optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
 
 from utils.errors import Interrupted, UsageError
@@ -103,6 +103,7 @@ def start(accelerator, args) -> Path:
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accelerator.gradient_accumulation_steps} in the environment: "
             "unset it and use --gradient_accumulation_steps"
         )
+    _check_compiler(accelerator, getattr(args, "torch_compile", False))
     tracker = getattr(args, "report_to", None)
     if tracker and not any(find_spec(name) for name in (tracker, f"{tracker}X")):  # tensorboardX is a tensorboard
         raise UsageError(f"--report_to {tracker}: the package is not installed: pip install {tracker}")
@@ -131,6 +132,21 @@ def start(accelerator, args) -> Path:
     if broadcast_object_list(problem)[0]:
         raise UsageError(f"--output_dir {folder}: {problem[0]}")
     return folder
+
+
+def _check_compiler(accelerator, is_asked: bool) -> None:
+    """Raises UsageError if `--torch_compile` can have no effect, or accelerate was asked to compile instead."""
+    plugin = getattr(accelerator.state, "dynamo_plugin", None)
+    backend = plugin.backend if plugin else DynamoBackend.NO
+    if backend != DynamoBackend.NO and not is_asked:
+        raise UsageError(f"--dynamo_backend {backend.value.lower()} of accelerate: use --torch_compile of this script")
+    if is_asked and getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False):
+        raise UsageError("--torch_compile has no effect with fsdp_activation_checkpointing; leave one of them out")
+    if is_asked and backend in (DynamoBackend.NO, DynamoBackend.INDUCTOR):
+        if accelerator.device.type == "cpu":
+            raise UsageError("--torch_compile needs a GPU; leave the flag out")
+        if not find_spec("triton"):
+            raise UsageError("--torch_compile needs the package triton: pip install triton")
 
 
 def _user_threads() -> int | None:

@@ -220,6 +220,10 @@ def kernel_problem(device, dtype, head_size: int, value_size: int, *, dropout=0.
     return next((f"with {name}" for name, option in options.items() if option), "")
 
 
+def _has_kernel(query, value, **options) -> bool:
+    return query.is_cuda and not kernel_problem(query.device, query.dtype, query.shape[2], value.shape[2], **options)
+
+
 def on_device(values, device: torch.device, dtype=None) -> torch.Tensor:
     """A small tensor of numbers that the host knows; a GPU's copy is not waited for."""
     values = torch.as_tensor(values, dtype=dtype)
@@ -247,8 +251,7 @@ def _attend(
     _met.add((query.shape[2], value.shape[2], window, softcap))
     if window and longest <= window:  # hides nothing
         window = None
-    options = {"dropout": dropout, "window": window, "softcap": softcap}
-    if query.is_cuda and not kernel_problem(query.device, query.dtype, query.shape[2], value.shape[2], **options):
+    if _has_kernel(query, value, dropout=dropout, window=window, softcap=softcap):
         return _fused(query, key, value, lengths, key_lengths, layouts, scale, causal)
     # of a causal float32 sequence, PyTorch's kernel computes half, and is faster from half the length on
     longest_kept = LONGEST_KEPT // 2 if causal and not window and query.dtype == torch.float32 else LONGEST_KEPT
@@ -787,3 +790,20 @@ def remove_padding_of_decoder(model) -> bool:
         return states
 
     return _keep_if_equal(model, model, name, [], padded, packed)
+
+
+# ---- torch.compile
+
+
+def keep_from_compiling() -> None:
+    """Leaves packed attention out of what `torch.compile` compiles: it reads lengths that differ in each batch."""
+    for name in (NAME, BOTH, *DECODER.values()):
+        AttentionInterface.register(name, _apart(AttentionInterface()[name]))
+
+
+def _apart(attention):
+    @torch.compiler.disable
+    def attend(*arguments, **options):
+        return attention(*arguments, **options)
+
+    return attend

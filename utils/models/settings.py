@@ -6,6 +6,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.utils import DynamoBackend
+from accelerate.utils.other import is_repeated_blocks
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import noop_context_fn
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 
 from utils.errors import UsageError, in_one_line
 from utils.fast.cpu import FunctionalDropout, use_fast_layers
-from utils.fast.packing import keep_padding, laid_as_now
+from utils.fast.packing import keep_from_compiling, keep_padding, laid_as_now
 from utils.files import write_json
 from utils.models.losses import has_own_logits
 
@@ -72,21 +74,48 @@ def attention_dropout(model: nn.Module) -> float:
 def settle_packing(model: nn.Module, accelerator, longest: int | None = None, is_trained: bool = False) -> nn.Module:
     """Has batches padded where the accelerator's GPU has no kernel that computes them packed. Returns the model.
 
-    `model` is a summarizer, retriever or reranker, `longest` the most tokens of a sequence. What was decided, and why,
-    is the attribute `stays_padded` of the model of Transformers.
+    `model` is a summarizer, retriever or reranker, `longest` the most tokens of a sequence. The attribute `attends` of
+    the model of Transformers says what was decided, for the log.
     """
     inner = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     dropout = attention_dropout(inner) if is_trained else 0.0
     dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
-    inner.stays_padded = keep_padding(inner, accelerator.device, dtype, longest=longest, dropout=dropout)
-    if inner.stays_padded and isinstance(model, Summarizer):
+    problem = keep_padding(inner, accelerator.device, dtype, longest=longest, dropout=dropout)
+    if problem and isinstance(model, Summarizer):
         model.is_packed = False
+    inner.attends = f"attention dropout {dropout:g}"
+    inner.attends += f", padded batches (a GPU does not compute them packed {problem})" if problem else ""
     return model
 
 
 def place(model: nn.Module, accelerator) -> nn.Module:
     """Moves a model that is used, not trained, to the accelerator's device, where `settle_packing` decides."""
     return settle_packing(model, accelerator, getattr(model, "max_seq_length", None)).to(accelerator.device)
+
+
+def compile_layers(model: nn.Module, args, accelerator) -> nn.Module:
+    """With `--torch_compile`, compiles the layers of a model in place, for batches of any shape. Returns the model.
+
+    Layers of a kind share what is compiled, and no parameter gets another name. It is compiled with the backend that
+    `accelerate launch --dynamo_backend` names, else inductor. Raises UsageError if there are no repeated layers.
+    """
+    if not args.torch_compile:
+        return model
+    plugin = accelerator.state.dynamo_plugin
+    backend = "inductor" if plugin.backend == DynamoBackend.NO else plugin.backend.value.lower()
+    plugin.backend = DynamoBackend.NO  # else `prepare` would wrap the whole model, and rename its parameters
+    inner = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    stacks = [
+        name for name, part in inner.named_modules() if isinstance(part, nn.ModuleList) and is_repeated_blocks(part)
+    ]
+    outer = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    if not outer:
+        raise UsageError(f"--torch_compile: {args.model_name_or_path} has no layers that repeat; leave the flag out")
+    keep_from_compiling()
+    for name in outer:
+        for layer in inner.get_submodule(name):
+            layer.compile(backend=backend, dynamic=True)
+    return model
 
 
 def same_contexts() -> tuple:

@@ -124,10 +124,15 @@ class NanDetector:
         self.accelerator, self.model, self.module = accelerator, accelerator.unwrap_model(model), None
 
     def __enter__(self):
+        # compiled layers would not call the hooks
+        is_compiled = any(module._compiled_call_impl for module in self.model.modules())
+        self.stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+        self.stance.__enter__()
         self.hooks = [module.register_forward_hook(self._look(name)) for name, module in self.model.named_modules()]
         return self
 
     def __exit__(self, *error):
+        self.stance.__exit__(*error)
         for hook in self.hooks:
             hook.remove()
 
