@@ -1,12 +1,13 @@
 """A micro-step launches its work and reads nothing back: on a GPU, the host would wait for all that was launched."""
 
+import json
 import tempfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import alone
+from conftest import ROOT, alone, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
@@ -218,3 +219,64 @@ def test_reading_is_noticed():
                  lambda: values[values > 1], lambda: values.nonzero(), lambda: values.unique()):  # fmt: skip
         with pytest.raises(AssertionError, match="waits for a GPU"), NoReading():
             read()
+
+
+COUNTED = """
+import json, runpy, sys
+sys.path.insert(0, {root!r})
+import utils.training.batching as batching
+from torch.utils._python_dispatch import TorchDispatchMode
+from utils.fast import packing
+from utils.training.run import Run
+
+packing._is_waited_for = lambda device: True  # masks as on a GPU
+counts = []
+
+class Count(TorchDispatchMode):
+    inside = []
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        counts[-1] += function.overloadpacket.__name__ == "_local_scalar_dense"
+        return function(*arguments, **(options or {{}}))
+    def begin():
+        Count.inside.append(Count().__enter__())
+    def end():
+        while Count.inside:
+            Count.inside.pop().__exit__(None, None, None)
+
+to_device, try_step, end_step = batching.to_device, Run.try_step, Run.end_step
+
+def begin_counting(*arguments):  # what comes before it reads the host's copy
+    batch = to_device(*arguments)
+    Count.begin()
+    return batch
+
+def counted_step(self, micro_step, *arguments):
+    def within(*batch):
+        sums = micro_step(*batch)
+        Count.end()
+        return sums
+    counts.append(0)
+    sums = try_step(self, within, *arguments)
+    Count.begin()
+    return sums
+
+def end_counting(self):
+    Count.end()
+    with open({output!r}, "w") as file:
+        json.dump(counts, file)
+    return end_step(self)
+
+batching.to_device, Run.try_step, Run.end_step = begin_counting, counted_step, end_counting
+sys.argv[0] = {script!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", [pytest.param("train_retrieve.py", marks=pytest.mark.slow),
+                                    pytest.param("train_rerank.py", marks=pytest.mark.slow),
+                                    "train_summarize.py"])  # fmt: skip
+def test_the_host_reads_one_value_of_a_step_its_gradient_norm(script, tmp_path):
+    wrapper, output = tmp_path / script, tmp_path / "counts.json"
+    wrapper.write_text(COUNTED.format(root=str(ROOT), output=str(output), script=str(ROOT / script)))
+    run(wrapper, tmp_path / "run", "--max_train_steps", 3)
+    assert json.loads(output.read_text()) == [1, 1, 1]
