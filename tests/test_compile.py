@@ -52,6 +52,9 @@ def test_compiled_layers_keep_their_names_and_results_and_are_compiled_for_all_s
             found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
         assert all(torch.equal(*both) for both in zip(*found, strict=True))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    del batch["labels"]
+    compiled.eval().generate(**batch, max_new_tokens=4)  # is not compiled
+    graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and len(set(graphs[1:])) == 1
 
 

@@ -34,6 +34,7 @@ from utils.fast.packing import (
     STEP,
     _attend,
     is_packed,
+    keep_padding,
     laid_as_now,
     laid_end_to_end,
     lay_out,
@@ -650,6 +651,18 @@ def test_a_retriever_that_is_not_packed_on_a_gpu_gives_the_same_outputs(name, lo
     assert distance(outputs_now(model), before) <= 1e-5
     monkeypatch.setattr(packing, "_is_waited_for", lambda device: True)  # masks made without a look at their values
     assert distance(outputs_now(model), before) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, *STAY_PADDED])
+def test_padded_as_on_a_gpu_a_decoder_gives_the_same_outputs(kind, monkeypatch):
+    model = decoder(kind)
+    before = gradients_of_decoder(model, packs=False, lengths=(12, 3, 20))
+    remove_padding_of_decoder(model)
+    assert keep_padding(model, torch.device("cuda"), torch.float32, longest=None) in ("in float32", "")
+    monkeypatch.setattr(packing, "_is_waited_for", lambda device: True)  # masks made without a look at their values
+    found = gradients_of_decoder(model, packs=False, lengths=(12, 3, 20))
+    for name, value in before.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def varlen_attn(query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, **options):

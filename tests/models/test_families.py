@@ -5,6 +5,7 @@ import json
 import pytest
 import sentencepiece
 import torch
+from conftest import alone
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -28,9 +29,11 @@ from transformers.models.bart.modeling_bart import BartAttention
 
 from utils.data.examples import Document
 from utils.errors import UsageError
+from utils.fast import packing
 from utils.models.encoder_decoder import EncoderDecoder, start_token
 from utils.models.generation import DEFAULTS, describe_generation, settle_generation
 from utils.models.languages import language_codes, set_languages
+from utils.models.settings import settle_packing
 from utils.models.sources import Sources, collate, count_generated, decode
 from utils.models.summarizer import REFUSED, load_model_and_tokenizer, save_pretrained, set_up
 from utils.models.tokenizer import train_tokenizer
@@ -132,6 +135,21 @@ def test_a_step_has_the_loss_and_the_gradients_of_transformers(kind):
             assert our_gradient is None or not our_gradient.any(), name  # a pooler's
         else:
             torch.testing.assert_close(our_gradient, own_gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_padded_as_on_a_gpu_a_family_has_the_same_loss_and_writes_the_same(kind, monkeypatch):
+    summarizer, batch = EncoderDecoder(build(FAMILIES[kind]())), random_batch()
+    settle_generation(summarizer.model, {**dict.fromkeys(DEFAULTS), "max_new_tokens": 9}, kind)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    loss, ids = summarizer(**batch, label_smoothing_factor=0.0)[0], summarizer.generate(**inputs)
+    # float32, which a GPU does not compute packed; masks are made without a look at their values
+    settle_packing(summarizer, alone(device=torch.device("cuda")))
+    monkeypatch.setattr(packing, "_is_waited_for", lambda device: True)
+    assert not summarizer.is_packed
+    assert "padded_" not in summarizer.model.config.to_json_string()
+    torch.testing.assert_close(summarizer(**batch, label_smoothing_factor=0.0)[0], loss, rtol=1e-5, atol=1e-5)
+    assert torch.equal(summarizer.generate(**inputs), ids)
 
 
 @pytest.mark.parametrize("flags", [

@@ -387,7 +387,7 @@ class TrainingArguments(LoraArguments):
     dataloader_num_workers: int = flag(0, "worker processes per training process that prepare batches", at_least=0)
 
     learning_rate: float = flag(1e-3, "peak learning rate", at_least=0)
-    torch_compile: bool = flag(False, "compile the layers of the model (torch.compile) for a GPU")
+    torch_compile: bool = flag(False, "compile the layers of the model (torch.compile) for training on a GPU")
     lr_scheduler_type: str = flag("linear", "learning rate schedule", choices=LR_SCHEDULERS)
     num_warmup_steps: int = flag(100, "optimizer steps of linear warm-up, at most a tenth of all steps", at_least=0)
     weight_decay: float = flag(0.01, "AdamW weight decay, not applied to biases and norms", at_least=0)

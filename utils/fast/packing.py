@@ -11,10 +11,11 @@ Cross-contamination" (Krell et al., 2021, arXiv:2107.02027). Nothing of it is sa
 
 Leans on these internals. PyTorch: `varlen_attn`, `torch.ops.aten._softmax_backward_data`. Transformers:
 `AttentionInterface`, `AttentionMaskInterface`, `sdpa_attention_forward`, `sdpa_mask`, `eager_mask`,
-`config._attn_implementation`, `is_backend_compatible`; the `eager_attention_forward` in a model's own file; that masks
-are asked for their window as `local_size`; that models hand unknown keyword arguments (`packing`) down to the
-attention function; and the `embed_positions` of BART-like models. Sentence-transformers: the attributes `auto_model`,
-`modality_config` and `model_forward_params` of its `Transformer`, and that its pooling understands `cu_seq_lens_q`.
+`config._attn_implementation` and `_attn_implementation_internal`, `is_backend_compatible`; the
+`eager_attention_forward` in a model's own file; that masks are asked for their window as `local_size`; that models hand
+unknown keyword arguments (`packing`) down to the attention function; and the `embed_positions` of BART-like models.
+Sentence-transformers: the attributes `auto_model`, `modality_config` and `model_forward_params` of its `Transformer`,
+and that its pooling understands `cu_seq_lens_q`.
 """
 
 import inspect
@@ -30,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -322,7 +323,8 @@ def _keep_if_equal(module, attending, name: str, hooks: list, padded, packed) ->
         attending.set_attn_implementation(name)
         _met.clear()
         if (packed() - expected).abs().max() <= 1e-4 * expected.abs().max():
-            attending.packed_attention = frozenset(_met)  # what `keep_padding` looks at
+            # what `keep_padding` looks at
+            attending.packed_attention, attending.attention_before = frozenset(_met), before
             return True
     except Exception as error:  # models of others may raise anything
         logger.info("batches stay padded: %s", error)
@@ -379,11 +381,10 @@ def keep_padding(model, device: torch.device, dtype, *, longest: int | None, dro
     if device.type == "cpu":
         return ""
     if not hasattr(model, "packed_attention"):
-        if padded := PADDED.get(model.config._attn_implementation):
-            if model.is_backend_compatible():
-                model.set_attn_implementation(padded)
-            else:  # its attention cannot be replaced, but its masks can
-                model.config._attn_implementation = padded
+        for part in (part for part in model.modules() if isinstance(part, PreTrainedModel)):
+            name = part.config._attn_implementation
+            # each part's own: the setter would also set the parts of this part
+            part.config._attn_implementation_internal = PADDED.get(name, name)
         return ""
     problems = []
     for head_size, value_size, window, softcap in model.packed_attention:
@@ -391,7 +392,7 @@ def keep_padding(model, device: torch.device, dtype, *, longest: int | None, dro
         problems.append(kernel_problem(device, dtype, head_size, value_size, dropout=dropout, window=window,
                                        softcap=softcap))  # fmt: skip
     if any(problems) and model.config._attn_implementation == NAME:
-        model.set_attn_implementation(PADDED["sdpa"])
+        model.set_attn_implementation(PADDED.get(model.attention_before, model.attention_before))
     return max(problems, default="")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ def place(model: nn.Module, accelerator) -> nn.Module:
 
 
 def compile_layers(model: nn.Module, args, accelerator) -> nn.Module:
-    """With `--torch_compile`, compiles the layers of a model in place, for batches of any shape. Returns the model.
+    """With `--torch_compile`, compiles a model's layers in place, for training batches of any shape. Returns the model.
 
     Layers of a kind share what is compiled, and no parameter gets another name. It is compiled with the backend that
     `accelerate launch --dynamo_backend` names, else inductor. Raises UsageError if there are no repeated layers.
@@ -115,7 +116,13 @@ def compile_layers(model: nn.Module, args, accelerator) -> nn.Module:
     for name in outer:
         for layer in inner.get_submodule(name):
             layer.compile(backend=backend, dynamic=True)
+            layer._compiled_call_impl = partial(_call_layer, layer, layer._compiled_call_impl)
     return model
+
+
+def _call_layer(layer: nn.Module, compiled, *arguments, **options):
+    """Calls what was compiled in training only: generation with its caches would be compiled again and again."""
+    return (compiled if layer.training else layer._call_impl)(*arguments, **options)
 
 
 def same_contexts() -> tuple:
