@@ -103,7 +103,7 @@ def start(accelerator, args) -> Path:
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accelerator.gradient_accumulation_steps} in the environment: "
             "unset it and use --gradient_accumulation_steps"
         )
-    _check_compiler(accelerator, getattr(args, "torch_compile", False))
+    _check_compiler(accelerator, getattr(args, "torch_compile", None))
     tracker = getattr(args, "report_to", None)
     if tracker and not any(find_spec(name) for name in (tracker, f"{tracker}X")):  # tensorboardX is a tensorboard
         raise UsageError(f"--report_to {tracker}: the package is not installed: pip install {tracker}")
@@ -134,12 +134,16 @@ def start(accelerator, args) -> Path:
     return folder
 
 
-def _check_compiler(accelerator, is_asked: bool) -> None:
-    """Raises UsageError if `--torch_compile` can have no effect, or accelerate was asked to compile instead."""
+def _check_compiler(accelerator, is_asked: bool | None) -> None:
+    """Raises UsageError if compiling was asked for where it can have no effect, or of accelerate.
+
+    `is_asked` is the value of `--torch_compile`, None in a script that has no such flag.
+    """
     plugin = getattr(accelerator.state, "dynamo_plugin", None)
     backend = plugin.backend if plugin else DynamoBackend.NO
     if backend != DynamoBackend.NO and not is_asked:
-        raise UsageError(f"--dynamo_backend {backend.value.lower()} of accelerate: use --torch_compile of this script")
+        remedy = "it has no effect here; leave it out" if is_asked is None else "use --torch_compile of this script"
+        raise UsageError(f"--dynamo_backend {backend.value.lower()} of accelerate: {remedy}")
     if is_asked and getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False):
         raise UsageError("--torch_compile has no effect with fsdp_activation_checkpointing; leave one of them out")
     if is_asked and backend in (DynamoBackend.NO, DynamoBackend.INDUCTOR):
