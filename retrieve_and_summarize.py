@@ -85,11 +85,9 @@ import json
 import sys
 import time
 from collections import Counter
-from datetime import timedelta
 from functools import partial
 
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from utils.cli.script import end_run, precision, record_run, run_script, start
 from utils.data.examples import Hop
@@ -101,7 +99,7 @@ from utils.evaluation.hops import score_hop
 from utils.files import digest, write_jsonl
 from utils.models.encoder import encode, load_retriever, weights_key
 from utils.models.generation import describe_generation
-from utils.models.settings import check_made, saved_settings
+from utils.models.settings import check_made, place, saved_settings
 from utils.models.sources import Sources, collate, count_generated, decode
 from utils.models.summarizer import default_source_length, load_model_and_tokenizer, set_up, sources_for, wrap
 from utils.retrieval.bm25 import check_language, say_unmatched, unmatched
@@ -151,7 +149,7 @@ def load_models(args, accelerator) -> Models:
     check_language(args.language, args.retriever, ranking if is_trained else {})
     if args.corpus_file and ranking["smooth_window"]:
         raise UsageError("--smooth_window cannot be used with --corpus_file, which has no neighbours; set it to 0")
-    retriever = load(args.retriever, truncate_dim=args.truncate_dim).to(accelerator.device) if is_trained else None
+    retriever = place(load(args.retriever, truncate_dim=args.truncate_dim), accelerator) if is_trained else None
     saved = saved_settings(args.summarizer)
     settings = {"fusion": "concat", "max_source_length": None, "passage_order": "document", "top_k": 5,
                 "prompt_template": None, "source_prefix": None, "source_lang": None, "target_lang": None}  # fmt: skip
@@ -163,7 +161,7 @@ def load_models(args, accelerator) -> Models:
         if settings["max_source_length"] is None:  # a model that was not trained here
             settings["max_source_length"] = default_source_length(model, args.max_new_tokens or 128)
         set_up(model, tokenizer, {**settings, **args.generation(), "max_target_length": 0})
-        summarizer = wrap(model).to(accelerator.device).eval()
+        summarizer = place(wrap(model), accelerator).eval()
         sources = sources_for(summarizer, tokenizer, settings)
     drafter = args.drafter or ("extract" if summarizer is None else "summarizer")
     if drafter == "extract":
@@ -171,7 +169,7 @@ def load_models(args, accelerator) -> Models:
             raise UsageError("--retriever bm25 cannot choose sentences: name a --drafter, or a --summarizer")
         scorer = retriever
     elif drafter != "summarizer":
-        scorer = load(drafter).to(accelerator.device)
+        scorer = place(load(drafter), accelerator)
     elif summarizer is None:
         raise UsageError("--drafter summarizer needs a --summarizer")
     make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
@@ -254,10 +252,9 @@ def main():
     args = arguments
     saved = [saved_settings(name) for name in (args.retriever, args.summarizer) if name not in ("bm25", "extract")]
     is_pretrained = any(not settings or settings.get("model_name_or_path") for settings in saved)
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # of processes that wait for an index of a corpus
-    accelerator = Accelerator(mixed_precision=precision(args, is_pretrained), kwargs_handlers=[patience])
+    accelerator = Accelerator(mixed_precision=precision(args, is_pretrained))
     run_folder = start(accelerator, args)
-    poll = partial(Signals().poll, accelerator)
+    poll = Signals().poll
     is_one = bool(args.document or args.query)  # which is shown
 
     def say(text: str) -> None:

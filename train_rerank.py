@@ -61,14 +61,11 @@ import collections
 import copy
 import itertools
 import math
-from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from accelerate.utils.operations import send_to_device
 from torch.profiler import record_function
 from transformers import get_scheduler
 
@@ -79,8 +76,9 @@ from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.hops import score_hops
 from utils.models import cross_encoder, encoder
 from utils.models.lora import add_adapters
-from utils.models.settings import check_made, saved_settings
+from utils.models.settings import check_made, compile_layers, place, saved_settings, settle_packing
 from utils.models.tokenizer import describe_cut
+from utils.processes import wait_for_all
 from utils.retrieval.bm25 import check_language
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import first_drafts, imitations
@@ -88,7 +86,7 @@ from utils.retrieval.pairs import Pair, Pairs, gold_passages
 from utils.retrieval.reranking import rank_passages, scorer
 from utils.retrieval.two_hops import search_hops
 from utils.tables import values
-from utils.training.batching import batch_shape, plan_epoch
+from utils.training.batching import batch_shape, plan_epoch, to_device
 from utils.training.checkpoint_files import publish
 from utils.training.exchange import average_gradients, exchanging
 from utils.training.log import RunLog, score_table
@@ -124,7 +122,7 @@ def plan_steps(lengths, args, shape_of, epoch: int, without=(), shape: dict | No
 def train_micro_batch(batch: dict, count: int, *, accelerator, model, reranker, args) -> dict:
     """Adds this micro-batch's share of the gradient of the step's mean loss over `count` queries, of all processes."""
     queries, (tokens, slots) = cross_encoder.count_queries(batch), cross_encoder.count_tokens(reranker, batch["pairs"])
-    batch = send_to_device(batch, accelerator.device, non_blocking=True)
+    batch = to_device(batch, accelerator.device)
     with record_function("forward"), accelerator.autocast():
         scores = model(batch["pairs"])["scores"][:, 0]
         loss, right = cross_encoder.rerank_loss(scores, batch["candidates"], batch["positives"], args.loss)
@@ -135,7 +133,7 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, reranker, 
     return {"loss": loss.detach(), "right": right, **counts}
 
 
-def make_reranker(documents: list, examples: list, args):
+def make_reranker(documents: list, examples: list, args, accelerator):
     """A checkpoint, or a small cross-encoder with a tokenizer trained on the training text."""
     options = {"attention_dropout": args.attention_dropout, "dropout": args.dropout}
     if args.model_name_or_path:
@@ -147,7 +145,7 @@ def make_reranker(documents: list, examples: list, args):
         texts = itertools.chain.from_iterable((*(d.passages for d in documents), values(examples, "query")))
         reranker = cross_encoder.build_small_reranker(texts, **options, key=content_key(examples))
     cross_encoder.set_up(reranker, args)
-    return reranker
+    return settle_packing(reranker, accelerator, reranker.max_seq_length, is_trained=True)
 
 
 def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple:
@@ -164,8 +162,8 @@ def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple
     if is_trained:
         retriever = encoder.load_retriever(
             args.retriever, truncate_dim=args.truncate_dim, trust_remote_code=args.trust_remote_code
-        ).to(accelerator.device)
-        encode = partial(encoder.encode, retriever, accelerator=accelerator)
+        )
+        encode = partial(encoder.encode, place(retriever, accelerator), accelerator=accelerator)
         key = [settings, encoder.weights_key(retriever), args.index, accelerator.mixed_precision]
     language = settings.get("language") if is_trained else args.language
     search = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
@@ -215,8 +213,6 @@ def main():
     accelerator = Accelerator(
         mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
         project_dir=args.output_dir,
-        # of the process that searches a corpus
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )  # fmt: skip
     run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
@@ -226,7 +222,7 @@ def main():
     search, encode_texts, settings, search_key = load_search(documents, args, accelerator=accelerator,
                                                              run_folder=run_folder, say=log.say)  # fmt: skip
     of_reranker = {"rerank_top_k": args.rerank_top_k, "rerank_weight": args.rerank_weight}
-    reranker = make_reranker(documents, train, args)
+    reranker = make_reranker(documents, train, args, accelerator)
     add_adapters(reranker, args, accelerator)
     log.say_model(reranker)
     encode_alone = encode_texts and partial(encode_texts, alone=True)  # of the process that makes the pairs for all
@@ -253,7 +249,8 @@ def main():
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
     # FSDP leaves each process a part of the weights: a whole model is kept to be saved
     whole = copy.deepcopy(reranker) if is_sharded(accelerator) and accelerator.is_main_process else reranker
-    model, optimizer = prepare(accelerator, reranker, optimizer)
+    wait_for_all()  # some may have read data for longer than an exchange of parameters waits
+    model, optimizer = prepare(accelerator, compile_layers(reranker, args, accelerator), optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted

@@ -68,13 +68,10 @@ import collections
 import copy
 import itertools
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from accelerate.utils.operations import send_to_device
 from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
 from transformers import get_scheduler
@@ -86,13 +83,15 @@ from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.hops import score_beside_bm25, score_hops, score_one_hop
 from utils.models import contrastive, encoder
 from utils.models.lora import add_adapters
+from utils.models.settings import compile_layers, settle_packing
+from utils.processes import wait_for_all
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import first_drafts, imitations
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
 from utils.retrieval.reranking import load_scorer, remember_scores
 from utils.retrieval.two_hops import search_hops
 from utils.tables import values
-from utils.training.batching import batch_shape, plan_epoch
+from utils.training.batching import batch_shape, plan_epoch, to_device
 from utils.training.checkpoint_files import publish
 from utils.training.exchange import average_gradients, exchanging
 from utils.training.log import RunLog, score_table
@@ -132,9 +131,13 @@ def plan_steps(lengths: list, groups: list, args, shape_of, epoch: int, without=
 
 def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, args) -> dict:
     """Adds this micro-batch's share of the gradient of the step's mean loss over `count` pairs, of all processes."""
-    batch = send_to_device(batch, accelerator.device, non_blocking=True)
-    sides, states = (len(batch["evidence_keys"]), len(batch["passage_keys"])), None
-    texts = contrastive.as_many_on_all(batch["texts"]) if is_sharded(accelerator) else batch["texts"]
+    # counted and compared before the batch is on the GPU, for which the host would have to wait
+    real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.model, batch["texts"])
+    keys = contrastive.gather_keys(batch["passage_keys"])  # of all processes
+    if is_sharded(accelerator):
+        batch["texts"] = contrastive.as_many_on_all(batch["texts"])
+    batch = to_device({**batch, "keys": keys, "is_excluded": pairs.excluded(batch, keys)}, accelerator.device)
+    texts, states, sides = batch["texts"], None, (len(batch["evidence_keys"]), len(batch["passage_keys"]))
     # each part is `together`: if memory runs out on one process, none waits for it in an exchange
     with record_function("forward"), accelerator.autocast(), together(accelerator):
         if len(texts) > 1 and args.gradient_cache_tokens:
@@ -142,14 +145,14 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, arg
         else:
             embeddings = contrastive.embed(model, texts)
     queries, passages = embeddings.detach().split(sides)
-    passages, keys = contrastive.gather_passages(passages, batch["passage_keys"])  # of all processes
+    passages = contrastive.gather_passages(passages, len(keys))
     with record_function("backward"):
         with together(accelerator):
             with accelerator.autocast():
                 loss, right = contrastive.contrastive_loss(
-                    queries.requires_grad_(), passages, passage_keys=keys, evidence_keys=batch["evidence_keys"],
-                    evidence_weights=batch["evidence_weights"], is_distribution=batch["is_distribution"],
-                    is_excluded=pairs.excluded(batch, keys), temperature=args.temperature,
+                    queries.requires_grad_(), passages, passage_keys=batch["keys"], temperature=args.temperature,
+                    **{name: batch[name] for name in ("evidence_keys", "evidence_weights", "is_distribution",
+                                                      "is_excluded")},
                     **encoder.matryoshka(pairs.model, args),
                 )  # fmt: skip
             # times the number of processes, because gradients are averaged over them
@@ -160,12 +163,11 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, arg
                 contrastive.backward_by_chunk(model, texts, gradient, states)
             else:
                 embeddings.backward(gradient)
-    real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.model, batch["texts"])
     counts = {"count": real, "examples": real, "tokens": tokens if real else 0, "slots": slots}  # a dummy has none
     return {"loss": loss.detach(), "right": right, **counts}
 
 
-def make_retriever(documents: list, examples: list, args):
+def make_retriever(documents: list, examples: list, args, accelerator):
     """A checkpoint, or a small encoder with a tokenizer trained on the training text."""
     options = {"attention_dropout": args.attention_dropout, "dropout": args.dropout}
     if args.model_name_or_path:
@@ -174,7 +176,7 @@ def make_retriever(documents: list, examples: list, args):
         texts = itertools.chain.from_iterable((*(d.passages for d in documents), values(examples, "query")))
         retriever = encoder.build_small_encoder(texts, **options, key=content_key(examples))
     encoder.set_up(retriever, args)
-    return retriever
+    return settle_packing(retriever, accelerator, retriever.max_seq_length, is_trained=True)
 
 
 def validate(examples: list, gold: list, bm25_scores: dict, search_now, *, poll) -> dict:
@@ -215,15 +217,13 @@ def main():
     accelerator = Accelerator(
         mixed_precision=precision(args, is_pretrained=bool(args.model_name_or_path)), log_with=args.report_to,
         project_dir=args.output_dir,
-        # of the process that searches a corpus
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )  # fmt: skip
     run_folder = start(accelerator, args)
     log = RunLog(accelerator, run_folder, args.log_format)
     splits = load_splits(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
     train, validation = splits["train"], splits["validation"]
     documents = list(dict.fromkeys(values(train, "document")))  # or the one corpus of all examples
-    retriever = make_retriever(documents, train, args)
+    retriever = make_retriever(documents, train, args, accelerator)
     add_adapters(retriever, args, accelerator)
     log.say_model(retriever)
     make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
@@ -250,8 +250,8 @@ def main():
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
     # FSDP leaves each process a part of the weights: a whole model is kept to be saved
     whole = copy.deepcopy(retriever) if is_sharded(accelerator) and accelerator.is_main_process else retriever
-    model, optimizer = prepare(accelerator, retriever, optimizer)
-
+    wait_for_all()  # some may have read data for longer than an exchange of parameters waits
+    model, optimizer = prepare(accelerator, compile_layers(retriever, args, accelerator), optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted

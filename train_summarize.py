@@ -40,6 +40,7 @@ class SummarizeArguments(LanguageArguments, RerankerArguments, RankingOverrides,
     passage_order: str = flag("document", "order of the passages in the source", choices=("document", "rank"))
     max_source_length: int = flag(512, "maximum source tokens; with fid, per passage", at_least=16)
     dropout: float | None = flag(None, "dropout (default: the model's own; 0 for a new one)", at_least=0, below=1)
+    attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster", at_least=0, below=1)
     max_target_length: int = flag(128, "maximum reference tokens in training", at_least=1)
     label_smoothing_factor: float = flag(0.1, "probability spread over the vocabulary in the loss", at_least=0, below=1)
 
@@ -66,13 +67,14 @@ from utils.evaluation.extracts import score_extracts
 from utils.models.encoder_decoder import build_small_bart
 from utils.models.generation import describe_generation
 from utils.models.lora import add_adapters
-from utils.models.settings import write_settings
+from utils.models.settings import compile_layers, settle_packing, write_settings
 from utils.models.sources import Rows, Sources, collate, count_targets, count_tokens, decode, halves
 from utils.models.summarizer import load_model_and_tokenizer, save_pretrained, set_up, sources_for, wrap
 from utils.models.tokenizer import train_tokenizer
+from utils.processes import wait_for_all
 from utils.retrieval.splits import rank_splits
 from utils.tables import lengths, values
-from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns
+from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns, to_device
 from utils.training.checkpoint_files import publish
 from utils.training.exchange import average_gradients, exchanging
 from utils.training.log import RunLog, score_table
@@ -86,8 +88,9 @@ def make_model(train: list, args, accelerator) -> tuple:
     """The summarizer and its tokenizer: a checkpoint, or a small BART with a tokenizer trained on the training text."""
     if args.model_name_or_path:
         pretrained, tokenizer = load_model_and_tokenizer(
-            args.model_name_or_path, args.dropout, trust_remote_code=args.trust_remote_code
-        )
+            args.model_name_or_path, args.dropout, trust_remote_code=args.trust_remote_code,
+            attention_dropout=args.attention_dropout,
+        )  # fmt: skip
     else:
         documents = dict.fromkeys(values(train, "document"))
         texts = itertools.chain(
@@ -95,10 +98,12 @@ def make_model(train: list, args, accelerator) -> tuple:
             itertools.chain.from_iterable((example.query, *example.summaries) for example in train),
         )
         tokenizer = train_tokenizer(texts, key=content_key(train))
-        pretrained = build_small_bart(tokenizer, dropout=args.dropout or 0.0)
+        dropouts = {"dropout": args.dropout or 0.0, "attention_dropout": args.attention_dropout}
+        pretrained = build_small_bart(tokenizer, **dropouts)
     set_up(pretrained, tokenizer, vars(args))
     summarizer = wrap(pretrained, args.gradient_checkpointing)
     add_adapters(summarizer, args, accelerator)
+    settle_packing(summarizer, accelerator, args.max_source_length + args.max_target_length, is_trained=True)
     runs_twice = getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
     if runs_twice or pretrained.get_input_embeddings().weight.shape[1] < 256:
         # activation checkpointing runs layers again, without the sequences' lengths; narrow models are faster padded
@@ -109,7 +114,9 @@ def make_model(train: list, args, accelerator) -> tuple:
 # ---- what is read: the query and the passages retrieved for it
 
 
-def collate_targets(targets: list[int], dummy: bool, *, rows: Rows, epoch: int, seed: int, pad_token_id: int) -> dict:
+def collate_targets(
+    targets: list[int], dummy: bool, *, rows: Rows, epoch: int, seed: int, pad_token_id: int, lay_out
+) -> dict:
     """A batch of sources and targets. Each epoch draws a hop for each target: one summarizer serves all hops."""
     numbers = rows.number_of_target[targets].tolist()
     hops = [
@@ -120,7 +127,7 @@ def collate_targets(targets: list[int], dummy: bool, *, rows: Rows, epoch: int, 
     batch = collate(sources, [rows.target_tokens[target] for target in targets], pad_token_id)
     if dummy:
         batch["labels"].fill_(-100)
-    return batch
+    return {**batch, "layout": lay_out(**batch)}
 
 
 def plan_steps(lengths, args, shape_of, epoch: int, without=(), shape: dict | None = None) -> list:
@@ -135,14 +142,15 @@ def plan_steps(lengths, args, shape_of, epoch: int, without=(), shape: dict | No
 
 def train_micro_batch(batch: dict, target_tokens: int, *, accelerator, model, summarizer, args) -> dict:
     """Adds this micro-batch's share of the gradient of the step's mean loss over `target_tokens`, of all processes."""
-    batch = batch.to(accelerator.device)
+    # counted before the batch is on the GPU, for which the host would have to wait
+    counts = {"count": count_targets(batch), **count_tokens(batch, summarizer.is_packed)}
+    batch = to_device(batch, accelerator.device)
     with record_function("forward"), accelerator.autocast():
         loss, nll = model(**batch, label_smoothing_factor=args.label_smoothing_factor)
     with record_function("backward"), exchanging(model):
         # times the number of processes, because gradients are averaged over them
         accelerator.backward(loss * accelerator.num_processes / target_tokens)
-    tokens = count_tokens(batch, summarizer.is_packed)
-    return {"loss": loss.detach(), "nll": nll, "count": count_targets(batch), **tokens}
+    return {"loss": loss.detach(), "nll": nll, **counts}
 
 
 def validate(summarizer, sources: Sources, rows: Rows, extract_scores, *, args, accelerator, poll) -> tuple:
@@ -240,7 +248,8 @@ def main():
     max_steps = schedule_steps(args, plan, shape_of)
     warmup = warmup_steps(args, max_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
-    model, optimizer = prepare(accelerator, summarizer, optimizer)
+    wait_for_all()  # some may have read data for longer than an exchange of parameters waits
+    model, optimizer = prepare(accelerator, compile_layers(summarizer, args, accelerator), optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=train_rows.digest())  # fmt: skip
     record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
@@ -259,7 +268,7 @@ def main():
         if run.is_over():
             break
         collate_epoch = partial(collate_targets, rows=train_rows, epoch=epoch, seed=args.seed,
-                                pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+                                pad_token_id=tokenizer.pad_token_id, lay_out=summarizer.lay_out)  # fmt: skip
         for micro_batches in run.loader(targets, epoch, collate_epoch):
             target_tokens = run.begin_step(sum(map(count_targets, micro_batches)))  # of all processes
             # forward and backward pass of each micro-batch; if memory runs out, again in halves

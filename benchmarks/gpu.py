@@ -2,14 +2,19 @@
 
     python benchmarks/gpu.py --output benchmarks/gpu.json
 
-Measured, in at most six minutes on an H100 or H200:
+Measured, in at most nine minutes on an H100 or H200:
 
 - matmul: the bf16 peak of this card, by products of large square matrices. Shares of the peak are of this number.
 - summarizer: training steps of a BART of bart-large's size, sources of 500 to 1,024 tokens. The plain loop is
   Transformers' model as it comes, on padded batches, with its own loss.
 - retriever: training steps of an encoder of BERT-base's size, queries with positives and hard negatives. The plain loop
   is sentence-transformers' model as it comes, on padded batches, with its MultipleNegativesRankingLoss.
-- parity: losses and gradients of packed batches against padded ones, both models, in float32, fp16 and bf16.
+- reranker: training steps of a cross-encoder of BERT-base's size, queries with eight candidates each. The plain loop is
+  sentence-transformers' model as it comes, on padded batches, with the binary cross entropy of each pair.
+- language_model: training steps of decoder-only models of SmolLM2-135M's size and of 1.2 billion parameters, prompts of
+  500 to 1,400 tokens; all weights, or adapters of rank 16 (LoRA). The plain loop is Transformers' model as it comes,
+  with peft's adapters, on padded batches, with its own loss.
+- parity: losses and gradients of packed batches against padded ones, all models, in float32, fp16 and bf16.
 - generation: `EncoderDecoder.generate` with 4 beams against Transformers' `generate` on the same padded batch.
 - fsdp2: a step under FSDP2, saved, restored in another process, and one more step in both.
 
@@ -41,11 +46,19 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hardware import hardware
@@ -53,9 +66,12 @@ from hardware import hardware
 from utils.cli.script import end_run
 from utils.fast.packing import is_packed
 from utils.models.contrastive import contrastive_loss, embed
+from utils.models.decoder_only import LanguageModel
 from utils.models.encoder_decoder import EncoderDecoder
+from utils.models.lora import add_adapters
 from utils.models.sources import collate
-from utils.models.tokenizer import train_tokenizer
+from utils.models.tokenizer import pad, train_tokenizer
+from utils.training.batching import to_device
 from utils.training.checkpoint_files import read, save
 from utils.training.log import peak_memory_gb
 from utils.training.sharding import gather_tensors, restore_tensors
@@ -67,14 +83,24 @@ NARROW = {"vocab_size": 1000, "d_model": 128, "encoder_layers": 2, "decoder_laye
           "decoder_attention_heads": 2, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256}  # fmt: skip
 NARROW_BERT = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
                "intermediate_size": 256}  # fmt: skip
+LLAMA = {"tie_word_embeddings": True, "attention_dropout": 0.0, "pad_token_id": PAD, "bos_token_id": 0,
+         "eos_token_id": 2}  # fmt: skip
+SMALL_LLAMA = LLAMA | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                       "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}  # fmt: skip
+LARGE_LLAMA = SMALL_LLAMA | {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+                             "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
+NARROW_LLAMA = LLAMA | {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+                        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}  # fmt: skip
 # lengths are (shortest, longest) in tokens; BartConfig's defaults are bart-large's, BertConfig's are BERT-base's
 FULL = SimpleNamespace(
     matrices=(4096, 8192, 16384), products=20, rounds=5, steps=8, bart={}, examples=16, source=(500, 1024),
     target=(64, 128), bert={}, queries=64, negatives=3, query=(8, 32), passage=(64, 256), written=16, new_tokens=64,
+    llamas={"135M": SMALL_LLAMA, "1.2B": LARGE_LLAMA}, prompt=(500, 1400), prompts=8, asked=16, candidates=8,
 )  # fmt: skip
 TINY = SimpleNamespace(
     matrices=(256, 512), products=3, rounds=2, steps=2, bart=NARROW, examples=4, source=(20, 40), target=(5, 10),
     bert=NARROW_BERT, queries=4, negatives=2, query=(4, 8), passage=(10, 40), written=3, new_tokens=8,
+    llamas={"tiny": NARROW_LLAMA}, prompt=(20, 40), prompts=4, asked=2, candidates=3,
 )  # fmt: skip
 # relative differences of (loss, gradient) between packed and padded batches at most; bf16 keeps 8 bits, fp16 11
 LIMITS = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-3, 1e-2), torch.bfloat16: (2e-3, 2e-2)}
@@ -107,6 +133,43 @@ def retrievers(sizes: dict) -> tuple:
     return ours.to(DEVICE).train(), MultipleNegativesRankingLoss(plain, scale=20.0).to(DEVICE).train()
 
 
+def rerankers(sizes: dict) -> tuple:
+    """The same cross-encoder twice: loaded by the project, and by sentence-transformers."""
+    from sentence_transformers import CrossEncoder
+
+    from utils.models.cross_encoder import load_reranker
+
+    torch.manual_seed(0)
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=PAD,
+                        num_labels=1)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        BertForSequenceClassification(config).save_pretrained(folder)
+        train_tokenizer(["a text of a few words"], lowercase=True, max_length=512).save_pretrained(folder)
+        ours, plain = load_reranker(folder, attention_dropout=0.0), CrossEncoder(folder, device="cpu")
+    return ours.to(DEVICE).train(), plain.to(DEVICE).train()
+
+
+def language_models(sizes: dict, with_adapters: bool) -> tuple:
+    """The same Llama twice: as the project's summarizer, and as it comes; both with the same adapters, if with any."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        plain = LlamaForCausalLM(LlamaConfig(**sizes)).train()
+    ours = LanguageModel(copy.deepcopy(plain))
+    if with_adapters:
+        from peft import LoraConfig, get_peft_model
+
+        args = SimpleNamespace(lora_rank=16, lora_alpha=None, lora_dropout=0.0, lora_target_modules="all-linear",
+                               merge_lora=False, output_dir="none", model_name_or_path="none")  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            plain.config.save_pretrained(folder)
+            ours.model.name_or_path = folder  # adapters name their base model
+            accelerator = SimpleNamespace(mixed_precision="bf16", distributed_type=DistributedType.NO)
+            add_adapters(ours, args, accelerator)
+        config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+        plain = get_peft_model(plain, config)
+    return ours.to(DEVICE).train(), plain.to(DEVICE).train()
+
+
 def texts(rng, length: tuple[int, int], count: int, sizes: dict) -> list[list[int]]:
     ids = sizes.get("vocab_size", 30000)
     return [rng.integers(FIRST, ids, tokens).tolist() for tokens in rng.integers(length[0], length[1] + 1, count)]
@@ -117,13 +180,44 @@ def summary_batches(size, steps: int) -> list[dict]:
     rng, batches = np.random.default_rng(0), []
     for _ in range(steps):
         sources = [[text] for text in texts(rng, size.source, size.examples, size.bart)]
-        batches.append(dict(collate(sources, texts(rng, size.target, size.examples, size.bart), PAD)))
+        batch = dict(collate(sources, texts(rng, size.target, size.examples, size.bart), PAD))
+        batches.append({**batch, "layout": EncoderDecoder.lay_out(**batch)})
     return batches
+
+
+def prompt_batches(model, sizes: dict, size, steps: int) -> tuple[list[dict], list[dict]]:
+    """Prompts and targets: as train_summarize.py collates them, and as padded rows of both with labels."""
+    rng, ours, plain = np.random.default_rng(0), [], []
+    for _ in range(steps):
+        prompts, targets = (texts(rng, length, size.prompts, sizes) for length in (size.prompt, size.target))
+        batch = dict(collate([[prompt] for prompt in prompts], targets, PAD))
+        ours.append({**batch, "layout": model.lay_out(**batch)})
+        rows = pad([prompt + target for prompt, target in zip(prompts, targets, strict=True)], PAD)
+        labels = [[-100] * len(prompt) + target for prompt, target in zip(prompts, targets, strict=True)]
+        plain.append({**rows, "labels": pad(labels, -100)["input_ids"]})
+    return ours, plain
+
+
+def candidate_batches(reranker, size, steps: int) -> tuple[list[dict], list[dict]]:
+    """Queries with their candidates, the first of which is right: as train_rerank.py collates them, and as pairs."""
+    from utils.models.cross_encoder import collate_pairs
+
+    rng, ours, plain = np.random.default_rng(0), [], []
+    for _ in range(steps):
+        queries = texts(rng, size.query, size.asked, size.bert)
+        rows = [(query, texts(rng, size.passage, size.candidates, size.bert), 1) for query in queries]
+        batch = collate_pairs(reranker, rows, False)
+        ours.append(batch)
+        labels = torch.zeros(size.asked, size.candidates)
+        labels[:, 0] = 1
+        pairs = {name: tensor for name, tensor in batch["pairs"].items() if name != "packing"}
+        plain.append({"pairs": pairs, "labels": labels.flatten()})
+    return ours, plain
 
 
 def pair_batches(retriever, size, steps: int) -> tuple[list[dict], list[dict]]:
     """Queries, positives and hard negatives: as train_retrieve.py collates them, and as a padded column of each."""
-    from utils.models.encoder import in_chunks, pad
+    from utils.models.encoder import in_chunks
 
     rng, ours, plain = np.random.default_rng(0), [], []
     for _ in range(steps):
@@ -136,18 +230,28 @@ def pair_batches(retriever, size, steps: int) -> tuple[list[dict], list[dict]]:
     return ours, plain
 
 
-def move(batch):
-    if isinstance(batch, dict):
-        return {name: move(value) for name, value in batch.items()}
-    return [move(value) for value in batch] if isinstance(batch, list) else batch.to(DEVICE, non_blocking=True)
-
-
 def summarizer_loss(model, batch, smoothing: float = 0.1):
     return model(**batch, label_smoothing_factor=smoothing)[0] / (batch["labels"] != -100).sum()
 
 
 def plain_summarizer_loss(model, batch):
     return model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+
+
+def plain_language_model_loss(model, batch):
+    return model(**batch).loss
+
+
+def reranker_loss(model, batch):
+    from utils.models.cross_encoder import rerank_loss
+
+    scores = model(batch["pairs"])["scores"][:, 0]
+    return rerank_loss(scores, batch["candidates"], batch["positives"], "binary")[0] / len(batch["positives"])
+
+
+def plain_reranker_loss(model, batch):
+    logits = model(dict(batch["pairs"]))["scores"][:, 0].float()
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, batch["labels"])
 
 
 def pair_loss(queries, passages, batch):
@@ -193,6 +297,19 @@ def retriever_flops(config, lengths: list[int]) -> float:
     d, layers = config.hidden_size, config.num_hidden_layers
     weights = layers * (4 * d * d + 2 * d * config.intermediate_size)
     return 6 * weights * sum(lengths) + 12 * d * layers * sum(length * length for length in lengths)
+
+
+def language_model_flops(config, prompts: list[int], targets: list[int], with_adapters: bool = False) -> float:
+    """Like `summarizer_flops`, of a decoder whose vocabulary meets the targets only.
+
+    Adapters count for nothing; frozen weights need no gradient: 4 in place of 6 for each.
+    """
+    d, layers = config.hidden_size, config.num_hidden_layers
+    size = d // config.num_attention_heads
+    of_layer = 2 * d * d + 2 * d * config.num_key_value_heads * size + 3 * d * config.intermediate_size
+    lengths = [prompt + target - 1 for prompt, target in zip(prompts, targets, strict=True)]
+    weights = layers * of_layer * sum(lengths) + d * config.vocab_size * sum(targets)
+    return (4 if with_adapters else 6) * weights + 6 * d * layers * sum(length * length for length in lengths)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +361,7 @@ def matrix_rates(sizes: tuple, products: int) -> dict[int, float]:
 
 def train(model, optimizer, loss_of, batches: list[dict]) -> None:
     for batch in batches:
-        batch = move(batch)
+        batch = to_device(batch, DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16):  # with which its cache of cast weights ends
             loss = loss_of(model, batch)
         loss.backward()
@@ -322,11 +439,43 @@ def retriever(args) -> list[dict]:
     return compare_training(sides, masks, flops, is_packed(ours[0]), args)
 
 
+def reranker(args) -> list[dict]:
+    ours, plain = rerankers(args.size.bert)
+    packed, padded = candidate_batches(ours, args.size, args.size.steps)
+    masks = [batch["pairs"]["attention_mask"] for batch in padded]
+    flops = retriever_flops(ours[0].auto_model.config, [length for mask in masks for length in mask.sum(1).tolist()])
+    sides = {"project": (ours, reranker_loss, packed), "plain": (plain, plain_reranker_loss, padded)}
+    return compare_training(sides, masks, flops, is_packed(ours[0]), args)
+
+
+def language_model(args) -> list[dict]:
+    rows = []
+    for (name, sizes), with_adapters in itertools.product(args.size.llamas.items(), (False, True)):
+        if rows and is_late(args):
+            rows.append(row(f"{name}", note=f"skipped: {args.budget_seconds:.0f} s are over"))
+            continue
+        ours, plain = language_models(sizes, with_adapters)
+        packed, padded = prompt_batches(ours, sizes, args.size, args.size.steps)
+        prompts, targets = (
+            [length for batch in packed for length in mask(batch).sum(1).tolist()]
+            for mask in (lambda batch: batch["attention_mask"], lambda batch: batch["labels"] != -100)
+        )
+        flops = language_model_flops(ours.model.config, prompts, targets, with_adapters)
+        masks = [batch["attention_mask"] for batch in padded]
+        sides = {"project": (ours, summarizer_loss, packed), "plain": (plain, plain_language_model_loss, padded)}
+        kind = f"{name}, {'adapters' if with_adapters else 'all weights'}"
+        for each in compare_training(sides, masks, flops, ours.is_packed, args):
+            rows.append(each | {"measure": f"{kind}: {each['measure']}"})
+        del ours, plain, sides
+        gc.collect()
+    return rows
+
+
 def gradient(model, loss_of, batch, dtype) -> tuple[float, torch.Tensor]:
     """The loss, and the gradients of all parameters end to end; fp16's loss is scaled, as in training."""
     model.zero_grad()
     with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-        loss = loss_of(model, move(batch))
+        loss = loss_of(model, to_device(batch, DEVICE))
     scale = 2**10 if dtype == torch.float16 else 1
     (loss * scale).backward()
     gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
@@ -336,7 +485,11 @@ def gradient(model, loss_of, batch, dtype) -> tuple[float, torch.Tensor]:
 def parity(args) -> list[dict]:
     """Small models; the padded side is the library's model, with Transformers' own loss and with the retriever's."""
     size = SimpleNamespace(**{**vars(TINY), "source": (10, 150), "passage": (10, 150), "examples": 8, "queries": 8})
+    size.prompt, size.prompts, size.asked = (10, 150), 8, 4
     (ours, plain), (encoder, padded_encoder) = summarizers(size.bart), retrievers(size.bert)
+    (cross_encoder, padded_cross_encoder), (llama, padded_llama) = (
+        rerankers(size.bert), language_models(NARROW_LLAMA, with_adapters=False))  # fmt: skip
+    candidates, prompts = candidate_batches(cross_encoder, size, 2), prompt_batches(llama, NARROW_LLAMA, size, 2)
     sides = {
         ("summarizer", ours.is_packed): (
             (ours, functools.partial(summarizer_loss, smoothing=0.0), summary_batches(size, 2)),
@@ -345,6 +498,14 @@ def parity(args) -> list[dict]:
         ("retriever", is_packed(encoder[0])): (
             (encoder, retriever_loss, pair_batches(encoder, size, 2)[0]),
             (padded_encoder, padded_retriever_loss, pair_batches(encoder, size, 2)[1]),
+        ),
+        ("reranker", is_packed(cross_encoder[0])): (
+            (cross_encoder, reranker_loss, candidates[0]),
+            (padded_cross_encoder, plain_reranker_loss, candidates[1]),
+        ),
+        ("language model", llama.is_packed): (
+            (llama, functools.partial(summarizer_loss, smoothing=0.0), prompts[0]),
+            (padded_llama, plain_language_model_loss, prompts[1]),
         ),
     }
     cases = [(*name, dtype, *both) for name, both in sides.items() for dtype in LIMITS]
@@ -375,7 +536,7 @@ def generation(args) -> list[dict]:
     ours, plain = summarizers(args.size.bart, init_std=1.2 * width**-0.5, forced_eos_token_id=2)
     ours.eval(), plain.eval()
     sources = texts(np.random.default_rng(0), args.size.source, args.size.written, args.size.bart)
-    batch = move(dict(collate([[source] for source in sources], [[2]] * len(sources), PAD)))
+    batch = to_device(dict(collate([[source] for source in sources], [[2]] * len(sources), PAD)), DEVICE)
     batch.pop("labels")
     padded = {name: batch[name] for name in ("input_ids", "attention_mask")}
     beams = {"num_beams": 4, "do_sample": False}
@@ -450,7 +611,7 @@ def fsdp_step(folder: Path) -> None:
 
     def step(batch: dict) -> None:
         with accelerator.autocast():
-            loss = summarizer_loss(model, move(batch))
+            loss = summarizer_loss(model, to_device(batch, DEVICE))
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -477,7 +638,8 @@ def fsdp_step(folder: Path) -> None:
 
 
 SECTIONS = {"matmul": matmul, "summarizer": summarizer, "retriever": retriever, "parity": parity,
-            "generation": generation, "fsdp2": fsdp2}  # fmt: skip
+            "generation": generation, "fsdp2": fsdp2, "reranker": reranker,
+            "language_model": language_model}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the table
@@ -552,7 +714,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION",
                         help=f"some of {', '.join(SECTIONS)}")  # fmt: skip
-    parser.add_argument("--budget_seconds", type=float, default=330, help="after which what remains is skipped")
+    parser.add_argument("--budget_seconds", type=float, default=480, help="after which what remains is skipped")
     parser.add_argument("--fsdp_step", type=Path, help=argparse.SUPPRESS)  # a process of section fsdp2
     args = parser.parse_args(arguments)
     if args.fsdp_step:

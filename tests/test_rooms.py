@@ -12,7 +12,7 @@ LEVELS = [
     {"retrieval", "cli"},
     {"training", "models", "data"},
     {"tables"},
-    {"fast", "files", "errors"},
+    {"fast", "files", "errors", "processes"},
 ]
 LEVEL = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = sorted((ROOT / "utils").rglob("*.py"))

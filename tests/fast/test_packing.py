@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import alone
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from transformers import (
@@ -33,6 +34,7 @@ from utils.fast.packing import (
     STEP,
     _attend,
     is_packed,
+    keep_padding,
     laid_as_now,
     laid_end_to_end,
     lay_out,
@@ -40,9 +42,10 @@ from utils.fast.packing import (
     remove_padding,
     remove_padding_of_decoder,
 )
+from utils.models.decoder_only import LanguageModel
 from utils.models.encoder import build_small_encoder, count_tokens, in_chunks, load_retriever, pad
 from utils.models.encoder_decoder import EncoderDecoder
-from utils.models.settings import checkpoint_layers
+from utils.models.settings import checkpoint_layers, settle_packing
 from utils.models.sources import collate
 
 SIZES = {
@@ -583,3 +586,112 @@ def test_a_packed_decoder_generates_and_saves_as_before(tmp_path):
     assert torch.equal(model.generate(**prompts, max_new_tokens=5, do_sample=False), before)
     model.save_pretrained(tmp_path)
     assert not any("packed" in file.read_text() for file in tmp_path.rglob("*.json"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GPUs, by stand-ins for what they are and for their kernel
+
+HOPPER, TURING = (9, 0), (7, 5)
+
+
+def settle(model, monkeypatch, precision="bf16", capability=HOPPER, **options) -> str:
+    """Settles packing for a GPU of this kind; what the log says of it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    settle_packing(model, alone(device=torch.device("cuda"), mixed_precision=precision), **options)
+    return " ".join(part.attends for part in model.modules() if hasattr(part, "attends"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "settings", "is_trained", "why"),
+    [
+        ("bf16", HOPPER, {}, True, ""),
+        ("fp16", HOPPER, {}, True, ""),
+        ("no", HOPPER, {}, True, "in float32"),
+        ("fp16", TURING, {}, True, "before Ampere"),
+        ("bf16", HOPPER, {"attention_dropout": 0.1}, True, "with attention dropout"),
+        ("bf16", HOPPER, {"attention_dropout": 0.1}, False, ""),  # nothing is dropped out in use
+        ("bf16", HOPPER, {"d_model": 40}, True, "for heads of 10 and 10"),
+    ],
+)
+def test_a_summarizer_is_packed_on_gpus_that_have_the_kernel(
+    precision, capability, settings, is_trained, why, monkeypatch
+):
+    summarizer = encoder_decoder("bart", **{"attention_dropout": 0.0, **settings}).eval()
+    batch = sources_and_targets((1, 1, 1))
+    before = summarizer(**batch, label_smoothing_factor=0.1)[0]
+    said = settle(summarizer, monkeypatch, precision, capability, is_trained=is_trained)
+    assert summarizer.is_packed == (not why)
+    dropout = settings.get("attention_dropout", 0) if is_trained else 0
+    padded = f", padded batches (a GPU does not compute them packed {why})" if why else ""
+    assert said == f"attention dropout {dropout:g}{padded}"
+    torch.testing.assert_close(summarizer(**batch, label_smoothing_factor=0.1)[0], before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest", "why"),
+    [("llama", None, ""), ("mistral", None, "with attention windows"), ("mistral", 8, ""),
+     ("mistral", 10**6, "with attention windows"), ("gemma2", 8, "with capped attention scores")],
+)  # fmt: skip
+def test_windows_and_caps_keep_language_models_padded_on_a_gpu_where_they_matter(kind, longest, why, monkeypatch):
+    summarizer = LanguageModel(decoder(kind))
+    assert summarizer.is_packed
+    said = settle(summarizer, monkeypatch, longest=longest)
+    assert summarizer.is_packed == (not why) and said.endswith(f"packed {why})" if why else "dropout 0")
+
+
+@pytest.mark.parametrize(("name", "longest", "packs"), [("bert", 64, True), ("modernbert", 64, False),
+                                                        ("modernbert", 8, True), ("mpnet", 64, False)])  # fmt: skip
+def test_a_retriever_that_is_not_packed_on_a_gpu_gives_the_same_outputs(name, longest, packs, monkeypatch):
+    model = retriever_of(ENCODERS[name])
+    remove_padding(model)
+    before = outputs_now(model)
+    assert is_packed(model[0]) == (name != "mpnet")
+    settle(model, monkeypatch, longest=longest)
+    assert is_packed(model[0]) == packs
+    assert distance(outputs_now(model), before) <= 1e-5
+    monkeypatch.setattr(packing, "_is_waited_for", lambda device: True)  # masks made without a look at their values
+    assert distance(outputs_now(model), before) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, *STAY_PADDED])
+def test_padded_as_on_a_gpu_a_decoder_gives_the_same_outputs(kind, monkeypatch):
+    model = decoder(kind)
+    before = gradients_of_decoder(model, packs=False, lengths=(12, 3, 20))
+    remove_padding_of_decoder(model)
+    assert keep_padding(model, torch.device("cuda"), torch.float32, longest=None) in ("in float32", "")
+    monkeypatch.setattr(packing, "_is_waited_for", lambda device: True)  # masks made without a look at their values
+    found = gradients_of_decoder(model, packs=False, lengths=(12, 3, 20))
+    for name, value in before.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def varlen_attn(query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, **options):
+    """What PyTorch's kernel of this name computes, sequence by sequence on any device."""
+    lengths, key_lengths = ((each[1:] - each[:-1]).tolist() for each in (starts, key_starts))
+    assert starts.dtype == key_starts.dtype == torch.int32
+    assert (max(lengths), max(key_lengths)) == (longest, longest_key)
+    assert options in ({}, {"enable_gqa": True}) and (options or query.shape[1] == key.shape[1])
+    causal = {(-1, 0): True, (-1, -1): False}[window_size]
+    return packing._each_by_itself(query, key, value, lengths, key_lengths, scale, causal, None, 0.0, None)
+
+
+@pytest.mark.parametrize(("kind", "has_groups"), [("bart", True), ("llama", True), ("llama", False)])
+def test_the_kernel_gets_offsets_that_are_made_once_a_batch(kind, has_groups, monkeypatch):
+    if kind == "bart":
+        summarizer, batch = encoder_decoder(kind), sources_and_targets((1, 2, 1))
+    else:
+        summarizer, batch = LanguageModel(decoder(kind)), sources_and_targets((1, 1, 1))
+    summarizer.eval()
+    expected = loss_and_gradients(summarizer, batch, False, torch.float32)
+    made = []
+    monkeypatch.setattr(packing, "_has_kernel", lambda query, value, **options: True)
+    monkeypatch.setattr(packing, "HAS_GROUPS", has_groups)
+    monkeypatch.setattr(packing, "varlen_attn", varlen_attn)
+    on_device = packing.on_device
+    monkeypatch.setattr(packing, "on_device", lambda *arguments: made.append(1) or on_device(*arguments))
+    found = loss_and_gradients(summarizer, batch, True, torch.float32)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    # BART's encoder: starts, places; its decoder: starts of its own and of the encoder's sequences, places
+    assert len(made) == (5 if kind == "bart" else 1)

@@ -253,7 +253,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from utils.models.contrastive import (
-    backward_by_chunk, contrastive_loss, embed, embed_without_graph, gather_passages, own_gradient
+    backward_by_chunk, contrastive_loss, embed, embed_without_graph, gather_keys, gather_passages, own_gradient
 )
 from utils.models.encoder import build_small_encoder, in_chunks, tokenize
 from utils.training.exchange import average_gradients, exchanging
@@ -290,7 +290,8 @@ def gradients(accelerator, retriever, model, parts, max_tokens=0, cached=False):
     else:
         embeddings = embed(model, batch["texts"])
     own_queries, own_passages = embeddings.detach().split([len(numbers), len(keys)])
-    all_passages, all_keys = gather_passages(own_passages, batch["passage_keys"])
+    all_keys = gather_keys(batch["passage_keys"])
+    all_passages = gather_passages(own_passages, len(all_keys))
     loss, right = contrastive_loss(
         own_queries.requires_grad_(),
         all_passages,

@@ -5,11 +5,14 @@ import json
 import pytest
 import sentencepiece
 import torch
+from conftest import alone
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     EncoderDecoderConfig,
     GenerationConfig,
@@ -22,12 +25,15 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
 )
+from transformers.models.bart.modeling_bart import BartAttention
 
 from utils.data.examples import Document
 from utils.errors import UsageError
+from utils.fast import packing
 from utils.models.encoder_decoder import EncoderDecoder, start_token
 from utils.models.generation import DEFAULTS, describe_generation, settle_generation
 from utils.models.languages import language_codes, set_languages
+from utils.models.settings import settle_packing
 from utils.models.sources import Sources, collate, count_generated, decode
 from utils.models.summarizer import REFUSED, load_model_and_tokenizer, save_pretrained, set_up
 from utils.models.tokenizer import train_tokenizer
@@ -131,6 +137,21 @@ def test_a_step_has_the_loss_and_the_gradients_of_transformers(kind):
             torch.testing.assert_close(our_gradient, own_gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_padded_as_on_a_gpu_a_family_has_the_same_loss_and_writes_the_same(kind, monkeypatch):
+    summarizer, batch = EncoderDecoder(build(FAMILIES[kind]())), random_batch()
+    settle_generation(summarizer.model, {**dict.fromkeys(DEFAULTS), "max_new_tokens": 9}, kind)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    loss, ids = summarizer(**batch, label_smoothing_factor=0.0)[0], summarizer.generate(**inputs)
+    # float32, which a GPU does not compute packed; masks are made without a look at their values
+    settle_packing(summarizer, alone(device=torch.device("cuda")))
+    monkeypatch.setattr(packing, "_is_waited_for", lambda device: True)
+    assert not summarizer.is_packed
+    assert "padded_" not in summarizer.model.config.to_json_string()
+    torch.testing.assert_close(summarizer(**batch, label_smoothing_factor=0.0)[0], loss, rtol=1e-5, atol=1e-5)
+    assert torch.equal(summarizer.generate(**inputs), ids)
+
+
 @pytest.mark.parametrize("flags", [
     pytest.param({}, id="defaults"),
     pytest.param({"num_beams": 1}, id="greedy", marks=pytest.mark.slow),
@@ -195,6 +216,27 @@ def test_dropout_reaches_every_layer(kind, tmp_path):
     rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     rates |= {module.dropout for module in model.modules() if isinstance(getattr(module, "dropout", None), float)}
     assert 0.3 in rates and not rates - {0.3, 0.0, 0.1}  # the other two are of attention weights
+
+
+def test_attention_dropout_of_a_checkpoint_is_replaced_in_training_only(tmp_path):
+    config = BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, vocab_size=60,
+                        attention_dropout=0.1, dropout=0.2)  # fmt: skip
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    for asked, expected in ((None, 0.1), (0.0, 0.0), (0.3, 0.3)):
+        model, _ = load_model_and_tokenizer(str(tmp_path), attention_dropout=asked)
+        rates = {module.dropout for module in model.modules() if isinstance(module, BartAttention)}
+        assert (rates, model.config.dropout) == ({expected}, 0.2)
+
+
+def test_attention_dropout_of_a_model_that_has_none_of_its_own_is_refused(tmp_path):
+    FAMILIES["t5"]().save_pretrained(tmp_path)
+    build(FAMILIES["t5"]()).save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    load_model_and_tokenizer(str(tmp_path), attention_dropout=0.0)
+    with pytest.raises(UsageError, match="no attention_dropout that --attention_dropout could set"):
+        load_model_and_tokenizer(str(tmp_path), attention_dropout=0.1)
 
 
 # ---- global attention

@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from utils.training.batching import StepBatches, eval_batches, plan_epoch
+from utils.training.batching import StepBatches, eval_batches, plan_epoch, to_device
 
 
 def random_lengths(examples, seed=0, longest=200):
@@ -169,3 +170,28 @@ def test_a_curriculum_runs_in_order_of_length_and_still_holds_every_example(accu
     assert sorted(order) == list(range(301))
     totals = lengths.sum(1)[order].tolist()
     assert totals == sorted(totals)
+
+
+class Noted:
+    """What happens to a tensor on its way to a GPU."""
+
+    def __init__(self, past=()):
+        self.past = [*past]
+
+    def pin_memory(self):
+        return Noted([*self.past, "pinned"])
+
+    def to(self, device, non_blocking=False):
+        return Noted([*self.past, (str(device), non_blocking)])
+
+
+def test_all_of_a_batch_goes_to_a_gpu_from_pinned_memory_without_being_waited_for():
+    layout = {"lengths": [3, 5], "places": Noted()}
+    batch = {"ids": Noted(), "layout": layout, "chunks": [{"rows": Noted()}], "none": None}
+    moved = to_device(batch, torch.device("cuda"))
+    for tensor in (moved["ids"], moved["layout"]["places"], moved["chunks"][0]["rows"]):
+        assert tensor.past == ["pinned", ("cuda", True)]
+    assert (moved["layout"]["lengths"], moved["none"]) == ([3, 5], None)
+    assert not batch["ids"].past  # the batch itself stays on the host, to be split if memory runs out
+    plain = to_device({"ids": torch.ones(2)}, torch.device("cpu"))
+    assert plain["ids"].tolist() == [1, 1]

@@ -9,6 +9,7 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import alone
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
@@ -24,11 +25,24 @@ def test_a_model_is_described_with_what_of_it_is_trained(tmp_path, capsys):
     model[0].requires_grad_(False)
     log.say_model(model)
     log.say_model(nn.Sequential(model, Pooling(100, "lasttoken")))
+    model[1].attends = "attention dropout 0"  # as `settle_packing` says
+    log.say_model(model)
     assert capsys.readouterr().out.splitlines() == [
         "1,101 parameters, 1 process on cpu, float32",
         "101 of 1,101 parameters are trained, 1 process on cpu, float32",
         "101 of 1,101 parameters are trained, pooling: lasttoken, 1 process on cpu, float32",
+        "101 of 1,101 parameters are trained, attention dropout 0, 1 process on cpu, float32",
     ]
+
+
+def test_tensors_are_added_up_like_numbers_and_read_with_the_meters():
+    meters, numbers = Meters(alone()), Meters(alone())
+    for value in (0.1, 0.2, 3.3):
+        meters.add(loss=torch.tensor(value), count=2)
+        numbers.add(loss=torch.tensor(value).item(), count=2)
+    assert torch.is_tensor(meters.sums["loss"])
+    assert meters.state(alone()) == numbers.state(alone())
+    assert isinstance(meters.sums["loss"], float)
 
 
 def test_meters_add_up_their_steps_and_start_anew_once_read():

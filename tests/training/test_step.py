@@ -58,6 +58,18 @@ def test_the_first_module_that_is_not_finite_is_named_else_the_first_gradient():
     assert detector.culprit == "the output of 0 (Linear) is not finite"
 
 
+def test_a_module_within_a_compiled_layer_is_named():
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    layer.compile(backend="eager")
+    model = torch.nn.Sequential(layer, torch.nn.Linear(2, 1))
+    model(torch.ones(1, 2))  # compiled without any hook
+    with torch.no_grad():
+        layer[0].weight[0, 0] = math.nan
+    with NanDetector(alone(), model) as detector:
+        model(torch.ones(1, 2))
+    assert detector.culprit == "the output of 0.0 (Linear) is not finite"
+
+
 def test_a_steps_randomness_depends_on_seed_step_and_process_alone():
     def draw(*place):
         torch.rand(3)

@@ -71,7 +71,7 @@ MAY_CHANGE = frozenset(
     group_by_document gradient_cache_tokens dataloader_num_workers mixed_precision max_skipped_steps nan_detector
     min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
     validation_drafts_file ranking bm25_weight smooth_window smooth_decay hop_weight truncate_dim reranker
-    rerank_top_k rerank_weight index trec_run gradient_checkpointing trust_remote_code merge_lora
+    rerank_top_k rerank_weight index trec_run gradient_checkpointing torch_compile trust_remote_code merge_lora
     """.split()
 )
 
@@ -390,6 +390,7 @@ class TrainingArguments(LoraArguments):
     dataloader_num_workers: int = flag(0, "worker processes per training process that prepare batches", at_least=0)
 
     learning_rate: float = flag(1e-3, "peak learning rate", at_least=0)
+    torch_compile: bool = flag(False, "compile the layers of the model (torch.compile) for training on a GPU")
     lr_scheduler_type: str = flag("linear", "learning rate schedule", choices=LR_SCHEDULERS)
     num_warmup_steps: int = flag(100, "optimizer steps of linear warm-up, at most a tenth of all steps", at_least=0)
     weight_decay: float = flag(0.01, "AdamW weight decay, not applied to biases and norms", at_least=0)
@@ -426,6 +427,8 @@ class TrainingArguments(LoraArguments):
                 f"--lr_scheduler_type {self.lr_scheduler_type} needs --num_train_epochs or --max_train_steps; "
                 f"without them choose one of {', '.join(ENDLESS_SCHEDULERS)}"
             )
+        if self.torch_compile and self.gradient_checkpointing:
+            raise UsageError("--torch_compile has no effect with --gradient_checkpointing; leave one of them out")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
             raise UsageError(
                 f"--learning_rate {self.learning_rate}: must be greater than 1e-7, where polynomial decay ends"
@@ -482,7 +485,7 @@ GROUPS = {
     """,
     "optimizer": """
         lr_scheduler_type num_warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm mixed_precision
-        deterministic
+        torch_compile deterministic
     """,
     "when to stop": "max_train_steps stop_time_hours stop_min_lr patience",
     "validation and checkpoints": """

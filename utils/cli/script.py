@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
 
 from utils.errors import Interrupted, UsageError, in_one_line
 from utils.files import choose_cache_folder, is_disk_full, write_json, write_lines
+from utils.processes import connect, wait_for_all
 from utils.tables import remove_private_folder
 from utils.training.checkpoint_files import WRITER
 from utils.training.memory import keep_memory
@@ -71,7 +72,7 @@ def end_run(accelerator, code: int = 0) -> None:
 
     Returning from `main` would destroy the process group, and two gloo processes then sometimes hang or abort.
     """
-    accelerator.wait_for_everyone()
+    wait_for_all()
     accelerator.end_training()
     _exit(code)
 
@@ -99,6 +100,7 @@ def start(accelerator, args) -> Path:
             f"{started} processes were started, but they are not connected: "
             "set ACCELERATE_USE_CPU=1 to train on the CPU, or start as many processes as there are GPUs"
         )
+    connect()
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             raise UsageError("fp16 needs a GPU: use --mixed_precision bf16 or no")
@@ -112,6 +114,7 @@ def start(accelerator, args) -> Path:
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accelerator.gradient_accumulation_steps} in the environment: "
             "unset it and use --gradient_accumulation_steps"
         )
+    _check_compiler(accelerator, getattr(args, "torch_compile", None))
     tracker = getattr(args, "report_to", None)
     if tracker and not any(find_spec(name) for name in (tracker, f"{tracker}X")):  # tensorboardX is a tensorboard
         raise UsageError(f"--report_to {tracker}: the package is not installed: pip install {tracker}")
@@ -142,6 +145,25 @@ def start(accelerator, args) -> Path:
     if broadcast_object_list(problem)[0]:
         raise UsageError(f"--output_dir {folder}: {problem[0]}")
     return folder
+
+
+def _check_compiler(accelerator, is_asked: bool | None) -> None:
+    """Raises UsageError if compiling was asked for where it can have no effect, or of accelerate.
+
+    `is_asked` is the value of `--torch_compile`, None in a script that has no such flag.
+    """
+    plugin = getattr(accelerator.state, "dynamo_plugin", None)
+    backend = plugin.backend if plugin else DynamoBackend.NO
+    if backend != DynamoBackend.NO and not is_asked:
+        remedy = "it has no effect here; leave it out" if is_asked is None else "use --torch_compile of this script"
+        raise UsageError(f"--dynamo_backend {backend.value.lower()} of accelerate: {remedy}")
+    if is_asked and getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False):
+        raise UsageError("--torch_compile has no effect with fsdp_activation_checkpointing; leave one of them out")
+    if is_asked and backend in (DynamoBackend.NO, DynamoBackend.INDUCTOR):
+        if accelerator.device.type == "cpu":
+            raise UsageError("--torch_compile needs a GPU; leave the flag out")
+        if not find_spec("triton"):
+            raise UsageError("--torch_compile needs the package triton: pip install triton")
 
 
 def _user_threads() -> int | None:

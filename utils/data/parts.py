@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from utils.data.examples import Example
 from utils.files import write_jsonl
+from utils.processes import wait_for_all
 
 
 def write_parts(
@@ -41,11 +42,11 @@ def write_parts(
             if other.stem == parts.stem and other != parts and other.is_dir():
                 shutil.rmtree(other)
         parts.mkdir(exist_ok=True)
-    accelerator.wait_for_everyone()
+    wait_for_all()
     remaining = [number for number in range(len(blocks)) if not (parts / f"{number}.jsonl").exists()]
     if len(remaining) < len(blocks):
         say(f"{len(blocks) - len(remaining)} of {len(blocks)} parts were done before")
-    accelerator.wait_for_everyone()  # all processes must have listed the parts before one of them writes
+    wait_for_all()  # all processes must have listed the parts before one of them writes
     processes = accelerator.num_processes
     for first in tqdm(range(0, len(remaining), processes), disable=not show_bar):
         poll()
@@ -53,7 +54,7 @@ def write_parts(
             number = remaining[first + accelerator.process_index]
             costs, records = work([examples[i] for i in blocks[number]])
             write_jsonl(parts / f"{number}.jsonl", itertools.chain([{"costs": costs}], records))
-    accelerator.wait_for_everyone()
+    wait_for_all()
 
 
 class Records(Sequence):

@@ -7,6 +7,7 @@ from accelerate.utils import gather_object
 
 from utils.data.examples import Example
 from utils.data.words import count_words
+from utils.processes import wait_for_all
 from utils.retrieval.baselines import oracle_ranking
 
 
@@ -30,6 +31,7 @@ def score_extracts(train: Sequence[Example], scored: Sequence[Example], accelera
     references = [example.summaries for example in mine]
     scores = {name: rouge_of_each(texts, references) for name, texts in extracts.items()}
     if accelerator.num_processes > 1:
+        wait_for_all()
         scores = {name: gather_object(of_each) for name, of_each in scores.items()}
     return {name: mean_of_each(of_each) for name, of_each in scores.items()}
 

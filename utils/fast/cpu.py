@@ -81,11 +81,11 @@ def _suits_onednn(x, weight) -> bool:
     return (
         IS_AVAILABLE
         and IS_FASTER
+        and _is_plain(x)  # first, so that what is compiled for a GPU does not depend on the size
+        and _is_plain(weight)
         and x.numel() * len(weight) >= FEWEST
         and x.shape[-1] == weight.shape[-1]  # else PyTorch raises the error
         and not torch.is_autocast_enabled("cpu")
-        and _is_plain(x)
-        and _is_plain(weight)
     )
 
 

@@ -11,17 +11,18 @@ Cross-contamination" (Krell et al., 2021, arXiv:2107.02027). Nothing of it is sa
 
 Leans on these internals. PyTorch: `varlen_attn`, `torch.ops.aten._softmax_backward_data`. Transformers:
 `AttentionInterface`, `AttentionMaskInterface`, `sdpa_attention_forward`, `sdpa_mask`, `eager_mask`,
-`config._attn_implementation`, `is_backend_compatible`; the `eager_attention_forward` in a model's own file; that masks
-are asked for their window as `local_size`; that models hand unknown keyword arguments (`packing`) down to the
-attention function; and the `embed_positions` of BART-like models. Sentence-transformers: the attributes `auto_model`,
-`modality_config` and `model_forward_params` of its `Transformer`, and that its pooling understands `cu_seq_lens_q`.
+`config._attn_implementation` and `_attn_implementation_internal`, `is_backend_compatible`; the
+`eager_attention_forward` in a model's own file; that masks are asked for their window as `local_size`; that models hand
+unknown keyword arguments (`packing`) down to the attention function; and the `embed_positions` of BART-like models.
+Sentence-transformers: the attributes `auto_model`, `modality_config` and `model_forward_params` of its `Transformer`,
+and that its pooling understands `cu_seq_lens_q`.
 """
 
 import inspect
 import logging
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, groupby
 
@@ -30,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -38,9 +39,12 @@ logger = logging.getLogger(__name__)
 NAME, BOTH = "packed", "packed_encoder_decoder"  # attention functions: of retrievers, and of encoder-decoders
 LONGEST_CHECKED = 600  # tokens of a random sequence on which a model with a sliding window is tried
 LONGEST_KEPT = 512  # tokens; longer sequences use PyTorch's kernel, which does not keep attention weights
+HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # newer versions of PyTorch
 STEP = 16  # lengths are rounded up to a multiple, because oneDNN compiles a kernel for each new shape
 
 # ---- attention within sequences
+
+_met: set[tuple] = set()  # sizes of heads and values, windows and caps of scores that attention was called with
 
 
 @dataclass
@@ -205,6 +209,36 @@ def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, wind
     return torch.cat(parts, 2)[0].transpose(0, 1)
 
 
+def kernel_problem(device, dtype, head_size: int, value_size: int, *, dropout=0.0, window=None, softcap=None) -> str:
+    """Why a GPU has no fused kernel for attention within sequences that lie end to end; "" if it has one."""
+    if dtype == torch.float32:
+        return "in float32"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "before Ampere"
+    if head_size != value_size or head_size > 256 or head_size % 8:
+        return f"for heads of {head_size} and {value_size}"
+    options = {"attention dropout": dropout, "attention windows": window, "capped attention scores": softcap}
+    return next((f"with {name}" for name, option in options.items() if option), "")
+
+
+def _has_kernel(query, value, **options) -> bool:
+    return query.is_cuda and not kernel_problem(query.device, query.dtype, query.shape[2], value.shape[2], **options)
+
+
+def on_device(values, device: torch.device, dtype=None) -> torch.Tensor:
+    """A small tensor of numbers that the host knows; a GPU's copy is not waited for."""
+    values = torch.as_tensor(values, dtype=dtype)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def _starts(lengths: list[int], device, layouts: dict) -> torch.Tensor:
+    """(sequences + 1,) int32: where each sequence begins, made once in a forward pass."""
+    key = ("starts", id(lengths))
+    if key not in layouts:
+        layouts[key] = on_device([0, *accumulate(lengths)], device, torch.int32)
+    return layouts[key]
+
+
 def _attend(
     query, key, value, lengths, key_lengths, layouts, *, scale, causal=False, window=None, dropout=0.0, softcap=None
 ):
@@ -215,18 +249,11 @@ def _attend(
     forward pass share.
     """
     longest, longest_key = max(lengths), max(key_lengths)
+    _met.add((query.shape[2], value.shape[2], window, softcap))
     if window and longest <= window:  # hides nothing
         window = None
-    has_kernel = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    has_kernel = has_kernel and query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
-    if has_kernel and query.dtype != torch.float32 and not (dropout or window or softcap):
-        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
-        key_starts = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=query.device)
-        seen = (-1, 0) if causal else (-1, -1)
-        return varlen_attn(
-            query, key, value, starts, key_starts, longest, longest_key, scale=scale, window_size=seen,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+    if _has_kernel(query, value, dropout=dropout, window=window, softcap=softcap):
+        return _fused(query, key, value, lengths, key_lengths, layouts, scale, causal)
     # of a causal float32 sequence, PyTorch's kernel computes half, and is faster from half the length on
     longest_kept = LONGEST_KEPT // 2 if causal and not window and query.dtype == torch.float32 else LONGEST_KEPT
     if query.device.type == "cpu" and not (dropout or softcap) and longest * longest_key <= longest_kept**2:
@@ -235,6 +262,18 @@ def _attend(
             layouts[kind] = lay_out(lengths, key_lengths, *kind[:2])
         return _Attention.apply(query, key, value, layouts[kind], scale, causal, window)
     return _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, window, dropout, softcap)
+
+
+def _fused(query, key, value, lengths, key_lengths, layouts, scale, causal) -> torch.Tensor:
+    """PyTorch's kernel for a GPU, all sequences at once; see `_attend`."""
+    options = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and HAS_GROUPS:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    starts, key_starts = (_starts(each, query.device, layouts) for each in (lengths, key_lengths))
+    return varlen_attn(query, key, value, starts, key_starts, max(lengths), max(key_lengths), **options)
 
 
 def _attend_packed(query, key, value, lengths, key_lengths, layouts, scaling, **options):
@@ -282,7 +321,10 @@ def _keep_if_equal(module, attending, name: str, hooks: list, padded, packed) ->
     try:
         expected = padded()
         attending.set_attn_implementation(name)
+        _met.clear()
         if (packed() - expected).abs().max() <= 1e-4 * expected.abs().max():
+            # what `keep_padding` looks at
+            attending.packed_attention, attending.attention_before = frozenset(_met), before
             return True
     except Exception as error:  # models of others may raise anything
         logger.info("batches stay padded: %s", error)
@@ -294,9 +336,70 @@ def _keep_if_equal(module, attending, name: str, hooks: list, padded, packed) ->
     return False
 
 
+# ---- padded batches
+
+
+def _is_waited_for(device) -> bool:
+    """Whether the host would wait for this device when it reads a value from it."""
+    return torch.device(device).type != "cpu"
+
+
+def _padded_mask(plain, *arguments, attention_mask=None, **options):
+    """The mask function `plain` of Transformers. On a GPU, the mask is made without a look at its values.
+
+    Transformers looks whether any token is hidden at all, for which the host would wait in each forward pass.
+    """
+    is_one = options.get("q_length") == 1  # a token that is generated, for which it does not look
+    if attention_mask is not None and not is_one and _is_waited_for(attention_mask.device):
+        options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return plain(*arguments, attention_mask=attention_mask, **options)
+
+
+def _eager(module, *arguments, **options):
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **options)
+
+
+PLAIN = (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", _eager, eager_mask))
+PADDED = {"sdpa": "padded_sdpa", "eager": "padded_eager"}  # attention functions of models that are not packed
+for _name, _plain, _plain_mask in PLAIN:
+    AttentionInterface.register(PADDED[_name], _plain)
+    AttentionMaskInterface.register(PADDED[_name], partial(_padded_mask, _plain_mask))
+
+
+def keep_padding(model, device: torch.device, dtype, *, longest: int | None, dropout: float = 0.0) -> str:
+    """Says why a packed `model` must compute padded batches on a GPU, which then has no kernel for it; else "".
+
+    Without one, each sequence would be a call of its own in each layer. On a CPU all is packed. A model that was never
+    packed gets masks that are made without waiting for the GPU.
+
+    Args:
+        model: the one of Transformers.
+        dtype: in which it computes there.
+        longest: most tokens of a sequence (None: any number); a window that is as long hides nothing.
+        dropout: of attention, in training.
+    """
+    if device.type == "cpu":
+        return ""
+    if not hasattr(model, "packed_attention"):
+        for part in (part for part in model.modules() if isinstance(part, PreTrainedModel)):
+            name = part.config._attn_implementation
+            # each part's own: the setter would also set the parts of this part
+            part.config._attn_implementation_internal = PADDED.get(name, name)
+        return ""
+    problems = []
+    for head_size, value_size, window, softcap in model.packed_attention:
+        window = None if window and longest and longest <= window else window
+        problems.append(kernel_problem(device, dtype, head_size, value_size, dropout=dropout, window=window,
+                                       softcap=softcap))  # fmt: skip
+    if any(problems) and model.config._attn_implementation == NAME:
+        model.set_attn_implementation(PADDED.get(model.attention_before, model.attention_before))
+    return max(problems, default="")
+
+
 # ---- models of sentence-transformers
 
 _windows: dict[str, set] = {"layers": set(), "masks": set()}  # those met in packed batches
+_running: list[tuple] = []  # the batches that are computed packed now, innermost last, each with its padded form
 
 
 @dataclass
@@ -310,7 +413,6 @@ class Packing:
         real: number of real tokens.
         lengths: tokens of each text, the text of copies included.
         layouts: the cache of `_attend`.
-        features: the padded batch.
     """
 
     shape: tuple[int, int]
@@ -318,7 +420,13 @@ class Packing:
     real: int
     lengths: list[int]
     layouts: dict = field(default_factory=dict)
-    features: dict = field(default_factory=dict)
+
+    def to(self, device, non_blocking: bool = False) -> "Packing":
+        """The same for a batch on another device."""
+        return replace(self, index=self.index.to(device, non_blocking=non_blocking), layouts={})
+
+    def pin_memory(self, *_) -> "Packing":
+        return replace(self, index=self.index.pin_memory(), layouts={})
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """(texts, tokens, ...) -> (1, real tokens, ...)"""
@@ -331,13 +439,18 @@ class Packing:
         return rows.index_copy(0, self.index[: self.real], tensor[0, : self.real]).unflatten(0, (texts, tokens))
 
 
-def plan_packing(attention_mask: torch.Tensor) -> Packing:
-    """The packing of a batch; `attention_mask` (texts, tokens) is 1 at real tokens."""
+def plan_packing(attention_mask: torch.Tensor, device=None) -> Packing:
+    """The packing of a batch; `attention_mask` (texts, tokens) is 1 at real tokens.
+
+    Of a mask on a GPU it waits for the GPU. So plan it from a mask in the host's memory; `device` is the one that will
+    compute the batch (default: the mask's).
+    """
+    is_for_cpu = torch.device(device or attention_mask.device).type == "cpu"
     lengths = attention_mask.sum(1).tolist()
     index = attention_mask.flatten().nonzero()[:, 0]
     count = len(index)
     # oneDNN compiles new kernels for a new number of rows: milliseconds and a megabyte for each layer
-    extra = -count % 64 if count >= 2048 and index.device.type == "cpu" else 0
+    extra = -count % 64 if count >= 2048 and is_for_cpu else 0
     index = torch.cat([index, index[-1:].expand(extra)])
     lengths += [extra] * bool(extra)
     return Packing(tuple(attention_mask.shape), index, count, lengths)
@@ -351,9 +464,9 @@ def packed_attention(module, query, key, value, attention_mask, dropout=0.0, sca
                           _windows["layers"], dropout=dropout, scaling=scaling, **options)  # fmt: skip
 
 
-def _mask(*arguments, attention_mask=None, **options):
-    if attention_mask is not None:  # sentence-transformers gives a mask with any batch that is not packed
-        return sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+def _mask(*arguments, **options):
+    if not _running:
+        return _padded_mask(sdpa_mask, *arguments, **options)
     _windows["masks"].add(options.get("local_size"))
     return None
 
@@ -363,26 +476,30 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 def _pack(transformer, arguments):
-    features = arguments[0]
-    mask = features.get("attention_mask")
+    features = dict(arguments[0])
+    mask, packing = features.get("attention_mask"), features.pop("packing", None)
     if mask is None or mask.ndim != 2 or not is_packed(transformer):
-        return None
-    packing = plan_packing(mask)
-    packing.features = features
+        return (features,)
+    packing = packing or plan_packing(mask)
     packed = {
         name: packing.pack(value) if torch.is_tensor(value) and value.shape == mask.shape else value
         for name, value in features.items()
-        if name != "attention_mask"
     }
     places = packing.pack(mask.cumsum(1) - 1) + _first_position(transformer.auto_model)
+    _running.append((packing, features))
     return ({**packed, "position_ids": places, "packing": packing},)
 
 
 def _unpack(transformer, arguments, output):
-    packing = output.pop("packing", None)
-    if packing is None:
+    """Called after a forward pass that failed, too; `output` is then None."""
+    packing = arguments[0].get("packing")
+    if packing is None or not _running or _running[-1][0] is not packing:
         return None
-    output |= packing.features  # the padded ids and mask
+    _, features = _running.pop()
+    if output is None:
+        return None
+    output.pop("packing", None)
+    output |= features  # the padded ids and mask
     output.pop("position_ids")
     if transformer.is_pooled_packed and output["token_embeddings"].device.type == "cpu":
         output["token_embeddings"] = output["token_embeddings"][:, : packing.real]
@@ -440,7 +557,8 @@ def remove_padding(retriever) -> bool:
     if transformer.model_forward_params is not None:  # the arguments that sentence-transformers passes on
         transformer.model_forward_params |= {"position_ids", "packing"}
     # the hooks do nothing until the attention is NAME
-    hooks = [transformer.register_forward_pre_hook(_pack), transformer.register_forward_hook(_unpack)]
+    hooks = [transformer.register_forward_pre_hook(_pack),
+             transformer.register_forward_hook(_unpack, always_call=True)]  # fmt: skip
     transformer.is_pooled_packed = False  # padded outputs are compared
     is_removed = _keep_if_equal(transformer, encoder, NAME, hooks, embed, embed)
     transformer.is_pooled_packed = is_removed and len(retriever) > 1 and isinstance(retriever[1], Pooling)
@@ -461,35 +579,44 @@ def remove_padding_of_classifier(reranker) -> bool:
     if encoder is model or not model.is_backend_compatible() or not hasattr(config, "vocab_size"):
         return False
     names = list(inspect.signature(encoder.forward).parameters)
-    running: list[Packing] = []
+    given: list[Packing] = []  # of the batch that the CrossEncoder begins with
+
+    def take(module, arguments):
+        features = dict(arguments[0])
+        given[:] = [features.pop("packing")] if "packing" in features else []
+        return (features,)
 
     def pack(module, arguments, options):
         options = dict(zip(names, arguments, strict=False)) | options
         mask = options.get("attention_mask")
         if mask is None or mask.ndim != 2 or config._attn_implementation != NAME:
             return None
-        packing = plan_packing(mask)
-        running.append(packing)
+        packing = given.pop() if given else plan_packing(mask)
+        _running.append((packing, options))
         packed = {
             name: packing.pack(value) if torch.is_tensor(value) and value.shape == mask.shape else value
             for name, value in options.items()
-            if name != "attention_mask"
         }
         places = packing.index[None] % mask.shape[1] + _first_position(encoder)
         return (), {**packed, "position_ids": places, "packing": packing}
 
     def first_tokens(module, arguments):
-        if not running:
+        if not _running:
             return None
-        starts = torch.tensor([0, *accumulate(running[-1].lengths[: running[-1].shape[0] - 1])])
-        return arguments[0][0].index_select(0, starts.to(arguments[0].device))[:, None], *arguments[1:]
+        packing, _ = _running[-1]
+        starts = _starts(packing.lengths, arguments[0].device, packing.layouts)[: packing.shape[0]]
+        return arguments[0][0].index_select(0, starts)[:, None], *arguments[1:]
 
-    def unpack(module, arguments, output):
-        if running:
-            output.last_hidden_state = running.pop().unpack(output.last_hidden_state)
+    def unpack(module, arguments, options, output):
+        packing = options.get("packing")
+        if packing is not None and _running and _running[-1][0] is packing:
+            _running.pop()
+            if output is not None:  # the forward pass has not failed
+                output.last_hidden_state = packing.unpack(output.last_hidden_state)
         return output
 
-    hooks = [encoder.register_forward_pre_hook(pack, with_kwargs=True), encoder.register_forward_hook(unpack)]
+    hooks = [reranker[0].register_forward_pre_hook(take), encoder.register_forward_pre_hook(pack, with_kwargs=True),
+             encoder.register_forward_hook(unpack, with_kwargs=True, always_call=True)]  # fmt: skip
     if isinstance(getattr(encoder, "pooler", None), nn.Module):
         hooks.append(encoder.pooler.register_forward_pre_hook(first_tokens))
     longest = min((getattr(config, "sliding_window", None) or 0) + 40, LONGEST_CHECKED)
@@ -502,12 +629,9 @@ def remove_padding_of_classifier(reranker) -> bool:
     def scores():
         for found in _windows.values():
             found.clear()
-        try:
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask).logits
-            _check_windows(_windows["layers"], _windows["masks"], longest)
-            return logits
-        finally:
-            running.clear()  # if it failed
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask).logits
+        _check_windows(_windows["layers"], _windows["masks"], longest)
+        return logits
 
     return _keep_if_equal(model, model, NAME, hooks, scores, scores)
 
@@ -556,7 +680,7 @@ def _attention_of_both(module, query, key, value, attention_mask, dropout=0.0, s
 
 
 def _mask_of_both(*arguments, **options):
-    return None if _now else sdpa_mask(*arguments, **options)
+    return None if _now else _padded_mask(sdpa_mask, *arguments, **options)
 
 
 AttentionInterface.register(BOTH, _attention_of_both)
@@ -575,8 +699,10 @@ def _ask_for_all_positions(module, arguments, options):
 def _take_each_position(module, arguments, output):
     if not _now:
         return None
-    places = torch.cat([torch.arange(length, device=output.device) for length in _now[-1]["self"]])
-    return output.index_select(-2, places)  # not [places], whose gradient adds up in any order
+    lengths, layouts = _now[-1]["self"], _now[-1]["layouts"]
+    if "places" not in layouts:
+        layouts["places"] = on_device(np.concatenate([np.arange(length) for length in lengths]), output.device)
+    return output.index_select(-2, layouts["places"])  # not [places], whose gradient adds up in any order
 
 
 def remove_padding_of_both(model) -> bool:
@@ -622,17 +748,13 @@ def _attention_of_decoder(plain, module, query, key, value, attention_mask, drop
 
 def _mask_of_decoder(plain, *arguments, **options):
     if not _now:
-        return plain(*arguments, **options)
+        return _padded_mask(plain, *arguments, **options)
     _now[-1]["windows of masks"].add(options.get("local_size"))
     return None
 
 
-def _eager(module, *arguments, **options):
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **options)
-
-
 DECODER = {"sdpa": "packed_decoder_sdpa", "eager": "packed_decoder_eager"}  # by what computes padded batches
-for _name, _plain, _plain_mask in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", _eager, eager_mask)):
+for _name, _plain, _plain_mask in PLAIN:
     AttentionInterface.register(DECODER[_name], partial(_attention_of_decoder, _plain))
     AttentionMaskInterface.register(DECODER[_name], partial(_mask_of_decoder, _plain_mask))
 
@@ -640,9 +762,10 @@ for _name, _plain, _plain_mask in (("sdpa", sdpa_attention_forward, sdpa_mask), 
 def remove_padding_of_decoder(model) -> bool:
     """Makes a decoder-only language model accept sequences that are `laid_end_to_end`; other calls stay as they are.
 
-    It is then called with `input_ids` and `position_ids`, both (1, sum of lengths), and `use_cache=False`; positions
-    start at 0 in each sequence. False, and the model is unchanged, if its attention cannot be replaced or its states of
-    three random sequences differ.
+    It is then called with `input_ids`, `position_ids` and an `attention_mask` of ones, all (1, sum of lengths), and
+    `use_cache=False`; positions start at 0 in each sequence. Without a mask, Transformers would look for sequences in
+    the positions, for which the host waits. False, and the model is unchanged, if its attention cannot be replaced or
+    its states of three random sequences differ.
     """
     config, name = model.config.get_text_config(), DECODER.get(model.config._attn_implementation)
     if name is None or not model.is_backend_compatible() or not hasattr(config, "vocab_size"):
@@ -661,9 +784,27 @@ def remove_padding_of_decoder(model) -> bool:
         return body(input_ids=ids, attention_mask=real.long(), use_cache=False)[0][real]
 
     def packed():
+        inputs = {"input_ids": ids[real][None], "position_ids": places[real][None]}
         with laid_end_to_end(lengths):
-            states = body(input_ids=ids[real][None], position_ids=places[real][None], use_cache=False)[0][0]
+            states = body(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False)[0][0]
             _check_windows(_now[-1]["windows"], _now[-1]["windows of masks"], longest)
         return states
 
     return _keep_if_equal(model, model, name, [], padded, packed)
+
+
+# ---- torch.compile
+
+
+def keep_from_compiling() -> None:
+    """Leaves packed attention out of what `torch.compile` compiles: it reads lengths that differ in each batch."""
+    for name in (NAME, BOTH, *DECODER.values()):
+        AttentionInterface.register(name, _apart(AttentionInterface()[name]))
+
+
+def _apart(attention):
+    @torch.compiler.disable
+    def attend(*arguments, **options):
+        return attention(*arguments, **options)
+
+    return attend

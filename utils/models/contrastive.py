@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch.nn.functional import normalize, pad
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from utils.processes import gather_padded, is_alone
+
 # ---- loss
 
 
@@ -81,45 +83,46 @@ def count_pairs(batch: dict) -> int:
 
 
 def _is_first(keys: torch.Tensor) -> torch.Tensor:
-    """(passages,) bool, True at the first occurrence of each key."""
-    _, inverse = keys.unique(return_inverse=True)
-    places = torch.arange(len(keys), device=keys.device)
-    first = torch.full_like(places, len(keys)).scatter_reduce(0, inverse, places, "amin")
-    return first[inverse] == places
+    """(passages,) bool, True at the first occurrence of each key. Not by `unique`, for which the host waits."""
+    in_order, places = keys.sort(stable=True)
+    is_new = torch.ones_like(keys, dtype=torch.bool)
+    is_new[1:] = in_order[1:] != in_order[:-1]
+    return torch.empty_like(is_new).index_copy(0, places, is_new)
 
 
 # ---- passages of all processes
 
 
-def gather_passages(passages: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The passages (rows, hidden) and keys (rows,) of all processes, in the order of the processes, without a graph.
+def gather_keys(keys: torch.Tensor) -> torch.Tensor:
+    """The keys (rows,) of the passages of all processes, in their order; in the host's memory, as `keys` are.
 
-    Processes may hold different numbers of passages: they are padded with zeros, and their keys with -2. The passages
-    are a leaf tensor; `own_gradient` turns its gradient into that of this process's passages.
+    Processes may hold different numbers of passages: their keys are padded with -2.
+    """
+    return gather_padded(keys, -2).flatten()
+
+
+def gather_passages(passages: torch.Tensor, rows: int) -> torch.Tensor:
+    """The passages of all processes, (rows, hidden), in the order of the processes, without a graph.
+
+    `rows` is the number of keys that `gather_keys` gave: passages are padded with zeros as their keys are. The result
+    is a leaf tensor; `own_gradient` turns its gradient into that of this process's passages.
     """
     passages = passages.detach()
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return passages.requires_grad_(), keys
-    longest = torch.tensor(len(passages), device=passages.device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    missing = int(longest) - len(passages)
-    gathered = [_all_gather(pad(passages, (0, 0, 0, missing))), _all_gather(pad(keys, (0, missing), value=-2))]
-    return gathered[0].requires_grad_(), gathered[1]
+    if is_alone():
+        return passages.requires_grad_()
+    passages = pad(passages, (0, 0, 0, rows // dist.get_world_size() - len(passages)))
+    parts = [torch.empty_like(passages) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, passages.contiguous())
+    return torch.cat(parts).requires_grad_()
 
 
 def own_gradient(gradient: torch.Tensor, count: int) -> torch.Tensor:
     """The gradient of this process's `count` passages, summed over the losses of all processes."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return gradient
     gradient = gradient.contiguous()
     dist.all_reduce(gradient)
     return gradient.chunk(dist.get_world_size())[dist.get_rank()][:count]
-
-
-def _all_gather(rows: torch.Tensor) -> torch.Tensor:
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
 
 
 # ---- embeddings in chunks, and gradient caching (Gao et al., 2021, arXiv:2101.06983)
@@ -130,12 +133,9 @@ def as_many_on_all(chunks: list[dict]) -> list[dict]:
 
     The processes that share a sharded model must run it equally often.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return chunks
-    most = torch.tensor(len(chunks), device=chunks[0]["rows"].device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    most = int(gather_padded(torch.tensor([len(chunks)]), padding=0).max())
     again = {**chunks[-1], "rows": chunks[-1]["rows"][:0]}  # nothing of it is used: its gradient is zero
-    return chunks + [again] * (int(most) - len(chunks))
+    return chunks + [again] * (most - len(chunks))
 
 
 def embed(model, chunks: list[dict]) -> torch.Tensor:

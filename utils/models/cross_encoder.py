@@ -22,12 +22,13 @@ from transformers.utils import logging
 
 from utils.errors import UsageError
 from utils.fast.cpu import laid_out_weights, use_fast_layers
-from utils.fast.packing import is_packed, remove_padding_of_classifier
-from utils.models.encoder import ATTENTION_DROPOUTS, DROPOUTS, longest_first, small_bert
+from utils.fast.packing import is_packed, plan_packing, remove_padding_of_classifier
+from utils.models.encoder import DROPOUTS, longest_first, small_bert
 from utils.models.lora import base_model, check_loaded
-from utils.models.settings import checkpoint_layers, load_error, write_settings
+from utils.models.settings import ATTENTION_DROPOUTS, checkpoint_layers, load_error, write_settings
 from utils.models.tokenizer import check_length, check_vocabulary, pad, position_limit, tokenizer_key, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
+from utils.processes import wait_for_all
 from utils.tables import Texts
 
 PROBES = [
@@ -110,6 +111,8 @@ def load_reranker(
         raise UsageError(f"{name}: the tokenizer has no padding token; set pad_token in its tokenizer_config.json")
     if dropout is not None and not any(hasattr(reranker[0].auto_model.config, name) for name in DROPOUTS):
         raise UsageError(f"--dropout: {name_or_path} has no dropout that could be set; leave the flag out")
+    if attention_dropout and not any(hasattr(reranker[0].auto_model.config, name) for name in ATTENTION_DROPOUTS):
+        raise UsageError(f"--attention_dropout: {name_or_path} has none that could be set; leave the flag out")
     check_vocabulary(reranker.tokenizer, reranker[0].auto_model, name_or_path)
     limit = position_limit(reranker)
     if limit is not None and (not has_head or (reranker.max_seq_length or limit) >= limit):
@@ -294,6 +297,8 @@ def score(
     max_tokens = max_tokens or (4096 if accelerator.device.type == "cpu" else 8192)
     process, processes = (0, 1) if alone else (accelerator.process_index, accelerator.num_processes)
     batches = longest_first([sum(map(len, pair)) for pair in pairs], max_tokens, is_padded=not is_packed(reranker[0]))
+    if processes > 1:
+        wait_for_all()
     was_training = reranker.training
     reranker.eval()
     found = []
@@ -325,13 +330,17 @@ def collate_pairs(reranker: CrossEncoder, rows: list[tuple[list[int], list[list[
     """A batch of queries with their candidates; a row is the query's tokens, those of the passages, and how many of
     these are positives, which come first.
 
-    Returns `pairs`, features of all pairs, and per query the numbers of its pairs, (queries, most candidates) padded
-    with -1, as `candidates`, and the number of its positives (0: a dummy, which counts for nothing) as `positives`.
+    Returns `pairs`, features of all pairs with the plan of their packing, and per query the numbers of its pairs,
+    (queries, most candidates) padded with -1, as `candidates`, and the number of its positives (0: a dummy, which
+    counts for nothing) as `positives`.
     """
     counts = [len(passages) for _, passages, _ in rows]
     numbers = torch.arange(sum(counts)).split(counts)
+    pairs = pairs_of(reranker, [(query, passage) for query, passages, _ in rows for passage in passages])
+    if is_packed(reranker[0]):  # planned here, in the host's memory: a GPU would have to be waited for
+        pairs["packing"] = plan_packing(pairs["attention_mask"], reranker.device)
     return {
-        "pairs": pairs_of(reranker, [(query, passage) for query, passages, _ in rows for passage in passages]),
+        "pairs": pairs,
         "candidates": pad_sequence(numbers, batch_first=True, padding_value=-1),
         "positives": torch.tensor([0 if dummy else positives for *_, positives in rows]),
     }
@@ -382,7 +391,7 @@ def halves(batches: list[dict]) -> list[dict]:
             candidates = batch["candidates"][queries]
             if len(candidates):
                 parts.append({
-                    "pairs": {name: tensor[rows] for name, tensor in batch["pairs"].items()},
+                    "pairs": {name: tensor[rows] for name, tensor in batch["pairs"].items() if name != "packing"},
                     "candidates": torch.where(candidates >= 0, candidates - first, -1),
                     "positives": batch["positives"][queries],
                 })  # fmt: skip

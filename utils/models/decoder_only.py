@@ -33,31 +33,50 @@ class LanguageModel(Summarizer):
         self.is_packed = remove_padding_of_decoder(model)
         self._check_loss()
 
-    def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):
+    def lay_out(self, attention_mask, sequences_per_example, labels, **_) -> dict:
+        """What `forward` must know of a batch on the host: lengths, and the places of real tokens.
+
+        Made of a batch in the host's memory, before it goes to a GPU, it saves `forward` from waiting for the GPU.
+        """
+        real = labels != -100
+        is_input = torch.cat([attention_mask != 0, real[:, 1:]], dim=1)
+        # the last token of a prompt predicts the first target
+        ends = attention_mask * (attention_mask.cumsum(1) == attention_mask.sum(1, keepdim=True)) * real[:, :1]
+        predicts, positions = torch.cat([ends != 0, real[:, 1:]], dim=1), is_input.cumsum(1) - 1
+        lengths = is_input.sum(1).tolist()
+        if self.is_packed:
+            places = predicts[is_input].nonzero()[:, 0]
+        else:
+            starts = torch.arange(len(labels), device=labels.device)[:, None] * max(lengths)
+            places = (starts + positions)[predicts]
+        return {
+            "lengths": lengths, "read": is_input.flatten().nonzero()[:, 0], "positions": positions[is_input],
+            "predicting": places, "written": real.flatten().nonzero()[:, 0],
+        }  # fmt: skip
+
+    def forward(
+        self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None, layout=None
+    ):
         """Logits (target tokens, vocabulary) at the targets, in the order of ``labels[labels != -100]``.
 
         With `label_smoothing_factor`: their `label_smoothed_loss` instead, with less memory and time. Prompts
         (examples, tokens) and `labels` are padded on the right. Without padding, the sequences of all examples, each a
-        prompt and its targets but the last, lie end to end.
+        prompt and its targets but the last, lie end to end. `layout` is that of `lay_out`.
         """
-        real = labels != -100
+        layout = layout or self.lay_out(attention_mask, sequences_per_example, labels)
+        lengths, positions, places = (layout[name] for name in ("lengths", "positions", "predicting"))
         wants_logits = label_smoothing_factor is None or self.has_own_logits
         head, states = self.model.get_output_embeddings(), []
-        is_input = torch.cat([attention_mask != 0, real[:, 1:]], dim=1)
-        ids = torch.cat([input_ids, labels[:, :-1]], dim=1)[is_input]
-        # the last token of a prompt predicts the first target
-        ends = attention_mask * (attention_mask.cumsum(1) == attention_mask.sum(1, keepdim=True)) * real[:, :1]
-        predicts = torch.cat([ends != 0, real[:, 1:]], dim=1)
-        positions, lengths = (is_input.cumsum(1) - 1)[is_input], is_input.sum(1).tolist()
+        ids = torch.cat([input_ids, labels[:, :-1]], dim=1).flatten().index_select(0, layout["read"])
+        targets, within = labels.flatten().index_select(0, layout["written"]), nullcontext()
         if self.is_packed:
-            places = predicts[is_input].nonzero()[:, 0]
-            inputs, within = {"input_ids": ids[None], "position_ids": positions[None]}, laid_end_to_end(lengths)
+            inputs = {"input_ids": ids[None], "position_ids": positions[None]}
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            within = laid_end_to_end(lengths)
         else:
             inputs = {name: pad_sequence(values.split(lengths), batch_first=True)
                       for name, values in (("input_ids", ids), ("position_ids", positions),
                                            ("attention_mask", torch.ones_like(ids)))}  # fmt: skip
-            starts = torch.arange(len(labels), device=labels.device)[:, None] * inputs["input_ids"].shape[1]
-            places, within = (starts + is_input.cumsum(1) - 1)[predicts], nullcontext()
 
         # The output layer is by far the widest. It gets those positions only, or a single one for vocabulary_loss.
         def keep_predicting(module, arguments):
@@ -74,8 +93,8 @@ class LanguageModel(Summarizer):
         if label_smoothing_factor is None:
             return output.logits[0]
         if wants_logits:
-            return label_smoothed_loss(output.logits[0], labels[real], label_smoothing_factor)
-        return vocabulary_loss(states[0], labels[real], label_smoothing_factor, head.weight)
+            return label_smoothed_loss(output.logits[0], targets, label_smoothing_factor)
+        return vocabulary_loss(states[0], targets, label_smoothing_factor, head.weight)
 
     @torch.no_grad()
     def _check_loss(self) -> None:

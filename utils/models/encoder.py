@@ -23,16 +23,16 @@ from transformers import BertConfig, BertModel
 
 from utils.errors import UsageError
 from utils.fast.cpu import laid_out_weights, use_fast_layers
-from utils.fast.packing import is_packed, remove_padding
+from utils.fast.packing import is_packed, plan_packing, remove_padding
 from utils.models.lora import base_model, check_loaded, holds
-from utils.models.settings import checkpoint_layers, load_error, write_settings
+from utils.models.settings import ATTENTION_DROPOUTS, checkpoint_layers, load_error, write_settings
 from utils.models.tokenizer import check_length, check_vocabulary, pad, position_limit, tokenizer_key, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
+from utils.processes import wait_for_all
 from utils.tables import Texts
 
 TASKS = {"query": "query", "passage": "document"}  # what sentence-transformers calls the kinds of texts
 PROMPT_NAMES = {"query": ("query",), "passage": ("document", "passage", "corpus")}  # of a model, the first it has
-ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # in configurations
 DROPOUTS = ("hidden_dropout_prob", "dropout", "dropout_rate", "hidden_dropout", "resid_pdrop", "embd_pdrop",
             "embedding_dropout", "mlp_dropout")  # fmt: skip
 UNLIMITED = 2**30  # tokens; tokenizers accept no infinity
@@ -129,6 +129,8 @@ def load_retriever(
         retriever.truncate_dim = truncate_dim
     if dropout is not None and not any(hasattr(retriever[0].auto_model.config, name) for name in DROPOUTS):
         raise UsageError(f"--dropout: {name_or_path} has no dropout that could be set; leave the flag out")
+    if attention_dropout and not any(hasattr(retriever[0].auto_model.config, name) for name in ATTENTION_DROPOUTS):
+        raise UsageError(f"--attention_dropout: {name_or_path} has none that could be set; leave the flag out")
     check_vocabulary(retriever.tokenizer, retriever[0].auto_model, name_or_path)
     limit = position_limit(retriever)
     if limit is not None and (retriever.max_seq_length or limit) >= limit:
@@ -328,6 +330,8 @@ def in_chunks(
             parts = [[side[i] for i in batch] for batch in batches]
         for part in parts:
             features = pad([token_ids[i] for i in part], retriever.tokenizer.pad_token_id)
+            if packed:  # planned here, in the host's memory: a GPU would have to be waited for
+                features["packing"] = plan_packing(features["attention_mask"], retriever.device)
             chunks.append({**features, **length, "rows": torch.tensor(part)})
     return chunks
 
@@ -379,6 +383,8 @@ def encode(
         cost["encoder_tokens"] += sum(map(len, token_ids))
     process, processes = (0, 1) if alone else (accelerator.process_index, accelerator.num_processes)
     batches = longest_first(list(map(len, token_ids)), max_tokens, is_padded=True)
+    if processes > 1:
+        wait_for_all()
     was_training = model.training
     model.eval()
     parts = [np.empty((0, model.get_embedding_dimension()), dtype=np.float32)]

@@ -28,8 +28,9 @@ ENCODED_ON_CPU, ENCODED_ON_GPU = 2048, 8192
 
 
 def build_small_bart(
-    tokenizer, *, d_model: int = 128, layers: int = 2, heads: int = 8, dropout: float = 0.0
-) -> BartForConditionalGeneration:
+    tokenizer, *, d_model: int = 128, layers: int = 2, heads: int = 8, dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+) -> BartForConditionalGeneration:  # fmt: skip
     """A BART of about a million parameters with random weights, which learns to copy within minutes on a CPU.
 
     Position embeddings start as sinusoids (Vaswani et al., 2017, arXiv:1706.03762): from these, attending to the next
@@ -47,6 +48,7 @@ def build_small_bart(
         decoder_ffn_dim=4 * d_model,
         max_position_embeddings=1024,
         dropout=dropout,
+        attention_dropout=attention_dropout,
         init_std=init_std,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -84,36 +86,52 @@ class EncoderDecoder(Summarizer):
         self.is_packed = not self.has_global_attention and remove_padding_of_both(model)
         self._check_loss()
 
-    def forward(self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None):
-        """Logits (target tokens, vocabulary) at the real target positions, in the order of ``labels[labels != -100]``.
+    @staticmethod
+    def lay_out(attention_mask, sequences_per_example, labels, **_) -> dict:
+        """What `forward` must know of a batch on the host: lengths, and the places of real tokens.
 
-        With `label_smoothing_factor`: their `label_smoothed_loss` instead, with less memory and time.
+        Made of a batch in the host's memory, before it goes to a GPU, it saves `forward` from waiting for the GPU.
         """
         real = labels != -100
+        return {
+            "lengths": attention_mask.sum(1).tolist(), "targets": real.sum(1).tolist(),
+            "sources": tokens_per_example(attention_mask, sequences_per_example),
+            "read": attention_mask.flatten().nonzero()[:, 0], "written": real.flatten().nonzero()[:, 0],
+        }  # fmt: skip
+
+    def forward(
+        self, input_ids, attention_mask, sequences_per_example, labels, label_smoothing_factor=None, layout=None
+    ):
+        """Logits (target tokens, vocabulary) at the real target positions, in the order of ``labels[labels != -100]``.
+
+        With `label_smoothing_factor`: their `label_smoothed_loss` instead, with less memory and time. `layout` is that
+        of `lay_out`.
+        """
+        layout = layout or self.lay_out(attention_mask, sequences_per_example, labels)
+        lengths, targets, sources = (layout[name] for name in ("lengths", "targets", "sources"))
         vocabulary, states = self.model.get_output_embeddings(), []
         wants_logits = label_smoothing_factor is None or self.has_own_logits
-        packs = self.is_packed and bool(real.any())  # a dummy has no target
+        packs = self.is_packed and any(targets)  # a dummy has no target
 
         # The output layer is by far the widest. It gets real positions only, or a single one for vocabulary_loss.
         def keep_real(module, inputs):
-            states.append(inputs[0][0] if packs else inputs[0][real])
+            states.append(inputs[0][0] if packs else _take(inputs[0], layout["written"]))
             return (states[0][None] if wants_logits else states[0][None, :1],)
 
-        decoder_ids, targets = self._shift_right(labels), real.sum(1).tolist()
+        decoder_ids = self._shift_right(labels)
         handle = vocabulary.register_forward_pre_hook(keep_real)
         try:
             if packs:  # no layer sees padding
-                lengths = attention_mask.sum(1).tolist()
-                sources = tokens_per_example(attention_mask, sequences_per_example)
                 fast_dropout = FunctionalDropout if labels.device.type == "cpu" and self.training else nullcontext
                 with laid_end_to_end(lengths), fast_dropout():
-                    hidden = self.model.get_encoder()(input_ids=input_ids[attention_mask.bool()][None])
+                    hidden = self.model.get_encoder()(input_ids=_take(input_ids, layout["read"])[None])
                 with laid_end_to_end(targets, sources), fast_dropout():
                     output = self.model(
-                        encoder_outputs=hidden, decoder_input_ids=decoder_ids[real][None], use_cache=False
-                    )
+                        encoder_outputs=hidden, decoder_input_ids=_take(decoder_ids, layout["written"])[None],
+                        use_cache=False,
+                    )  # fmt: skip
             else:
-                hidden, mask = self.encode(input_ids, attention_mask, sequences_per_example)
+                hidden, mask = self.encode(input_ids, attention_mask, sequences_per_example, layout)
                 output = self.model(
                     encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask,
                     decoder_input_ids=decoder_ids, use_cache=False,
@@ -123,9 +141,10 @@ class EncoderDecoder(Summarizer):
         if label_smoothing_factor is None:
             return output.logits[0]
         if wants_logits:
-            return label_smoothed_loss(output.logits[0], labels[real], label_smoothing_factor)
+            return label_smoothed_loss(output.logits[0], _take(labels, layout["written"]), label_smoothing_factor)
         bias = getattr(self.model, "final_logits_bias", None)
-        return vocabulary_loss(states[0], labels[real], label_smoothing_factor, vocabulary.weight, bias)
+        labels = _take(labels, layout["written"])
+        return vocabulary_loss(states[0], labels, label_smoothing_factor, vocabulary.weight, bias)
 
     def _shift_right(self, labels) -> torch.Tensor:
         """Decoder inputs: the start token, then the labels without the last one; padding in place of -100.
@@ -175,8 +194,9 @@ class EncoderDecoder(Summarizer):
         """
         if not self.has_global_attention:
             return {}
-        ends = torch.isin(input_ids, torch.as_tensor(self.model.generation_config.eos_token_id).to(input_ids))
-        ends &= attention_mask != 0
+        ends, eos = attention_mask < 0, self.model.generation_config.eos_token_id
+        for end in eos if isinstance(eos, list) else [eos]:
+            ends |= (input_ids == end) & (attention_mask != 0)
         twice = ends[:, :-1] & ends[:, 1:]
         seen_by_all = torch.zeros_like(attention_mask)
         seen_by_all[:, :-1] = (twice.cumsum(1) == 0) & twice.any(1, keepdim=True)
@@ -188,16 +208,17 @@ class EncoderDecoder(Summarizer):
         options = self._global_attention(input_ids, attention_mask)
         return self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
 
-    def encode(self, input_ids, attention_mask, sequences_per_example):
-        """(sequences, tokens) -> (examples, tokens of an example, hidden) and its mask.
+    def encode(self, input_ids, attention_mask, sequences_per_example, layout=None):
+        """(sequences, tokens) -> (examples, tokens of an example, hidden) and its mask; `layout` as in `lay_out`.
 
         The padding between the sequences of an example is removed.
         """
         hidden = self._read(input_ids, attention_mask)
         if len(sequences_per_example) == len(input_ids):
             return hidden, attention_mask
-        tokens = tokens_per_example(attention_mask, sequences_per_example)
-        return _pad_states(hidden[attention_mask.bool()].split(tokens))
+        tokens = layout["sources"] if layout else tokens_per_example(attention_mask, sequences_per_example)
+        places = layout["read"] if layout else attention_mask.flatten().nonzero()[:, 0]
+        return _pad_states(_take(hidden, places).split(tokens))
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, sequences_per_example, **generation) -> torch.Tensor:
@@ -233,6 +254,11 @@ class EncoderDecoder(Summarizer):
                 states[i] = row[: lengths[i]]
         rows = iter(states)
         return _pad_states([torch.cat(list(islice(rows, count))) for count in sequences_per_example.tolist()])
+
+
+def _take(tensor, places) -> torch.Tensor:
+    """(rows, tokens, ...) -> (places, ...), by the place of each token in the flattened batch."""
+    return tensor.flatten(0, 1).index_select(0, places)
 
 
 def _pad_states(examples) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,19 +3,26 @@
 import json
 import os
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
+import torch
+from accelerate.utils import DynamoBackend
+from accelerate.utils.other import is_repeated_blocks
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import noop_context_fn
+from transformers import PreTrainedModel
 
 from utils.errors import UsageError, in_one_line
 from utils.fast.cpu import FunctionalDropout, use_fast_layers
-from utils.fast.packing import laid_as_now
+from utils.fast.packing import keep_from_compiling, keep_padding, laid_as_now
 from utils.files import write_json
 from utils.models.losses import has_own_logits
 
 FILE = "settings.json"
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # in configurations
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_settings(folder: str | os.PathLike, args, names: tuple[str, ...], **others) -> None:
@@ -57,6 +64,65 @@ def checkpoint_layers(model, context_fn=noop_context_fn) -> None:
         enable({"use_reentrant": False, "context_fn": context_fn})
     except ValueError as error:
         raise UsageError(f"--gradient_checkpointing: {in_one_line(error).rstrip('.')}; leave the flag out") from error
+
+
+def attention_dropout(model: nn.Module) -> float:
+    """The highest attention dropout in the configurations of a model and its parts."""
+    configs = [part.config for part in model.modules() if hasattr(part, "config")]
+    return max((getattr(config, name, None) or 0.0 for config in configs for name in ATTENTION_DROPOUTS), default=0.0)
+
+
+def settle_packing(model: nn.Module, accelerator, longest: int | None = None, is_trained: bool = False) -> nn.Module:
+    """Has batches padded where the accelerator's GPU has no kernel that computes them packed. Returns the model.
+
+    `model` is a summarizer, retriever or reranker, `longest` the most tokens of a sequence. The attribute `attends` of
+    the model of Transformers says what was decided, for the log.
+    """
+    inner = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    dropout = attention_dropout(inner) if is_trained else 0.0
+    dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    problem = keep_padding(inner, accelerator.device, dtype, longest=longest, dropout=dropout)
+    if problem and isinstance(model, Summarizer):
+        model.is_packed = False
+    inner.attends = f"attention dropout {dropout:g}"
+    inner.attends += f", padded batches (a GPU does not compute them packed {problem})" if problem else ""
+    return model
+
+
+def place(model: nn.Module, accelerator) -> nn.Module:
+    """Moves a model that is used, not trained, to the accelerator's device, where `settle_packing` decides."""
+    return settle_packing(model, accelerator, getattr(model, "max_seq_length", None)).to(accelerator.device)
+
+
+def compile_layers(model: nn.Module, args, accelerator) -> nn.Module:
+    """With `--torch_compile`, compiles a model's layers in place, for training batches of any shape. Returns the model.
+
+    Layers of a kind share what is compiled, and no parameter gets another name. It is compiled with the backend that
+    `accelerate launch --dynamo_backend` names, else inductor. Raises UsageError if there are no repeated layers.
+    """
+    if not args.torch_compile:
+        return model
+    plugin = accelerator.state.dynamo_plugin
+    backend = "inductor" if plugin.backend == DynamoBackend.NO else plugin.backend.value.lower()
+    plugin.backend = DynamoBackend.NO  # else `prepare` would wrap the whole model, and rename its parameters
+    inner = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    stacks = [
+        name for name, part in inner.named_modules() if isinstance(part, nn.ModuleList) and is_repeated_blocks(part)
+    ]
+    outer = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    if not outer:
+        raise UsageError(f"--torch_compile: {args.model_name_or_path} has no layers that repeat; leave the flag out")
+    keep_from_compiling()
+    for name in outer:
+        for layer in inner.get_submodule(name):
+            layer.compile(backend=backend, dynamic=True)
+            layer._compiled_call_impl = partial(_call_layer, layer, layer._compiled_call_impl)
+    return model
+
+
+def _call_layer(layer: nn.Module, compiled, *arguments, **options):
+    """Calls what was compiled in training only: generation with its caches would be compiled again and again."""
+    return (compiled if layer.training else layer._call_impl)(*arguments, **options)
 
 
 def same_contexts() -> tuple:

@@ -354,9 +354,10 @@ def tokens_per_example(attention_mask, sequences_per_example) -> list[int]:
 
 
 def halves(batches: list[dict]) -> list[dict]:
-    """Splits each batch into two halves of its examples; [] if no batch has more than one example."""
+    """Splits each batch into two halves of its examples; [] if no batch has more than one. They have no layout."""
     parts = []
     for batch in batches:
+        batch = {name: rows for name, rows in batch.items() if name != "layout"}
         middle = len(batch["labels"]) // 2
         sequences = int(batch["sequences_per_example"][:middle].sum())
         cut = {name: sequences if name in ("input_ids", "attention_mask") else middle for name in batch}

@@ -16,7 +16,7 @@ from utils.models.encoder_decoder import EncoderDecoder, start_token
 from utils.models.generation import DEFAULTS, most_new_tokens, settle_generation
 from utils.models.languages import set_languages
 from utils.models.lora import base_model, check_loaded, holds
-from utils.models.settings import load_error, saved_settings
+from utils.models.settings import ATTENTION_DROPOUTS, load_error, saved_settings
 from utils.models.sources import DEFAULT_PROMPT, Sources
 from utils.models.tokenizer import check_length, check_vocabulary, position_limit
 
@@ -38,10 +38,11 @@ def load_model_and_tokenizer(
     dropout: float | None = None,
     name: str = "--model_name_or_path",
     trust_remote_code: bool = False,
+    attention_dropout: float | None = None,
 ):
     """Loads an encoder-decoder or a decoder-only model, and its tokenizer, from a folder or the Hub.
 
-    Raises UsageError, which names the flag `name`.
+    `dropout` and `attention_dropout` replace the model's own. Raises UsageError, which names the flag `name`.
     """
     base = base_model(name_or_path, name)
     if Path(base).is_dir() and not Path(base, "config.json").exists():
@@ -57,12 +58,14 @@ def load_model_and_tokenizer(
             # BigBird would attend to all tokens for good once it has read a short source
             config.attention_type = "original_full"
         parts = [config, *(getattr(config, part) for part in ("encoder", "decoder") if hasattr(config, part))]
-        entries = [(part, entry) for part in parts for entry in DROPOUTS if hasattr(part, entry)]
-        if dropout is not None and not entries:
-            raise ValueError("its configuration has no dropout that --dropout could set")
-        for part, entry in entries:
-            if dropout is not None:
-                setattr(part, entry, dropout)
+        for flag, value, names in (("dropout", dropout, DROPOUTS),
+                                   ("attention_dropout", attention_dropout, ATTENTION_DROPOUTS)):  # fmt: skip
+            entries = [(part, entry) for part in parts for entry in names if hasattr(part, entry)]
+            is_default = value is None or (flag == "attention_dropout" and not value)
+            if not is_default and not entries:
+                raise ValueError(f"its configuration has no {flag} that --{flag} could set")
+            for part, entry in entries if value is not None else ():
+                setattr(part, entry, value)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = auto_class.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code

@@ -5,10 +5,11 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from utils.data.examples import Corpus, Document, Example, Ranking
 from utils.models.encoder import weights_key
+from utils.processes import add_up, from_main, wait_for_all
 from utils.retrieval.bm25 import bm25_index, bm25_search, say_unmatched, unmatched
 from utils.retrieval.dense import Encode
 from utils.retrieval.document_search import DocumentSearch
@@ -59,16 +60,16 @@ class CorpusSearch:
         key = f"{self.corpus.id} {self.weights_key()} {self.accelerator.mixed_precision}"
         if self.trained_in and self.index == "flat":  # other indexes would be written there
             found = find_vectors(self.trained_in, key=key, count=len(self.corpus.passages))
-            if all(gather_object([found is not None])):  # by every process
+            if add_up([found is None]) == [0.0]:  # by every process
                 self.vectors = found
                 return
         self.vectors = encode_corpus(self.corpus.passages, lambda texts: encode(texts, "passage"), self.folder,
                                      key=key, accelerator=self.accelerator,
                                      say=self.say if self.alone else None)  # fmt: skip
-        if self.alone and self.index != "flat":  # now, because it may take longer than processes wait for each other
+        if self.alone and self.index != "flat":  # now, once for all processes
             if self.accelerator.is_main_process:
                 approximate_index(self.vectors, self.index)
-            self.accelerator.wait_for_everyone()
+            wait_for_all()
 
     def remember(self, encode: Encode) -> Encode:
         """`encode` itself: what is to be remembered of the passages is on the disk."""
@@ -130,16 +131,18 @@ class CorpusSearch:
         if self.alone:
             found = self._nearest(query_vectors, top_k)
             return finish(query_vectors, found) if finish else found
-        found, process, processes = None, self.accelerator.process_index, self.accelerator.num_processes
+        parts, processes = None, self.accelerator.num_processes
         if self.index == "flat" and processes > 1:
-            own = dense_search(query_vectors, self.vectors, top_k, process=process, processes=processes)
+            own = dense_search(query_vectors, self.vectors, top_k, process=self.accelerator.process_index,
+                               processes=processes)  # fmt: skip
+            wait_for_all()
             parts = gather_object([own])
-            found = merge(parts, top_k) if process == 0 else None
-        elif process == 0:
-            found = self._nearest(query_vectors, top_k)
-        if finish and process == 0:
-            found = finish(query_vectors, found)
-        return broadcast_object_list([found])[0]
+
+        def search() -> list[Ranking]:
+            found = merge(parts, top_k) if parts else self._nearest(query_vectors, top_k)
+            return finish(query_vectors, found) if finish else found
+
+        return from_main(self.accelerator, search)
 
     def _nearest(self, query_vectors: np.ndarray, top_k: int) -> list[Ranking]:
         if self.index != "flat" and self.checked != self.vectors.key and self.accelerator.is_main_process:

@@ -12,6 +12,7 @@ import torch
 
 from utils.files import digest
 from utils.models.encoder import encode, load_retriever, tokens_key, weights_key
+from utils.models.settings import settle_packing
 from utils.tables import cached
 
 ENCODED_AT_ONCE = 2**14  # texts
@@ -28,6 +29,7 @@ class Guide:
 
     def __init__(self, name_or_path: str, questions: Iterable[str], *, accelerator, trust_remote_code: bool = False):
         self.model, self.accelerator = load_retriever(name_or_path, trust_remote_code=trust_remote_code), accelerator
+        settle_packing(self.model, accelerator, self.model.max_seq_length)
         self.key = digest([weights_key(self.model), tokens_key(self.model), accelerator.mixed_precision])
         questions = list(questions)
         self.questions = self._embed(questions, "query")
@@ -84,10 +86,10 @@ class Guide:
             evidence_keys: (questions, most evidence), padded with -1. Its most similar evidence counts.
             passage_keys: (passages,), padded with -2.
         """
-        questions, evidence = self.questions[examples], evidence_keys.cpu().numpy()
+        questions, evidence = self.questions[examples], evidence_keys.numpy()
         of_evidence = self._passages(evidence.ravel()).reshape(*evidence.shape, -1)
         of_evidence = np.einsum("qd,qed->qe", questions, of_evidence)
         best = np.where(evidence >= 0, of_evidence, -np.inf).max(1, keepdims=True)
         # the evidence itself is as similar; a matrix product rounds it otherwise
-        similar = questions @ self._passages(passage_keys.cpu().numpy()).T >= best - 1e-6
-        return torch.from_numpy(similar & self.is_asked[examples][:, None]).to(passage_keys.device)
+        similar = questions @ self._passages(passage_keys.numpy()).T >= best - 1e-6
+        return torch.from_numpy(similar & self.is_asked[examples][:, None])

@@ -319,10 +319,13 @@ class Pairs(Sequence):
                 self.guide.read(self.keys.tolist(), texts)
 
     def excluded(self, batch: dict, passage_keys) -> torch.Tensor | None:
-        """(pairs, passages) True where the guide takes a passage for as good as a pair's evidence; None without it."""
+        """(pairs, passages) True where the guide takes a passage for as good as a pair's evidence; None without it.
+
+        Batch and keys are in the host's memory.
+        """
         if self.guide is None:
             return None
-        examples = self.asking[batch["number"].cpu().numpy()]
+        examples = self.asking[batch["number"].numpy()]
         return self.guide.excluded(examples, batch["evidence_keys"], passage_keys)
 
     def _rows(self) -> Iterator[dict]:

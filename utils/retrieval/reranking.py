@@ -13,7 +13,7 @@ import numpy as np
 from utils.data.examples import Example, Ranking
 from utils.models import cross_encoder
 from utils.models.encoder import weights_key
-from utils.models.settings import check_made, saved_settings
+from utils.models.settings import check_made, place, saved_settings
 from utils.retrieval.ranking import SHARPNESS, search_texts, smooth, standardized
 
 Score = Callable[[list[tuple[str, str]]], np.ndarray]  # of pairs of search text and passage
@@ -91,7 +91,7 @@ def load_scorer(args, *, accelerator) -> tuple[Callable[..., Score] | None, dict
     check_made("--reranker", args.reranker, "train_rerank.py")
     reranker = cross_encoder.load_reranker(args.reranker, trust_remote_code=args.trust_remote_code)
     key = [weights_key(reranker), cross_encoder.tokens_key(reranker)]
-    make = functools.partial(scorer, reranker.to(accelerator.device), accelerator=accelerator)
+    make = functools.partial(scorer, place(reranker, accelerator), accelerator=accelerator)
     return make, settings | {"reranker": key}
 
 

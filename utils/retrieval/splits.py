@@ -6,14 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-from accelerate.utils import broadcast_object_list
 
 from utils.data.examples import Example, Ranking
 from utils.data.hand_over import have_rankings
 from utils.data.kept import content_key
 from utils.data.trec import run_rankings
 from utils.errors import UsageError
-from utils.models.settings import saved_settings
+from utils.models.settings import place, saved_settings
+from utils.processes import from_main
 from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
 from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched
 from utils.retrieval.document_search import DocumentSearch
@@ -63,7 +63,7 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
     options = {"trust_remote_code": args.trust_remote_code, "truncate_dim": args.truncate_dim}
     encode_texts, key = None, [args.language]
     if retriever_name:
-        retriever = load_retriever(retriever_name, **options).to(accelerator.device)
+        retriever = place(load_retriever(retriever_name, **options), accelerator)
         encode_texts = partial(encode, retriever, accelerator=accelerator)
         key = [settings, weights_key(retriever), args.truncate_dim]
     make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
@@ -74,10 +74,8 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
     found = {}
     for split, examples in splits.items():
         of_split = [*key, of_reranker, content_key(examples), args.top_k, accelerator.mixed_precision]
-        kept = None
-        if accelerator.is_main_process and (folder := find_cached("rankings", of_split)):
-            kept = [[tuple(row["passages"])] for row in Table(folder / "rankings.arrow").read()]
-        found[split] = broadcast_object_list([kept])[0]  # the cache may be one machine's own
+        # of the main process, because the cache may be one machine's own
+        found[split] = from_main(accelerator, partial(_find_rankings, of_split))
         if found[split] is not None:
             continue
         if not retriever_name:
@@ -90,6 +88,11 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
         if accelerator.is_main_process:
             cached("rankings", of_split, partial(_write_rankings, hops=hops))
     return found
+
+
+def _find_rankings(key: list) -> Hops | None:
+    folder = find_cached("rankings", key)
+    return folder and [[tuple(row["passages"])] for row in Table(folder / "rankings.arrow").read()]
 
 
 def _write_rankings(folder: Path, hops: Hops) -> None:

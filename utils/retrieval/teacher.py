@@ -6,9 +6,10 @@ from accelerate.utils import gather_object
 
 from utils.models.cross_encoder import load_reranker
 from utils.models.languages import set_languages
-from utils.models.settings import saved_settings
+from utils.models.settings import place, saved_settings
 from utils.models.sources import collate
 from utils.models.summarizer import check_positions, load_model_and_tokenizer, sources_for, wrap
+from utils.processes import wait_for_all
 from utils.retrieval.ranking import RANKED_AT_ONCE
 from utils.retrieval.reranking import scorer
 
@@ -21,7 +22,7 @@ def passage_scores(
     A retriever that learns their softmax is distilled from the reranker (Hofstaetter et al., 2020, arXiv:2010.02666,
     with the KL divergence in place of margins). The processes share the work, and all get the result.
     """
-    reranker = load_reranker(folder, "--teacher", trust_remote_code=trust_remote_code).to(accelerator.device)
+    reranker = place(load_reranker(folder, "--teacher", trust_remote_code=trust_remote_code), accelerator)
     score, found = scorer(reranker, accelerator=accelerator), []
     for first in range(0, len(examples), RANKED_AT_ONCE):
         part = slice(first, first + RANKED_AT_ONCE)
@@ -45,7 +46,7 @@ def passage_likelihoods(
     pretrained, tokenizer = load_model_and_tokenizer(folder, name="--teacher", trust_remote_code=trust_remote_code)
     saved = saved_settings(folder)
     set_languages(pretrained, tokenizer, saved.get("source_lang"), saved.get("target_lang"), folder)
-    summarizer = wrap(pretrained).to(accelerator.device).eval()
+    summarizer = place(wrap(pretrained), accelerator).eval()
     settings = {"max_source_length": 512, "source_prefix": None, "prompt_template": None}
     settings |= {name: value for name, value in saved.items() if name in settings}
     max_target_length = saved.get("max_target_length", 128)
@@ -78,6 +79,7 @@ def passage_likelihoods(
             for likelihood in of_row
         ]
     totals = [np.zeros(len(passages)) for passages in candidates]
+    wait_for_all()
     # sorted, because the order of the sum must not depend on the number of processes
     for number, candidate, likelihood in sorted(gather_object(found)):
         totals[number][candidate] += likelihood / len(examples[number].summaries)

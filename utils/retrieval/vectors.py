@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 
 from utils.files import TEMPORARY, write_json, write_whole
+from utils.processes import from_main, wait_for_all
 
 INDEXES = ("ivf", "hnsw")  # approximate indexes, whose files lie beside the shards
 
@@ -60,9 +60,7 @@ def encode_corpus(
     """
     folder = Path(folder)
     wanted = {"key": key, "count": len(passages), "shard_size": shard_size}
-    dimension, missing = broadcast_object_list(
-        _open_shards(folder, wanted) if accelerator.is_main_process else [None, None]
-    )
+    dimension, missing = from_main(accelerator, lambda: _open_shards(folder, wanted))
     if missing and say:
         say(f"encoding {len(missing)} of {-(-len(passages) // shard_size)} parts of the corpus")
     for shard in missing:
@@ -75,7 +73,7 @@ def encode_corpus(
                 write_json(folder / "manifest.json", wanted | {"dimension": vectors.shape[1]})
             write_whole(_shard_file(folder, shard), lambda path, vectors=vectors: np.save(path, vectors))
         dimension = vectors.shape[1]
-    accelerator.wait_for_everyone()  # no process may read the files before the main one has written them
+    wait_for_all()  # no process may read the files before the main one has written them
     return Vectors(folder, key, len(passages), dimension, shard_size)
 
 

@@ -7,6 +7,7 @@ exactly once, and a run can resume at any step.
 from collections.abc import Iterator
 
 import numpy as np
+from accelerate.utils import recursively_apply, send_to_device
 from torch.utils.data import Dataset
 
 WINDOW = 100  # examples are sorted by length within so many steps: longer windows pad less and shuffle less
@@ -120,6 +121,13 @@ def batch_shape(args, num_processes: int, epoch: int, **more) -> dict:
         "by_length": epoch < args.curriculum_epochs,
         **more,
     }
+
+
+def to_device(batch: dict, device) -> dict:
+    """A copy of a batch on the device. A GPU copies it from pinned memory, while the host goes on."""
+    if device.type == "cuda":
+        batch = recursively_apply(lambda each: each.pin_memory(), batch, test_type=lambda x: hasattr(x, "pin_memory"))
+    return send_to_device(batch, device, non_blocking=True)
 
 
 class StepBatches(Dataset):

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from utils.errors import CheckpointError, DamagedCheckpoint, UsageError
 from utils.files import remove
+from utils.processes import from_main, wait_for_all
 from utils.training import checkpoint_files
 from utils.training.loop_state import LoopState
 from utils.training.sharding import frozen_digest, gather_tensors, restore_tensors, stream, trained_tensors
@@ -98,10 +99,9 @@ class Checkpoints:
             return
         if self.thread:
             self.thread.join()
-        failure = [self.error and (str(self.error) or repr(self.error))]
-        broadcast_object_list(failure)  # so that all processes end with the same code
-        if failure[0]:
-            raise CheckpointError(failure[0]) from self.error
+        # known to all, so that all processes end with the same code
+        if failure := from_main(self.accelerator, lambda: self.error and (str(self.error) or repr(self.error))):
+            raise CheckpointError(failure) from self.error
         self.is_writing, self.thread = False, None
 
     def resume(self) -> tuple[LoopState, Path | None, dict | None]:
@@ -128,6 +128,7 @@ class Checkpoints:
                     found = [{"folder": folder, "is_own": is_own, "content": content, "fingerprint": saved}]
             except (UsageError, DamagedCheckpoint, OSError) as error:
                 found = [{"error": str(error)}]
+        wait_for_all()
         broadcast_object_list(found)
         if found[0] is None:
             return LoopState(), None, None
@@ -169,12 +170,11 @@ class Checkpoints:
                 tensors, *_ = checkpoint_files.read((self.folder / "best").resolve())
             except (DamagedCheckpoint, OSError) as error:
                 self.log.warn(f"the model is the last one, in spite of --load_best_model_at_end: {error}")
-        is_found = [bool(tensors)]
-        broadcast_object_list(is_found)
-        if is_found[0]:
+        is_found = from_main(self.accelerator, lambda: bool(tensors))
+        if is_found:
             restore_tensors(self.accelerator, self.model, self.optimizer, tensors, with_optimizer=False)
             self.log.say(f"the model is that of step {state.best_step}, the best by --metric_for_best")
-        return is_found[0]
+        return is_found
 
 
 def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from utils.files import write_lines
+from utils.processes import add_up
 
 WIDTH = 120  # columns of a line on a terminal
 # what a line of training shows of its meters, and under which names
@@ -79,7 +80,7 @@ class RunLog:
                 print(text, flush=True)
 
     def say_model(self, model) -> None:
-        """One line on the size of a model, what of it is trained, a retriever's pooling, processes and precision."""
+        """One line on the size of a model, what of it is trained, pooling, attention, processes and precision."""
         accelerator, total = self.accelerator, sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         precision = accelerator.mixed_precision.replace("no", "float32")
@@ -87,6 +88,7 @@ class RunLog:
         size = f"{total:,} parameters" if trained == total else f"{trained:,} of {total:,} parameters are trained"
         poolings = [str(part.pooling_mode) for part in model.modules() if hasattr(part, "pooling_mode")]
         size += f", pooling: {' '.join(poolings)}" if poolings else ""
+        size += "".join(f", {part.attends}" for part in model.modules() if hasattr(part, "attends"))
         self.say(f"{size}, {processes} on {accelerator.device.type}, {precision}")
 
     def warn(self, text: str) -> None:
@@ -166,12 +168,14 @@ class Meters:
             )
 
     def reset(self) -> None:
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, float | torch.Tensor] = {}
         self.gnorm, self.clipped, self.steps, self.seconds = 0.0, 0, 0, 0.0
 
     def add(self, **sums) -> None:
+        """Adds numbers, and tensors of one number where they are: the host does not wait for them."""
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            value = value.double() if torch.is_tensor(value) else float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def add_step(self, gnorm: float, max_grad_norm: float) -> None:
         """Counts one optimizer step with its gradient norm, which is the same on all processes."""
@@ -181,12 +185,13 @@ class Meters:
 
     def total(self, accelerator) -> dict[str, float]:
         """Sums over all processes, which must all have added the same names."""
+        waiting = {name: value for name, value in self.sums.items() if torch.is_tensor(value)}
+        if waiting:  # the only place where the host waits for them, for all at once
+            self.sums |= zip(waiting, torch.stack(list(waiting.values())).tolist(), strict=True)
         names = sorted(self.sums)
         if accelerator.num_processes == 1 or not names:
             return self.sums
-        exact = torch.float64 if accelerator.device.type in ("cpu", "cuda") else torch.float32
-        values = torch.tensor([self.sums[name] for name in names], dtype=exact, device=accelerator.device)
-        return dict(zip(names, accelerator.reduce(values, "sum").tolist(), strict=True))
+        return dict(zip(names, add_up([self.sums[name] for name in names]), strict=True))
 
     def state(self, accelerator) -> dict:
         """What a checkpoint holds. After a resume the main process has the sums of all."""

@@ -97,7 +97,7 @@ class Run:
 
     def poll(self) -> None:
         """Raises Interrupted on all processes if one of them received a signal."""
-        self.signals.poll(self.accelerator)
+        self.signals.poll()
 
     # ---- a step
 
@@ -109,7 +109,8 @@ class Run:
         steps, done = self._plan_epoch(epoch), self.state.step_in_epoch
         self.log.start_epoch(epoch, done, len(steps))
         batches = StepBatches(examples, steps[done:], collate, self.accelerator.process_index)
-        return DataLoader(batches, batch_size=None, num_workers=self.args.dataloader_num_workers)
+        pins = self.accelerator.device.type == "cuda"
+        return DataLoader(batches, batch_size=None, num_workers=self.args.dataloader_num_workers, pin_memory=pins)
 
     def _plan_epoch(self, epoch: int) -> list:
         steps, before = self.plan(epoch, without=self.state.done_before), len(self.state.done_before)
@@ -119,7 +120,7 @@ class Run:
 
     def begin_step(self, count: int) -> int:
         """Returns `count` summed over all processes, and notes a signal to any of them."""
-        total, self.received = self.signals.agree(self.accelerator, count)
+        total, self.received = self.signals.agree(count)
         return total
 
     def try_step(self, micro_step, micro_batches: list, total: int, halve: Callable | None = None) -> list[dict] | None:
@@ -207,7 +208,8 @@ class Run:
     def end_step(self) -> None:
         """Moves on to the next step: writes log lines that are due and looks whether a stop rule is met."""
         accelerator, args, state = self.accelerator, self.args, self.state
-        check_loss_scale(accelerator, args)
+        if state.skipped_in_a_row:  # only then it has fallen; reading it waits for the GPU
+            check_loss_scale(accelerator, args)
         state.advance(self.steps_in_epoch)
         self._count_time()
         for meter in self.meters.values():

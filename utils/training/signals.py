@@ -3,9 +3,8 @@
 import os
 import signal
 
-import torch
-
 from utils.errors import Interrupted
+from utils.processes import add_up
 
 
 class Signals:
@@ -25,14 +24,12 @@ class Signals:
         self.was_interrupted |= number == signal.SIGINT
         self.received = self.received or number
 
-    def agree(self, accelerator, count=0) -> tuple[int, int | None]:
+    def agree(self, count=0) -> tuple[int, int | None]:
         """Sums `count` over the processes, and returns a signal that any of them received, in one exchange."""
-        noted = [float(self.received == number) for number in self.NUMBERS]
-        sums = torch.tensor([float(count), *noted], dtype=torch.float64 if accelerator.device.type == "cpu" else None)
-        count, *noted = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        count, *noted = add_up([count, *(self.received == number for number in self.NUMBERS)])
         return int(count), next((n for n, times in zip(self.NUMBERS, noted, strict=True) if times), None)
 
-    def poll(self, accelerator) -> None:
+    def poll(self) -> None:
         """Raises Interrupted on all processes if any of them received a signal."""
-        if received := self.agree(accelerator)[1]:
+        if received := self.agree()[1]:
             raise Interrupted(received)

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DistributedType, ProfileKwargs, gather_object
 
 from utils.errors import Diverged
+from utils.processes import add_up
 from utils.training.memory import is_out_of_memory
 
 
@@ -48,9 +49,7 @@ def is_sharded(accelerator) -> bool:
 
 def any_process(accelerator, condition: bool) -> bool:
     """Whether the condition holds on any process."""
-    if accelerator.num_processes == 1:
-        return condition
-    return accelerator.reduce(torch.tensor(float(condition), device=accelerator.device), "sum").item() > 0
+    return condition if accelerator.num_processes == 1 else add_up([condition])[0] > 0
 
 
 def check_weight_norm(accelerator, model) -> None:
@@ -101,10 +100,15 @@ class NanDetector:
         self.accelerator, self.model, self.module = accelerator, accelerator.unwrap_model(model), None
 
     def __enter__(self):
+        # compiled layers would not call the hooks
+        is_compiled = any(module._compiled_call_impl for module in self.model.modules())
+        self.stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+        self.stance.__enter__()
         self.hooks = [module.register_forward_hook(self._look(name)) for name, module in self.model.named_modules()]
         return self
 
     def __exit__(self, *error):
+        self.stance.__exit__(*error)
         for hook in self.hooks:
             hook.remove()
 
