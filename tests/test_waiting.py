@@ -43,12 +43,19 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 class NoReading(TorchDispatchMode):
     """Raises where the host would read a value from a GPU: `item`, `float`, `if`, sizes that depend on values."""
 
+    def __init__(self):
+        super().__init__()
+        self.of_host = {}  # older versions of Transformers draw there whether a layer is dropped
+
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        name = function.overloadpacket.__name__
-        reads = name in READS and not (options or {}).get("output_size")
+        name, is_of_host = function.overloadpacket.__name__, any(id(value) in self.of_host for value in arguments)
+        reads = name in READS and not (options or {}).get("output_size") and not is_of_host
         by_mask = name in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in arguments[1])
         assert not (reads or by_mask), f"the host waits for a GPU in {function}"
-        return function(*arguments, **(options or {}))
+        result = function(*arguments, **(options or {}))
+        if is_of_host or (name == "rand" and arguments == ([],)):
+            self.of_host[id(result)] = result
+        return result
 
 
 def unread(*_, **__):
