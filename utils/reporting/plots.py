@@ -42,6 +42,7 @@ class Plot:
     best: tuple[float, float, str] | None = None
     log_x: bool = False
     from_zero: bool = False
+    width: float = 6.4  # inches
 
     @property
     def description(self) -> str:
@@ -71,12 +72,12 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndar
     return tuple(np.array([values[part].mean() for part in parts]) for values in (x, y))
 
 
-def draw(plot: Plot, size: tuple[float, float] = (6.4, 3.2)):
-    """A figure of matplotlib, without its global state; `size` is in inches."""
+def draw(plot: Plot):
+    """A figure of matplotlib, without its global state."""
     from matplotlib.figure import Figure  # takes half a second
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-    figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
+    figure = Figure(figsize=(plot.width, 3.2 if plot.width > 5 else 2.9), layout="constrained", facecolor=PAPER)
     axes = figure.add_subplot(facecolor="none")
     for number, line in enumerate(plot.lines):
         x, y = thinned(line.x, line.y)

@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from utils.errors import UsageError, in_one_line
@@ -24,12 +24,13 @@ LOSSES = ("loss", "nll_loss", "ppl")
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-def write_report(accelerator, folder: Path) -> None:
+def write_report(accelerator, folder: Path, say: Callable[[str], None] = lambda text: None) -> None:
     """Writes `report.html` of a run into its folder, on the main process. A failure is said, and ends nothing."""
     if not accelerator.is_main_process:
         return
     try:
         write_page([read_folder(folder)], folder / "report.html")
+        say(f"wrote {folder / 'report.html'}")
     except Exception as error:  # a report is no reason to lose a run
         why = f"{type(error).__name__}: {in_one_line(error)}"
         print(f"warning: no report.html ({why}); python -m utils.reporting {folder} tries again", file=sys.stderr)
@@ -121,7 +122,7 @@ def training_plots(runs: Sequence[RunFolder]) -> list[Plot]:
         if key == "gnorm" and is_one and limit and lines[0].x:
             lines.append(Line(f"clipped to {limit:g}", [lines[0].x[0], lines[0].x[-1]], [limit, limit], "dashed"))
         plots.append(Plot(name, title, "optimizer step", unit, lines, from_zero=from_zero,
-                          marks=marks if key == "gnorm" else []))  # fmt: skip
+                          marks=marks if key == "gnorm" else [], width=4.6))  # fmt: skip
     for plot in plots:
         plot.lines = [line for line in plot.lines if len(line.x)]
     return [plot for plot in plots if plot.lines]
@@ -242,7 +243,8 @@ def ranking_section(run: RunFolder, split: str) -> tuple[dict | None, list[Plot]
     return {
         "kind": "retrieval", "title": f"Retrieval, {split}", "key": f"r-{split}", "plots": plots, "metric": metric,
         "questions": len(ranked.examples), "is_cut": ranked.is_cut, "means": ranked.means(),
-        "first": first, "last": last, "changed": changed_questions(ranked, metric, first, last) if first != last else [],
+        "first": first, "last": last,
+        "changed": [] if first == last else changed_questions(ranked, metric, first, last),
     }, plots  # fmt: skip
 
 
