@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("a folder is named twice")
     is_one = len(args.folders) == 1
     output = args.output or (args.folders[0] / "report.html" if is_one else Path("comparison.html"))
-    if output.is_dir() or not output.resolve().parent.is_dir():
+    if args.output and (output.is_dir() or not output.resolve().parent.is_dir()):
         parser.error(f"--output {output}: must be a file in a folder that exists")
 
     from utils.reporting.folder import read_folder  # now, so that a mistyped flag answers at once

@@ -62,10 +62,11 @@ class RunFolder:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and score of the best validation."""
-        steps = [line["step"] for line in self.of("checkpoint") if line.get("is_best")]
-        scores = dict(zip(*self.curve("validation", self.metric), strict=True)) if self.metric else {}
-        return (steps[-1], scores[steps[-1]]) if steps and steps[-1] in scores else None
+        """Step and score of the best validation; of equal ones the first (see `LoopState.note_validation`)."""
+        is_greater = self.arguments.get("greater_is_better")
+        sign = 1 if (self.metric not in ("loss", "nll_loss", "ppl") if is_greater is None else is_greater) else -1
+        scores = zip(*self.curve("validation", self.metric), strict=True) if self.metric else ()
+        return max(scores, key=lambda entry: sign * entry[1], default=None)
 
     @property
     def language(self) -> str | None:

@@ -27,6 +27,8 @@ class Ranked:
         scores: {"BM25" or "hop 1", ...: {metric: an array with the score of each question, in percent}}.
         recall: {the same: (RANKS,) mean recall by number of passages, in percent}.
         gold_words: {the same: mean share of gold words by budget, in percent}; the budgets are multiples of STEP.
+        own: the name of the run's own ranking: the last hop of a run that summarized, else the first hop, because the
+            drafts of the second were given or imitated.
         ranks: {the same: for each question {passage of evidence: its rank, from 1}}.
         is_cut: whether the file has more questions than were scored.
     """
@@ -36,20 +38,16 @@ class Ranked:
     recall: dict[str, np.ndarray]
     gold_words: dict[str, np.ndarray]
     ranks: dict[str, list[dict[int, int]]]
+    own: str
     is_cut: bool = False
-
-    @property
-    def last(self) -> str:
-        """The last hop's name."""
-        return next(reversed(self.scores))
 
     def means(self) -> dict[str, dict[str, float]]:
         return {name: {metric: float(column.mean()) for metric, column in of_one.items()}
                 for name, of_one in self.scores.items()}  # fmt: skip
 
     def by_id(self, metric: str) -> dict[str, float]:
-        """The scores of the last hop, by the questions' ids."""
-        return dict(zip([e.id for e in self.examples], self.scores[self.last][metric].tolist(), strict=True))
+        """The scores of the run's own ranking, by the questions' ids."""
+        return dict(zip([e.id for e in self.examples], self.scores[self.own][metric].tolist(), strict=True))
 
     def changes(self, metric: str, first: str, last: str, count: int) -> tuple[list, list]:
         """The questions that gained and that lost most from one ranking to another: (number, points) of each."""
@@ -66,7 +64,7 @@ def rank_records(records: Iterable[tuple[str, dict]], language: str | None = Non
     """
     from utils.evaluation.retrieval import retrieval_scores  # imports `evaluate`, which takes seconds
 
-    examples, hops, documents, words, is_cut, of_corpus = [], [], {}, {}, False, False
+    examples, hops, documents, words, is_cut, of_corpus, is_summarized = [], [], {}, {}, False, False, False
     for place, record in records:
         try:
             evidence, passages = record.get("evidence"), record["passages"]
@@ -75,7 +73,7 @@ def rank_records(records: Iterable[tuple[str, dict]], language: str | None = Non
             if len(examples) == MOST_SCORED:
                 is_cut = True
                 break
-            of_corpus |= "passage_ids" in record
+            of_corpus, is_summarized = of_corpus or "passage_ids" in record, "prediction" in record
             key = (record.get("doc_id") or "", len(passages)) if "passage_ids" not in record else record["id"]
             if key not in documents or documents[key].passages != passages:
                 documents[key] = Document(str(record.get("doc_id") or ""), passages)
@@ -88,15 +86,16 @@ def rank_records(records: Iterable[tuple[str, dict]], language: str | None = Non
             raise DataError(f"{place}: not a record of these scripts ({error!r}); write the file again") from error
     if not examples:
         return None
-    by_method = {} if of_corpus else {"BM25": [[passage for passage, _ in ranking]
+    methods = {} if of_corpus else {"BM25": [[passage for passage, _ in ranking]
                                                for ranking in bm25_rankings(examples, language=language)]}  # fmt: skip
     most = max(map(len, hops))
     for hop in range(most):  # a search that ended earlier counts with its last hop
-        by_method[f"hop {hop + 1}" if most > 1 else "this run"] = [of_one[: hop + 1][-1] for of_one in hops]
+        methods[f"hop {hop + 1}" if most > 1 else "this run"] = [of_one[: hop + 1][-1] for of_one in hops]
     every = [sum(words[example.document]) for example in examples]
     budgets = np.arange(STEP, min(BUDGETS, max(max(every), STEP)) + STEP, STEP)
-    ranked = Ranked(examples, {}, {}, {}, {}, is_cut)
-    for name, rankings in by_method.items():
+    own = [name for name in methods if name != "BM25"]
+    ranked = Ranked(examples, {}, {}, {}, {}, own[-1 if is_summarized else 0], is_cut)
+    for name, rankings in methods.items():
         scores, recall, gold, ranks = [], np.zeros(RANKS), np.zeros(len(budgets)), []
         for example, ranking in zip(examples, rankings, strict=True):
             of_words = words[example.document]
@@ -113,15 +112,15 @@ def rank_records(records: Iterable[tuple[str, dict]], language: str | None = Non
 
 
 def beside(first: Ranked, second: Ranked) -> Ranked:
-    """The last hops of two runs on the questions that both have; the second run's changes are those over the first."""
+    """Two runs' own rankings of the questions that both have."""
     places = {example.id: number for number, example in enumerate(second.examples)}
     of_both = [(i, places[example.id]) for i, example in enumerate(first.examples) if example.id in places]
     scores, ranks = {}, {}
     for side, (name, run) in enumerate((("first run", first), ("last run", second))):
         rows = [pair[side] for pair in of_both]
-        scores[name] = {metric: column[rows] for metric, column in run.scores[run.last].items()}
-        ranks[name] = [run.ranks[run.last][row] for row in rows]
-    return Ranked([first.examples[i] for i, _ in of_both], scores, {}, {}, ranks)
+        scores[name] = {metric: column[rows] for metric, column in run.scores[run.own].items()}
+        ranks[name] = [run.ranks[run.own][row] for row in rows]
+    return Ranked([first.examples[i] for i, _ in of_both], scores, {}, {}, ranks, name)
 
 
 def gold_words_by_budget(ranking, evidence, passage_words, evidence_words, budgets: np.ndarray) -> np.ndarray:

@@ -93,7 +93,9 @@ def points(value: float) -> str:
 
 def training_plots(runs: Sequence[RunFolder]) -> list[Plot]:
     """Loss, scores by validation, learning rate, gradient norm and speed, with a curve for each run."""
-    plots, is_one = [], len(runs) == 1
+    plots, is_one, runs = [], len(runs) == 1, [run for run in runs if run.events]
+    if not runs:
+        return plots
     losses = [Line("training" if is_one else run.name, *run.curve("train", "loss")) for run in runs]
     if is_one:
         losses.append(Line("validation", *runs[0].curve("validation", "loss"), "dots"))
@@ -194,17 +196,18 @@ def validations(run: RunFolder) -> dict | None:
 
 
 def ranking_plots(by_name: dict[str, Ranked], split: str) -> list[Plot]:
-    """Recall by number of passages and gold words by budget; each Ranked has a curve for BM25 and for each hop."""
-    recall, gold = [], []
+    """Recall by number of passages, and gold words by budget: of BM25 and each hop, or of each of several runs."""
+    rankings = []  # name, style, recall, gold words
     for run, ranked in by_name.items():
-        for name in ranked.recall:
-            if len(by_name) > 1 and name != ranked.last and not (name == "BM25" and run == next(iter(by_name))):
-                continue  # a run is its last hop; BM25 is the same for all
-            label = name if len(by_name) == 1 or name == "BM25" else run
-            style = "dashed" if name == "BM25" else "line"
-            recall.append(Line(label, range(1, len(ranked.recall[name]) + 1), ranked.recall[name], style))
-            budgets = [0, *(STEP * number for number in range(1, len(ranked.gold_words[name]) + 1))]
-            gold.append(Line(label, budgets, [0, *ranked.gold_words[name]], style))
+        names = [name for name in ranked.recall if name != "BM25"] if len(by_name) == 1 else [ranked.own]
+        rankings += [(name if len(by_name) == 1 else run, "line", ranked.recall[name], ranked.gold_words[name])
+                     for name in names]  # fmt: skip
+    ranked = next(iter(by_name.values()))
+    if "BM25" in ranked.recall:
+        rankings.append(("BM25", "dashed", ranked.recall["BM25"], ranked.gold_words["BM25"]))
+    recall = [Line(name, range(1, len(values) + 1), values, style) for name, style, values, _ in rankings]
+    gold = [Line(name, [STEP * number for number in range(len(values) + 1)], [0, *values], style)
+            for name, style, _, values in rankings]  # fmt: skip
     return [
         Plot(f"recall_{split}", f"Recall by passages, {split}", "passages read (log scale)", "recall (%)", recall,
              log_x=True, from_zero=True),
@@ -237,9 +240,7 @@ def ranking_section(run: RunFolder, split: str) -> tuple[dict | None, list[Plot]
         return None, []
     plots = ranking_plots({run.name: ranked}, split)
     metric = run.metric if run.metric in next(iter(ranked.scores.values())) else "ndcg@10"
-    first, last = next(iter(ranked.scores)), ranked.last
-    if run.files[split].name.startswith("retrieved.") and "hop 1" in ranked.scores and first != "hop 1":
-        last = "hop 1"  # the second searched with drafts that nobody wrote
+    first, last = next(iter(ranked.scores)), ranked.own
     return {
         "kind": "retrieval", "title": f"Retrieval, {split}", "key": f"r-{split}", "plots": plots, "metric": metric,
         "questions": len(ranked.examples), "is_cut": ranked.is_cut, "means": ranked.means(),
@@ -332,7 +333,7 @@ def several_runs(runs: Sequence[RunFolder], max_examples: int) -> tuple[dict, li
     """What the template shows of several runs side by side, and all plots."""
     _name_apart(runs)
     names, sections = [run.name for run in runs], []
-    plots = training_plots([run for run in runs if run.events])
+    plots = training_plots(runs)
     if plots:
         sections.append({"kind": "training", "title": "Training", "key": "training", "plots": plots, "happened": [],
                          "validations": None, "tests": []})  # fmt: skip
@@ -367,7 +368,7 @@ def compared(runs: Sequence[RunFolder], split: str) -> tuple[dict | None, list[d
     if all(ranked):
         plots = ranking_plots({run.name: of_run for run, of_run in zip(runs, ranked, strict=True)}, split)
         document_of = {example.id: example.document.id for example in ranked[0].examples}
-        for name in ranked[0].scores[ranked[0].last]:
+        for name in ranked[0].scores[ranked[0].own]:
             tables[name] = compare([of_run.by_id(name) for of_run in ranked], document_of)
         metric = runs[0].metric if runs[0].metric in tables else "ndcg@10"
         both = beside(ranked[0], ranked[-1])

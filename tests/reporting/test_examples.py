@@ -1,0 +1,103 @@
+"""What a report says of an example: support, evidence found and missed, what a hop did."""
+
+import pytest
+from reporting_cases import PASSAGES, example, hop, hops_records
+
+from utils.errors import DataError
+from utils.reporting.examples import MOST_CHARACTERS, cut, view, visible
+
+
+def views(**options):
+    return [view(record, "a:1", **options) for record in hops_records()]
+
+
+def one(prediction, passages, read=None, **fields):
+    read = list(range(len(passages))) if read is None else read
+    return view(example(0, passages=passages, hops=[hop(prediction, read)], prediction=prediction, **fields), "a:1")
+
+
+def test_a_passage_supports_a_sentence_if_it_has_half_of_its_words():
+    passages = ["Draper found cracked walls.", "Draper found silver handles in the porch.", "Nothing at all."]
+    (sentence,) = one("Draper found silver handles.", passages).sentences
+    assert sentence.support == [(1, 1.0), (0, 0.5)] and sentence.best == 1.0
+    (sentence,) = one("Draper bought golden handles.", passages).sentences
+    assert sentence.support == [(1, 0.5)]  # Draper, handles
+    (sentence,) = one("Draper bought golden eggs.", passages).sentences
+    assert sentence.is_unsupported and sentence.best == 0.25
+
+
+def test_stop_words_endings_and_case_do_not_count_and_repeated_words_must_be_repeated():
+    (sentence,) = one("The FENCES are in the porch.", ["A fence and a porch"]).sentences
+    assert sentence.best == 1.0
+    (sentence,) = one("Fences, fences, fences.", ["one fence"]).sentences
+    assert sentence.best == pytest.approx(1 / 3)
+
+
+def test_only_passages_that_the_summary_was_written_from_support_it():
+    shown = one("Wooden fences cracked.", PASSAGES, read=[0, 1])
+    assert shown.unsupported == 1 and not shown.sentences[0].support
+
+
+def test_a_sentence_without_words_is_not_judged():
+    (sentence,) = one("They are there.", PASSAGES).sentences
+    assert sentence.best is None and not sentence.is_unsupported
+
+
+def test_scripts_without_spaces_are_judged_by_pairs_of_letters():
+    (sentence,) = one("他们决定卖掉磨坊。", ["安说：他们决定卖掉磨坊。", "完全不同"]).sentences
+    assert sentence.support == [(0, 1.0)]
+
+
+def test_evidence_found_and_missed_and_its_rank():
+    helped, hurt, _ = views()
+    assert [p.number for p in helped.found] == [1, 2] and not helped.missed
+    assert [p.number for p in hurt.missed] == [2] and hurt.missed[0].rank == 3 and hurt.missed[0].hops == [1]
+    assert [p.number for p in hurt.shown] == [0, 1, 2]  # read last, read earlier
+
+
+def test_hop_helped_and_hurt_by_rouge_of_draft_and_summary():
+    helped, hurt, same = views()
+    assert (helped.effect, hurt.effect, same.effect) == ("helped", "hurt", "")
+    assert helped.change > 80 and hurt.change < -80 and helped.change_of == "ROUGE-L"
+    assert same.change is None  # one hop
+
+
+def test_where_drafts_are_no_summaries_hops_are_judged_by_the_evidence_they_read():
+    helped, hurt, _ = views(drafts_are_summaries=False)
+    assert (helped.change, hurt.change, helped.change_of) == (50.0, -100.0, "evidence read")
+    without = {name: value for name, value in hops_records()[0].items() if name not in ("summary", "evidence")}
+    assert view(without, "a:1").change is None
+
+
+def test_a_hop_says_what_it_found_and_through_which_words_of_the_draft():
+    first, second = views()[0].hops
+    assert [passage.number for passage, _ in first.new] == [1, 0] and not any(words for _, words in first.new)
+    assert [(passage.number, words) for passage, words in second.new] == [(2, ["Norwood"])]
+    assert first.rouge is not None and first.draft.startswith("Norwood")
+
+
+def test_predictions_of_the_summarizer_have_the_passages_that_were_read():
+    record = {"id": 7, "doc_id": "d", "query": "", "prediction": "Fences cracked.", "summary": ["Fences cracked.", "x"],
+              "evidence": [4, 9], "passages": [{"passage": 4, "text": "Wooden fences cracked."}]}  # fmt: skip
+    shown = view(record, "a:1")
+    assert [(p.number, p.text) for p in shown.shown] == [(4, "Wooden fences cracked."), (9, None)]
+    assert [p.number for p in shown.missed] == [9] and shown.sentences[0].support == [(4, 1.0)]
+    assert shown.scores["rougeL"] == 100
+
+
+def test_passages_of_a_corpus_have_their_names():
+    shown = one("x", ["text", "more"], passage_ids=["c7", "c9"])
+    assert [p.name for p in shown.shown] == ["c7", "c9"]
+
+
+@pytest.mark.parametrize("damage", [{"hops": [{"draft": "x"}]}, {"passages": 3}, {"prediction": None}, {"evidence": 5}])
+def test_a_record_of_another_tool_is_named(damage):
+    with pytest.raises(DataError, match=r"^file:3: not a record of these scripts"):
+        view({**hops_records()[0], **damage}, "file:3")
+
+
+def test_control_characters_and_halves_of_pairs_are_shown_and_long_texts_cut():
+    assert visible("a\x00b\x1b[0m\r\nc\td\x85") == "a␀b␛[0m\nc\td\ufffd"
+    assert visible("\ud83d") == "\\ud83d"
+    assert cut("x" * MOST_CHARACTERS) == "x" * MOST_CHARACTERS
+    assert cut("x" * (MOST_CHARACTERS + 5)).endswith("x … (5 more characters)")
