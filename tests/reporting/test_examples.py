@@ -76,6 +76,20 @@ def test_a_hop_says_what_it_found_and_through_which_words_of_the_draft():
     assert first.rouge is not None and first.draft.startswith("Norwood")
 
 
+def test_of_many_words_those_that_few_passages_have_are_named():
+    draft = "The committee saw that many people talked in March, as Norwood, Farrow, Draper and Beckett said."
+    common = "The committee saw many people talk in March."
+    passages = [common, f"{common} Norwood, Farrow, Draper and Beckett came.", common]
+    record = example(0, passages=passages, prediction="x", hops=[hop(draft, [0]), hop("x", [0, 1])])
+    (_, words), *rest = view(record, "a:1").hops[1].new
+    assert words == ["Norwood", "Farrow", "Draper", "Beckett"] and not rest
+
+
+def test_words_of_scripts_without_spaces_lead_to_a_passage():
+    record = example(0, passages=["甲", "磨坊卖掉了"], prediction="x", hops=[hop("磨坊", [0]), hop("x", [0, 1])])
+    assert view(record, "a:1").hops[1].new[0][1] == ["磨坊"]
+
+
 def test_predictions_of_the_summarizer_have_the_passages_that_were_read():
     record = {"id": 7, "doc_id": "d", "query": "", "prediction": "Fences cracked.", "summary": ["Fences cracked.", "x"],
               "evidence": [4, 9], "passages": [{"passage": 4, "text": "Wooden fences cracked."}]}  # fmt: skip

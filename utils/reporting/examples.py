@@ -11,7 +11,7 @@ from utils.errors import DataError
 
 SUPPORT = 0.5  # of a sentence's words must be in a passage that supports it
 MOST_SUPPORTING = 3  # passages named beside a sentence
-MOST_THROUGH = 6  # words named that led to a passage
+MOST_THROUGH = 4  # words named that led to a passage: those that the fewest passages shown have
 MOST_PASSAGES = 50  # shown of an example
 MOST_CHARACTERS = 8000  # shown of a text
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
@@ -157,14 +157,14 @@ def _view(record: dict, language: str | None, drafts_are_summaries: bool) -> Vie
     hops = []
     for hop, draft in enumerate(drafts):
         new = [number for number in read[hop] if hop == 0 or number not in read[hop - 1]]
-        through = {
-            number: shared_words(drafts[hop - 1], set(of_drafts[hop - 1]) & of_passages[number].keys() - query_words,
-                                 language) if hop and number in of_passages else []
-            for number in new
-        }  # fmt: skip
+        through = {}
+        for number in new if hop else []:
+            shared = set(of_drafts[hop - 1]) & of_passages.get(number, {}).keys() - query_words
+            rarest = sorted(shared, key=lambda word: (sum(word in of_one for of_one in of_passages.values()), word))
+            through[number] = surfaces(drafts[hop - 1], rarest[:MOST_THROUGH], language)
         scores = rouge(draft) if draft else {}
-        hops.append(HopView(hop + 1, draft, len(read[hop]), [(passages[number], through[number]) for number in new],
-                            scores.get("rougeL")))  # fmt: skip
+        found = [(passages[number], through.get(number, [])) for number in new]
+        hops.append(HopView(hop + 1, draft, len(read[hop]), found, scores.get("rougeL")))
     scores, change, change_of = rouge(prediction), None, ""
     if len(hops) > 1:
         if drafts_are_summaries and scores and hops[0].rouge is not None:
@@ -205,15 +205,15 @@ def support(text: str, words: Sequence[str], passages: dict[int, Counter]) -> Se
     return Sentence(text, supporting, max(shares.values(), default=0.0))
 
 
-def shared_words(draft: str, stems: set[str], language: str | None) -> list[str]:
-    """Words of the draft, as they stand there, that are these words of a search."""
-    surfaces = list(dict.fromkeys(word.strip("\"'“”‘’«».,;:!?()[]") for word in split_words(draft)))
+def surfaces(draft: str, stems: Sequence[str], language: str | None) -> list[str]:
+    """These words of a search as they stand in the draft, in its order."""
+    words = list(dict.fromkeys(word.strip("\"'“”‘’«».,;:!?()[]") for word in split_words(draft)))
     found, left = [], set(stems)
-    for surface, of_one in zip(surfaces, search_words(surfaces, language), strict=True):
+    for word, of_one in zip(words, search_words(words, language), strict=True):
         if left & set(of_one):
-            found.append(surface)
+            found.append(word)
             left -= set(of_one)
-    return (found + sorted(left))[:MOST_THROUGH]  # in scripts without spaces the words of a search are pairs of letters
+    return found + sorted(left)  # in scripts without spaces the words of a search are pairs of letters
 
 
 def _rouge_of(references: list[str]):

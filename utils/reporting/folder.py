@@ -32,10 +32,6 @@ class RunFolder:
     note: str = ""
 
     @property
-    def is_training(self) -> bool:
-        return "num_train_epochs" in self.arguments or bool(self.events)
-
-    @property
     def is_over(self) -> bool:
         """Whether training was done; a run that was stopped by a signal, or goes on, is not."""
         return any(event["event"] == "done" for event in self.events)

@@ -136,7 +136,7 @@ def svg(plot: Plot) -> str:
     code = code[code.index("<svg ") :]
     code = re.sub(r"<metadata>.*?</metadata>", "", code, flags=re.DOTALL)
     code = re.sub(r'<g id="[^"]*"', "<g", code)  # several plots stand on one page
-    code = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", code)
+    code = re.sub(r"font-family: [^;\"]*;?", "", code)  # the page's own
     for number, colour in enumerate(COLOURS, 1):
         code = re.sub(colour, f"var(--plot{number})", code, flags=re.IGNORECASE)
     for name, colour in (("ink", INK), ("line", FAINT), ("paper", PAPER)):

@@ -4,18 +4,24 @@ for (const form of document.querySelectorAll(".controls")) {
   const list = document.getElementById(form.dataset.list);
   const items = [...list.children];
   const text = new Map();  // of each example, in lower case; made at the first search
-  const number = (item, name) => Number(item.dataset[name]);
+  const number = (item, name) => Number(item.dataset[name]);  // 0 if it is not known
+  const largest = (name) => (a, b) => (a.dataset[name] === "") - (b.dataset[name] === "") || number(b, name) - number(a, name);
+  const smallest = (name) => (a, b) => (a.dataset[name] === "") - (b.dataset[name] === "") || number(a, name) - number(b, name);
   const orders = {
     file: () => 0,
-    best: (a, b) => number(b, "rouge") - number(a, "rouge"),
-    worst: (a, b) => number(a, "rouge") - number(b, "rouge"),
-    helped: (a, b) => number(b, "change") - number(a, "change"),
-    hurt: (a, b) => number(a, "change") - number(b, "change"),
-    unsupported: (a, b) => number(b, "unsupported") - number(a, "unsupported"),
-    missed: (a, b) => number(b, "missed") - number(a, "missed"),
+    best: largest("rouge"),
+    worst: smallest("rouge"),
+    gained: largest("gain"),
+    lost: smallest("gain"),
+    helped: largest("change"),
+    hurt: smallest("change"),
+    unsupported: largest("unsupported"),
+    missed: largest("missed"),
   };
   const filters = {
     "": () => true,
+    gained: (item) => number(item, "gain") > 0,
+    lost: (item) => number(item, "gain") < 0,
     helped: (item) => number(item, "change") > 0,
     hurt: (item) => number(item, "change") < 0,
     unsupported: (item) => number(item, "unsupported") > 0,
@@ -44,7 +50,9 @@ for (const form of document.querySelectorAll(".controls")) {
   form.elements.text.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
   for (const radio of form.querySelectorAll("[name=run]")) {
-    radio.addEventListener("change", () => { list.dataset.run = radio.value; });
+    radio.addEventListener("change", () => {
+      for (const part of list.querySelectorAll(".run")) part.hidden = radio.value && !part.classList.contains(`run${radio.value}`);
+    });
   }
   const button = form.elements.open;
   button.addEventListener("click", () => {
