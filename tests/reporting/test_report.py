@@ -11,6 +11,7 @@ import pytest
 from conftest import alone
 from reporting_cases import HOSTILE, example, hop, hops_records, retrieved_records, write_hops, write_training
 
+from utils.errors import UsageError
 from utils.files import write_json, write_jsonl
 from utils.reporting import report
 from utils.reporting.folder import read_folder
@@ -199,6 +200,37 @@ def test_runs_are_compared_on_the_questions_that_both_have(tmp_path):
     assert float(means[0]) < float(means[1]) == 100
     assert sum(tag.get("class") == "example" for tag in page.all("li")) == 2
     assert [tag["value"] for tag in page.all("input") if tag.get("type") == "radio"] == ["", "1", "2"]
+
+
+def test_ids_that_stand_for_different_examples_are_refused(tmp_path):
+    ours, theirs, ranked = (write_hops(tmp_path / name) for name in ("ours", "theirs", "ranked"))
+    records = hops_records()
+    records[2]["summary"] = "Another reference."
+    write_hops(theirs, records)
+    with pytest.raises(UsageError, match="'q2' is another example there; compare runs on the same data"):
+        page_of(ours, theirs, output=tmp_path / "both.html")
+    records = [{**record, "query": f"{record['query']} Really?"} for record in hops_records()]
+    write_hops(ranked, records)
+    with pytest.raises(UsageError, match="'q0' is another example there"):
+        page_of(ours, ranked, output=tmp_path / "both.html")
+
+
+def test_scores_of_other_questions_say_so(tmp_path):
+    records = hops_records()
+    del records[0]["summary"]
+    page = page_of(write_hops(tmp_path / "a", records), write_hops(tmp_path / "b", records), output=tmp_path / "x.html")
+    assert "3 questions about 2 documents" in page.text and "rouge1 2 questions about 2 documents" in page.text
+
+
+def test_the_test_split_with_the_step_of_its_model(tmp_path):
+    folder = write_training(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(
+            json.dumps({"event": "test", "step": 30, "model_step": 20, "ndcg@10": 55.5, "bm25": {"ndcg@10": 31.0}})
+        )
+    page = page_of(folder)
+    assert "scored with the model of step 20 ndcg@10 55.5 ndcg@10, BM25 31.0" in page.text
+    assert "test ndcg@10 55.5" in page.text
 
 
 def test_rankings_of_two_runs_are_compared(tmp_path):

@@ -20,7 +20,7 @@ MOST_ROWS = 40  # validations in the table
 # what else a validation scores: in the plot, under these names
 BESIDE = {"hop2": "hop 2", "bm25": "BM25", "retriever": "retriever alone", "lead": "lead extract",
           "oracle": "oracle extract"}  # fmt: skip
-LOSSES = ("loss", "nll_loss", "ppl")
+UNITS = {"loss": " (bits)", "nll_loss": " (bits)", "ppl": ""}  # of other scores: percent
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
@@ -72,7 +72,8 @@ def _templates():
     environment.filters |= {"cut": cut, "score": score, "points": points, "shown": shown,
                             "safe_plot": lambda plot: Markup(svg(plot)),
                             "already_escaped": Markup}  # fmt: skip
-    environment.globals |= {"support_share": SUPPORT, "most_passages": MOST_PASSAGES}
+    environment.globals |= {"support_share": SUPPORT, "most_passages": MOST_PASSAGES,
+                            "most_scored": MOST_SCORED}  # fmt: skip
     return environment.get_template
 
 
@@ -106,14 +107,11 @@ def training_plots(runs: Sequence[RunFolder]) -> list[Plot]:
         lines = [Line("this run" if is_one else run.name, *run.curve("validation", metric), "dots") for run in own]
         if is_one:
             lines += [Line(label, *runs[0].curve("validation", key, metric), "dashed") for key, label in BESIDE.items()]
-        best = (
-            (*runs[0].best, f"{score(runs[0].best[1])} at step {runs[0].best[0]:,}")
-            if is_one and runs[0].best
-            else None
-        )
-        unit = "bits" if metric in LOSSES[:2] else "of 2 to the loss" if metric == "ppl" else "%"
+        best = runs[0].best if is_one else None
+        best = best and (*best, f"{score(best[1])} at step {best[0]:,}")
         name = "scores" if metric == runs[0].metric else f"scores_{metric.replace('@', '_at_')}"
-        plots.append(Plot(name, f"{metric} by validation", "optimizer step", f"{metric} ({unit})", lines, best=best))
+        plots.append(Plot(name, f"{metric} by validation", "optimizer step", metric + UNITS.get(metric, " (%)"), lines,
+                          best=best))  # fmt: skip
     for name, key, title, unit, from_zero in (
         ("learning_rate", "lr", "Learning rate", "learning rate", True),
         ("gradient_norm", "gnorm", "Gradient norm, before clipping", "norm, mean of the interval", True),
@@ -190,6 +188,17 @@ def validations(run: RunFolder) -> dict | None:
         rows = [row for row in rows[:-MOST_ROWS] if row["is_best"]] + rows[-MOST_ROWS:]
     columns += [f"{run.metric}, {label}" for _, label in beside]
     return {"columns": columns, "rows": rows, "left_out": len(lines) - len(rows)}
+
+
+def test_scores(run: RunFolder) -> list[dict]:
+    """Of each scoring of the test split: the step of the model, and (name, score) pairs."""
+    return [
+        {"step": line.get("model_step", line["step"]),
+         "scores": [(name, value) for name, value in line.items() if is_number(value) and "step" not in name]
+         + [(f"{run.metric}, {label}", line[key].get(run.metric)) for key, label in BESIDE.items()
+            if isinstance(line.get(key), dict)]}
+        for line in run.of("test")
+    ]  # fmt: skip
 
 
 # ---- retrieval
@@ -279,7 +288,7 @@ def one_run(run: RunFolder, max_examples: int) -> tuple[dict, list[Plot]]:
         plots = training_plots([run])
         sections.append({"kind": "training", "title": "Training", "key": "training", "plots": plots,
                          "happened": happened(run), "validations": validations(run),
-                         "tests": run.of("test")})  # fmt: skip
+                         "tests": test_scores(run)})  # fmt: skip
     for number, split in enumerate(run.files):
         section, of_rankings = ranking_section(run, split)
         if hops := run.hops.get(split):
@@ -366,6 +375,7 @@ def compared(runs: Sequence[RunFolder], split: str) -> tuple[dict | None, list[d
     tables, plots, changed, metric = {}, [], [], None
     ranked = [rank_records(read_records(run.files[split]), run.language) for run in runs]
     if all(ranked):
+        _check_same(runs, [{e.id: e.query for e in of_run.examples} for of_run in ranked])
         plots = ranking_plots({run.name: of_run for run, of_run in zip(runs, ranked, strict=True)}, split)
         document_of = {example.id: example.document.id for example in ranked[0].examples}
         for name in ranked[0].scores[ranked[0].own]:
@@ -374,6 +384,7 @@ def compared(runs: Sequence[RunFolder], split: str) -> tuple[dict | None, list[d
         both = beside(ranked[0], ranked[-1])
         changed = changed_questions(both, metric, *both.scores)
     by_id = [{one.id: one for one in views(run, split, MOST_SCORED)} for run in runs]
+    _check_same(runs, [{one.id: (one.query, one.references) for one in of_run.values()} for of_run in by_id])
     document_of = {one.id: one.document for one in by_id[0].values()}
     for name in ROUGE:
         scores = [{key: one.scores[name] for key, one in of_run.items() if one.scores} for of_run in by_id]
@@ -383,7 +394,17 @@ def compared(runs: Sequence[RunFolder], split: str) -> tuple[dict | None, list[d
     if not tables and not plots:
         return None, by_id
     return {"kind": "comparison", "title": f"Scores, {split}", "key": f"c-{split}", "tables": tables, "plots": plots,
-            "changed": changed, "metric": metric}, by_id  # fmt: skip
+            "changed": changed, "metric": metric,
+            "is_cut": any(count_examples(run.files[split]) > MOST_SCORED for run in runs)}, by_id  # fmt: skip
+
+
+def _check_same(runs: Sequence[RunFolder], by_id: Sequence[dict]) -> None:
+    """Raises UsageError if an id stands for different examples, such as row numbers of different files."""
+    for run, of_run in zip(runs[1:], by_id[1:], strict=True):
+        for key, what in of_run.items():
+            if by_id[0].get(key, what) != what:
+                both = f"{runs[0].path} and {run.path}"
+                raise UsageError(f"{both}: '{key}' is another example there; compare runs on the same data")
 
 
 def _name_apart(runs: Sequence[RunFolder]) -> None:
