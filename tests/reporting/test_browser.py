@@ -212,7 +212,8 @@ def axe(tmp_path_factory):
         pytest.skip("npm is missing, which fetches axe-core")
     folder = tmp_path_factory.mktemp("axe")
     try:
-        packed = subprocess.run(["npm", "pack", "axe-core@4", "--silent"], cwd=folder, capture_output=True, timeout=60)
+        command = ["npm", "pack", "axe-core@4", "--silent", "--fetch-retries=0"]
+        packed = subprocess.run(command, cwd=folder, capture_output=True, timeout=60)
     except subprocess.TimeoutExpired:
         packed = None
     archives = list(folder.glob("axe-core-*.tgz"))

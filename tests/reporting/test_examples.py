@@ -11,9 +11,10 @@ def views(**options):
     return [view(record, "a:1", **options) for record in hops_records()]
 
 
-def one(prediction, passages, read=None, **fields):
-    read = list(range(len(passages))) if read is None else read
-    return view(example(0, passages=passages, hops=[hop(prediction, read)], prediction=prediction, **fields), "a:1")
+def one(prediction, passages, **fields):
+    """An example of one hop that reads all passages."""
+    hops = [hop(prediction, list(range(len(passages))))]
+    return view(example(0, passages=passages, hops=hops, prediction=prediction, **fields), "a:1")
 
 
 def test_a_passage_supports_a_sentence_if_it_has_half_of_its_words():
@@ -34,8 +35,11 @@ def test_stop_words_endings_and_case_do_not_count_and_repeated_words_must_be_rep
 
 
 def test_only_passages_that_the_summary_was_written_from_support_it():
-    shown = one("Wooden fences cracked.", PASSAGES, read=[0, 1])
+    hops = [hop("x", [2]), hop("y", [0, 1])]
+    record = example(0, passages=PASSAGES, prediction="Wooden fences cracked.", evidence=[2], hops=hops)
+    shown = view(record, "a:1")
     assert shown.unsupported == 1 and not shown.sentences[0].support
+    assert [p.number for p in shown.shown] == [0, 1, 2] and not shown.shown[2].supports
 
 
 def test_a_sentence_without_words_is_not_judged():
