@@ -59,6 +59,13 @@ def test_examples_of_a_corpus_have_no_bm25_and_those_without_evidence_are_left_o
     assert ranked(records) is None
 
 
+def test_a_question_for_which_nothing_was_found_scores_0():
+    records = retrieved_records()
+    records[1]["retrieved"] = []
+    found = ranked(records)
+    assert found.scores["this run"]["recall@20"].tolist() == [100, 0] and found.recall["this run"][-1] == 50
+
+
 def test_of_a_long_file_the_first_questions_are_scored(monkeypatch):
     monkeypatch.setattr(rankings, "MOST_SCORED", 1)
     found = ranked(retrieved_records())
