@@ -89,6 +89,13 @@ def test_of_many_words_those_that_few_passages_have_are_named():
     assert words == ["Norwood", "Farrow", "Draper", "Beckett"] and not rest
 
 
+def test_what_the_question_says_itself_is_not_what_a_draft_led_through():
+    passages = ["Ann spoke.", "Norwood repaired the fences."]
+    record = example(0, passages=passages, prediction="x", query="Which fences?",
+                     hops=[hop("Norwood and fences.", [0]), hop("x", [0, 1])])  # fmt: skip
+    assert view(record, "a:1").hops[1].new[0][1] == ["Norwood"]
+
+
 def test_words_of_scripts_without_spaces_lead_to_a_passage():
     record = example(0, passages=["甲", "磨坊卖掉了"], prediction="x", hops=[hop("磨坊", [0]), hop("x", [0, 1])])
     assert view(record, "a:1").hops[1].new[0][1] == ["磨坊"]

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import sys
 from html.parser import HTMLParser
+from unittest.mock import Mock
 
 import pytest
 from conftest import alone
@@ -317,6 +318,11 @@ def test_a_report_that_fails_is_said_keeps_the_last_one_and_ends_nothing(tmp_pat
     assert said.startswith("warning: no report.html (DataError: ") and len(said.splitlines()) == 1
     assert "predictions.validation.jsonl:1: no 'id' and 'passages'" in said and "python -m utils.reporting" in said
     assert (folder / "report.html").read_bytes() == before
+    for error in (MemoryError(), OSError(28, "No space left on device"), RuntimeError("of\na library")):
+        monkeypatch.setattr(report, "write_page", Mock(side_effect=error))
+        write_report(alone(), folder)
+        said = capsys.readouterr().err
+        assert type(error).__name__ in said and len(said.splitlines()) == 1
     shutil.rmtree(folder)
     write_report(alone(), folder)
     assert "no such folder" in capsys.readouterr().err
