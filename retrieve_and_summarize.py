@@ -36,6 +36,7 @@ class HopArguments(LanguageArguments, SearchArguments, RerankerArguments, Rankin
     max_examples: int | None = flag(None, "use only the first N examples", at_least=1)
     document: str | None = flag(None, "summarize one document: a text file, or - for standard input")
     query: str = flag("", "the question about --document, or one question to --corpus_file")
+    json: bool = flag(False, "for one document or question: print its record as JSON, and nothing else")
     retriever: str = flag("outputs/retrieve", "what searches: a folder of train_retrieve.py, a Hub name, or bm25")
     summarizer: str = flag(
         "outputs/summarize",
@@ -64,6 +65,8 @@ class HopArguments(LanguageArguments, SearchArguments, RerankerArguments, Rankin
             raise UsageError(f"--document and --{others[0]}: give only one of them")
         if self.query and (self.input_file or not (self.document or self.corpus_file)):
             raise UsageError("--query is only for --document or --corpus_file; examples have their own queries")
+        if self.json and not (self.document or self.query):
+            raise UsageError("--json prints one record: give --document, or one --query to --corpus_file")
         if self.corpus_file and not (self.input_file or self.query.strip()):
             raise UsageError("--corpus_file needs --input_file, whose queries search it, or one --query")
         if self.qrels_file and not (self.corpus_file and self.input_file):
@@ -102,6 +105,8 @@ from utils.models.generation import describe_generation
 from utils.models.settings import check_made, place, saved_settings
 from utils.models.sources import Sources, collate, count_generated, decode
 from utils.models.summarizer import default_source_length, load_model_and_tokenizer, set_up, sources_for, wrap
+from utils.reporting.report import write_report
+from utils.reporting.terminal import show
 from utils.retrieval.bm25 import check_language, say_unmatched, unmatched
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.dense import remember_passages
@@ -272,7 +277,7 @@ def main():
                          accelerator=accelerator, alone=True, trained_in=args.retriever)  # fmt: skip
     if models.retriever is not None:
         search.prepare(partial(encode, models.retriever, accelerator=accelerator, poll=poll))
-    decide_nothing = ("output_dir", "cache_dir", "deterministic")
+    decide_nothing = ("output_dir", "cache_dir", "deterministic", "json")
     key = digest([
         sorted((name, value) for name, value in vars(args).items() if name not in decide_nothing),
         [*models.key(), accelerator.mixed_precision, content_key(examples)],
@@ -291,7 +296,7 @@ def main():
             first = search.bm25_rankings(examples, 1) if models.reranker else first  # its scores are others
             say_unmatched(unmatched(examples, first), len(examples), args.language, say)
         if is_one:
-            show(records[0], say)
+            show(records[0], as_json=args.json)
         else:
             of_hops = [{"hop": hop, **score_hop(records, hop), **dict(cost)}
                        for hop, cost in enumerate(costs, 1) if cost]  # fmt: skip
@@ -303,24 +308,12 @@ def main():
             if models.reranker:
                 say(describe_cost(of_hops))
         say(f"wrote {run_folder / f'predictions.{split}.jsonl'}")
+        write_report(accelerator, run_folder, say)
     end_run(accelerator)
 
 
 SHOWN = ("recall@5", "new_evidence", "gold_words@1024", "rouge2", "rougeL", "examples", "encoder_tokens",
          "source_tokens", "seconds")  # fmt: skip
-
-
-def show(record: dict, say) -> None:
-    """One document's or question's hops for a person to read, and its summary on standard output."""
-    names = record.get("passage_ids", range(len(record["passages"])))
-    for number, hop in enumerate(record["hops"], 1):
-        scores = {entry["passage"]: entry["score"] for entry in hop["retrieved"]}
-        say(f"hop {number} read")
-        for passage in hop["read"]:
-            text = " ".join(record["passages"][passage].split())
-            say(f"  {names[passage]:>4}  {scores[passage]:.3f}  {text if len(text) <= 90 else text[:87] + '...'}")
-        say(f"  draft: {hop['draft']}")
-    print(record["prediction"], flush=True)
 
 
 if __name__ == "__main__":

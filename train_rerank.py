@@ -26,8 +26,7 @@ class RerankArguments(TrainingArguments, RankingOverrides, CorpusArguments):
     metric_for_best: str = flag("ndcg@10", "validation score that selects the best checkpoint", choices=SCORES)
     model_name_or_path: str | None = flag(None, "a cross-encoder, or an encoder that becomes one (default: a new one)")
     retriever: str = flag("outputs/retrieve", "what is reranked: a folder of train_retrieve.py, a Hub name, or bm25")
-    max_seq_length: int | None = flag(None, "maximum tokens of query and passage together (default: the model's)",
-                                      at_least=1)  # fmt: skip
+    max_seq_length: int | None = flag(None, "maximum tokens of query with passage (default: the model's)", at_least=1)
     dropout: float | None = flag(None, "hidden dropout (default: the model's, or 0.1)", at_least=0, below=1)
     attention_dropout: float = flag(0.0, "replaces the model's own; 0 is much faster on a CPU", at_least=0, below=1)
     loss: str = flag("listwise", "softmax over a query's candidates, or each by itself", choices=("listwise", "binary"))
@@ -79,6 +78,7 @@ from utils.models.lora import add_adapters
 from utils.models.settings import check_made, compile_layers, place, saved_settings, settle_packing
 from utils.models.tokenizer import describe_cut
 from utils.processes import wait_for_all
+from utils.reporting.report import write_report
 from utils.retrieval.bm25 import check_language
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import first_drafts, imitations
@@ -203,6 +203,7 @@ def between_steps(run: Run, validate_now, args) -> None:
         with run.interruptible():  # after a signal, the resumed run validates
             scores = validate_now()
             run.note_validation(scores, best_by=scores.get(args.metric_for_best))
+            write_report(run.accelerator, run.folder)
 
 
 def main():
@@ -263,9 +264,8 @@ def main():
     drafts = given or imitations(validation, args)
     first_scores = score_hops(validation, list(search_first(validation, write_drafts=drafts)), gold)
     encode_once = encode_texts and search.remember(encode_texts)  # the retriever does not change
-    validation_search = partial(
-        search_hops, search, encode_once, settings | of_reranker, score=score, write_drafts=drafts
-    )
+    validation_search = partial(search_hops, search, encode_once, settings | of_reranker, score=score,
+                                write_drafts=drafts)  # fmt: skip
     validate_now = partial(validate, validation, gold, first_scores, validation_search, poll=run.poll)
     model.train()
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, reranker=reranker, args=args)
@@ -302,8 +302,7 @@ def main():
 
     # ---- the model, and the hand-over to stage 2
 
-    if args.load_best_model_at_end:
-        run.load_best()
+    run.load_best()  # with --load_best_model_at_end
     scores = run.scores or validate_now()  # a finished run that is started again has no scores yet
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
@@ -317,9 +316,10 @@ def main():
                  f"reranked, hop 2, {kind} drafts": scores["hop2"]}  # fmt: skip
     write_drafts = {"train": imitations(train, args), "validation": given}
     for split, examples in splits.items():
-        drafts = write_drafts.get(split)
-        rows |= hand_over(run, split, search_now(examples, write_drafts=drafts), examples, search_first)
+        hops = search_now(examples, write_drafts=write_drafts.get(split))
+        rows |= hand_over(run, split, hops, examples, search_first)
     log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))
+    write_report(accelerator, run_folder, log.say)
     end_run(accelerator)
 
 

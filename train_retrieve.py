@@ -83,8 +83,8 @@ from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.hops import score_beside_bm25, score_hops, score_one_hop
 from utils.models import contrastive, encoder
 from utils.models.lora import add_adapters
-from utils.models.settings import compile_layers, settle_packing
 from utils.processes import wait_for_all
+from utils.reporting.report import write_report
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import first_drafts, imitations
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
@@ -207,6 +207,7 @@ def between_steps(run: Run, validate_now, args) -> None:
         with run.interruptible():  # after a signal, the resumed run validates
             scores = validate_now()
             run.note_validation(scores, best_by=scores.get(args.metric_for_best))
+            write_report(run.accelerator, run.folder)
 
 
 def main():
@@ -227,7 +228,6 @@ def main():
     add_adapters(retriever, args, accelerator)
     log.say_model(retriever)
     make_scorer, of_reranker = load_scorer(args, accelerator=accelerator)
-
     index = make_search(documents, retriever, index=args.index, folder=run_folder / "embeddings",
                         top_k=max(args.top_k, of_reranker.get("rerank_top_k", 0)), language=args.language, say=log.say,
                         accelerator=accelerator)  # fmt: skip
@@ -308,8 +308,7 @@ def main():
 
     # ---- the model, and the hand-over to stage 2
 
-    if args.load_best_model_at_end:
-        run.load_best()
+    run.load_best()  # with --load_best_model_at_end
     scores = run.scores or validate_now()  # a finished run that is started again has no scores yet
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
@@ -322,6 +321,7 @@ def main():
     for split, examples in splits.items():
         rows |= hand_over(run, split, search_now(examples, write_drafts=write_drafts.get(split)), examples, index)
     log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))
+    write_report(accelerator, run_folder, log.say)
     end_run(accelerator)
 
 

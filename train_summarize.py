@@ -72,6 +72,7 @@ from utils.models.sources import Rows, Sources, collate, count_targets, count_to
 from utils.models.summarizer import load_model_and_tokenizer, save_pretrained, set_up, sources_for, wrap
 from utils.models.tokenizer import train_tokenizer
 from utils.processes import wait_for_all
+from utils.reporting.report import write_report
 from utils.retrieval.splits import rank_splits
 from utils.tables import lengths, values
 from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns, to_device
@@ -210,6 +211,7 @@ def between_steps(run: Run, validate_now, args) -> None:
         with run.interruptible():  # after a signal, the resumed run validates
             predictions, scores = validate_now()
             run.note_validation(scores, best_by=scores.get(args.metric_for_best), predictions=predictions)
+            write_report(run.accelerator, run.folder)
 
 
 def main():
@@ -296,8 +298,7 @@ def main():
 
     # ---- the model, and the predictions with the passages that were read
 
-    if args.load_best_model_at_end:
-        run.load_best()
+    run.load_best()  # with --load_best_model_at_end
     # a finished run that is started again has no scores yet
     predictions, scores = (run.predictions, run.scores) if run.scores else validate_now()
     weights = whole_weights(accelerator, model)
@@ -315,6 +316,7 @@ def main():
             table |= {"test: lead extract": scores["lead"], "test: oracle extract": scores["oracle"],
                       "test: summarizer": scores}  # fmt: skip
     log.say(score_table(table, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
+    write_report(accelerator, run_folder, log.say)
     end_run(accelerator)
 
 

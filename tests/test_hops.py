@@ -354,6 +354,10 @@ def test_one_document_is_summarized_on_standard_output_and_explained_on_standard
     assert result.stdout == record["prediction"] + "\n"
     assert "hop 1 read" in result.stderr and record["hops"][0]["draft"] in result.stderr
     assert record["query"] == QUESTION and len(record["passages"]) > 5 and "\ufeff" not in record["passages"][0]
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert QUESTION in report and "Hop by hop" in report
+    result = launch(SCRIPT, *flags, "--json") if source == "file" else None
+    assert result is None or json.loads(result.stdout) == record  # one object, and nothing else
 
 
 @pytest.mark.parametrize(
@@ -376,6 +380,7 @@ def test_one_document_is_summarized_on_standard_output_and_explained_on_standard
         (["--index", "hnsw", "--input_file", "x"], "--index hnsw needs a --corpus_file"),
         (["--passage_order", "document", "--corpus_file", "c", "--query", "Why?"], "its passages have no order"),
         (["--corpus_file", "nowhere.jsonl", "--query", "Why?"], "nowhere.jsonl: no such file or folder"),
+        (["--json", "--input_file", "x"], "--json prints one record: give --document, or one --query to --corpus_file"),
         (["--num_hop", "2"], "did you mean --num_hops?"),
     ],
 )

@@ -1,13 +1,14 @@
 """The scripts as users run them, from start to end, with one process and with two."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from conftest import ROOT, beir_flags, events, launch, read_jsonl, write_beir
+from conftest import ROOT, beir_flags, events, inject, launch, read_jsonl, run, write_beir
 
 from utils.data.examples import Document
 from utils.data.loading import load_examples
@@ -245,6 +246,27 @@ def test_a_run_folder_tells_what_was_run(smoke):
     assert environment["processes"] == 1
     assert environment["torch"] == torch.__version__
     assert [line["event"] for line in read_jsonl(folder / "metrics.jsonl")][-1] == "done"
+
+
+def test_a_run_folder_has_a_report_of_training_and_of_its_examples(smoke):
+    for stage, titles in (("retrieve", ["Training", "Retrieval, validation"]),
+                          ("summarize", ["Training", "Summaries, validation"])):  # fmt: skip
+        page = (smoke[stage] / "report.html").read_text(encoding="utf-8")
+        assert re.findall(r'<h2 id="[^"]*-title">([^<]*)</h2>', page) == [*titles, "This run"]
+        best = (smoke[stage] / "checkpoints/best").resolve().name.removeprefix("step_")
+        marked = re.search(r'class="best"><th scope="row">([0-9,]+) ', page)[1]
+        assert int(marked.replace(",", "")) == int(best)
+        assert "finished at step" in page and f"--output_dir {smoke[stage]}" in page
+    assert page.count('class="example"') == len(read_jsonl(smoke["summarize"] / "predictions.validation.jsonl"))
+
+
+def test_a_report_that_fails_loses_no_run_and_is_said(tmp_path):
+    wrapper = inject(tmp_path, "train_summarize.py", "utils.reporting.report:write_page", "calls == 2",
+                     "raise RuntimeError('no page')")  # fmt: skip
+    result = run(wrapper, tmp_path / "run")
+    assert result.stderr.count("warning: no report.html (RuntimeError: no page)") == 1
+    assert result.stdout.endswith(f"wrote {tmp_path / 'run/report.html'}\n")  # at the end, after two validations
+    assert (tmp_path / "run/model.safetensors").exists() and "Summaries" in (tmp_path / "run/report.html").read_text()
 
 
 def test_61_validation_examples_score_the_same_on_two_processes_as_on_one(smoke, tmp_path):

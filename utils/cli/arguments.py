@@ -496,7 +496,7 @@ GROUPS = {
         resume_from_checkpoint allow_reshard init_from reset_optimizer reset_lr_scheduler reset_dataloader reset_meters
     """,
     "failed steps": "max_skipped_steps nan_detector min_loss_scale check_weight_norm",
-    "logging and debugging": "log_steps log_format report_to profile overfit_one_batch",
+    "logging and debugging": "log_steps log_format report_to profile overfit_one_batch json",
 }
 
 

@@ -279,8 +279,11 @@ class Run:
         self.checkpoints.save(self.state, self.meters, is_best=is_best)
 
     def load_best(self) -> None:
-        """Puts the best checkpoint's weights into the model, which then has no scores; warns if there is none."""
-        if self.checkpoints.load_best(self.state):
+        """With --load_best_model_at_end, puts the best checkpoint's weights into the model, which then has no scores.
+
+        Warns if there is no such checkpoint.
+        """
+        if self.args.load_best_model_at_end and self.checkpoints.load_best(self.state):
             self.scores = self.predictions = None
             self.model_step = self.state.best_step
 

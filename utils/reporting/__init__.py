@@ -1,0 +1,1 @@
+"""Reports: one page of a run, or of several side by side, and plots."""
