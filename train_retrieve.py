@@ -83,6 +83,7 @@ from utils.data.loading import describe_splits, load_splits
 from utils.evaluation.hops import score_beside_bm25, score_hops, score_one_hop
 from utils.models import contrastive, encoder
 from utils.models.lora import add_adapters
+from utils.models.settings import compile_layers, settle_packing
 from utils.processes import wait_for_all
 from utils.reporting.report import write_report
 from utils.retrieval.corpus_search import make_search
