@@ -171,7 +171,7 @@ def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple
                          accelerator=accelerator, alone=True, trained_in=args.retriever)  # fmt: skip
     if is_trained:
         search.prepare(encode)
-    return search, encode, settings if is_trained else {}, key
+    return search, encode, settings if is_trained else {"hop_weight": settings["hop_weight"]}, key
 
 
 def validate(examples: list, gold: list, first_scores: dict, search_now, *, poll) -> dict:
