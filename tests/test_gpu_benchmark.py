@@ -25,7 +25,7 @@ def report(tmp_path_factory):
     output = tmp_path_factory.mktemp("gpu") / "gpu.json"
     command = [sys.executable, str(SCRIPT), "--tiny", "--output", str(output)]
     environment = {**os.environ, **OFFLINE, "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=480)
     assert result.returncode == 0, result.stderr
     return SimpleNamespace(printed=result.stdout, **json.loads(output.read_text()))
 
