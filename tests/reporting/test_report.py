@@ -135,6 +135,16 @@ def test_examples_with_their_support_evidence_and_hops(tmp_path):
     assert len(ids) == len(set(ids))
 
 
+def test_scores_of_each_hop_and_what_is_not_of_each(tmp_path):
+    folder = write_hops(tmp_path / "run")
+    hops = [{"hop": 1, "recall@5": 50.0, "rougeL": 20.0, "examples": 3},
+            {"hop": 2, "recall@5": 75.0, "new_evidence": 40.0, "rougeL": 30.5}]  # fmt: skip
+    write_json(folder / "hops.validation.json", hops)
+    page = page_of(folder)
+    assert "Score hop 1 hop 2 recall@5 50.0 75.0 rougeL 20.0 30.5 examples 3 – new_evidence – 40.0" in page.text
+    assert "ROUGE-L by hop, validation 20.0 → 30.5" in page.text
+
+
 def test_any_text_is_shown_as_text(tmp_path):
     records = [
         example(number, passages=[text, "plain words"], prediction=f"{text} words.", query=text, summary=text,

@@ -292,10 +292,9 @@ def one_run(run: RunFolder, max_examples: int) -> tuple[dict, list[Plot]]:
     for number, split in enumerate(run.files):
         section, of_rankings = ranking_section(run, split)
         if hops := run.hops.get(split):
-            columns = list(dict.fromkeys(name for row in hops for name, value in row.items()
-                                         if is_number(value) and name != "hop"))  # fmt: skip
+            names = dict.fromkeys(name for row in hops for name, value in row.items() if is_number(value))
             sections.append({"kind": "hops", "title": f"Scores of each hop, {split}", "key": f"h-{split}",
-                             "columns": columns, "rows": hops})  # fmt: skip
+                             "names": [name for name in names if name != "hop"], "hops": hops})  # fmt: skip
         if section:
             sections.append(section)
             plots = plots + of_rankings
