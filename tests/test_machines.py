@@ -22,7 +22,7 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def start_machines(script: str, folder, flags, *of_launcher: str) -> list[subprocess.Popen]:
+def start_machines(script: str, folder, flags) -> list[subprocess.Popen]:
     """Two machines with a process each; what the second prints goes to a folder of its own."""
     started, port = [], free_port()
     for rank in range(2):
@@ -30,7 +30,7 @@ def start_machines(script: str, folder, flags, *of_launcher: str) -> list[subpro
         for each in (folder, home):
             each.mkdir(exist_ok=True)
         words = [*LAUNCH, "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", port,
-                 *of_launcher, str(ROOT / script), "--output_dir", folder, *SMALL[script], *LOOP, *flags]  # fmt: skip
+                 str(ROOT / script), "--output_dir", folder, *SMALL[script], *LOOP, *flags]  # fmt: skip
         with (home / "output.txt").open("wb") as output:
             started.append(subprocess.Popen(
                 list(map(str, words)), cwd=ROOT, env={**os.environ, **OFFLINE, "HF_HOME": str(home / "cache")},
@@ -74,7 +74,7 @@ def workers(launcher, script: str) -> list[psutil.Process]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_summarize.py", "train_retrieve.py"])
-def test_two_machines_end_as_one_whatever_happens_to_a_machine_a_job_or_a_process(script, tmp_path):
+def test_two_machines_end_as_one_also_after_a_machine_was_killed_and_a_job_ran_out_of_time(script, tmp_path):
     one, folder, flags = tmp_path / "one", tmp_path / "run", ("--checkpointing_steps", 1, "--num_train_epochs", 4)
     run(script, one, *flags, processes=2)
 
@@ -94,12 +94,8 @@ def test_two_machines_end_as_one_whatever_happens_to_a_machine_a_job_or_a_proces
     assert (tmp_path / "machine0/requeued").read_text().startswith("requeue ")
     assert "SIGUSR1" in events(folder, "stop")[-1]["reason"]
 
-    first, second = start_machines(script, folder, flags, "--max_restarts", "2")
-    wait_until(lambda: len(events(folder, "train")) >= 8, first, tmp_path / "machine0")
-    [process] = workers(second, script)
-    process.send_signal(signal.SIGKILL)
-    assert [machine.wait(200) for machine in (first, second)] == [0, 0]
-    assert len(events(folder, "resume")) == 3
+    assert [machine.wait(200) for machine in start_machines(script, folder, flags)] == [0, 0]
+    assert len(events(folder, "resume")) == 2
     assert_same_run(folder, one, steps=STEPS)  # scores of validations, too
     for name in ("predictions.validation.jsonl", "retrieved.validation.jsonl"):
         if (one / name).exists():
