@@ -24,6 +24,7 @@ ROWS = [{"text": f"Wörter {n} \u0935\u094d", "ids": list(range(n % 7)), "number
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    tables._private_folder.cache_clear()  # of tests of other files
     yield
     files.choose_cache_folder(None)
     tables._private_folder.cache_clear()

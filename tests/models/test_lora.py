@@ -326,7 +326,7 @@ def edit(folder, **changes) -> None:
 
 def ranking_flags():
     return SimpleNamespace(model_name_or_path="base", ranking="dense", bm25_weight=0.5, smooth_window=0,
-                           smooth_decay=0.5, language=None)  # fmt: skip
+                           smooth_decay=0.5, hop_weight=0.5, language=None)  # fmt: skip
 
 
 def adapted_retriever(base, precision="no", **changes):

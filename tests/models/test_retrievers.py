@@ -194,7 +194,7 @@ def train(retriever, steps=3) -> None:
 
 
 FLAGS = SimpleNamespace(model_name_or_path="base", ranking="dense", bm25_weight=0.5, smooth_window=0, smooth_decay=0.5,
-                        language=None, lora_rank=0, lora_alpha=None, lora_dropout=0.0, merge_lora=False,
+                        hop_weight=0.5, language=None, lora_rank=0, lora_alpha=None, lora_dropout=0.0, merge_lora=False,
                         lora_target_modules="all-linear", output_dir="run", max_seq_length=None, query_prompt=None,
                         passage_prompt=None, gradient_checkpointing=False, matryoshka_dims="")  # fmt: skip
 
