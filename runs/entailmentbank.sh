@@ -16,10 +16,10 @@ files=(--corpus_file "$data/corpus.jsonl" --train_file "$data/train.jsonl" --val
 log=(--seed "$seed" --log_steps 20 --checkpointing_steps 40)
 
 python train_retrieve.py --output_dir "$out/retrieve" --model_name_or_path "$minilm" "${files[@]}" "${log[@]}" \
-    --learning_rate 5e-5 --num_train_epochs 3 --num_hard_negatives 7 --ranking hybrid
+    --learning_rate 5e-5 --num_train_epochs 3 --num_hard_negatives 7 --ranking hybrid --bm25_weight 0.25
 python train_rerank.py --output_dir "$out/rerank" --model_name_or_path "$cross_encoder" "${files[@]}" "${log[@]}" \
-    --retriever "$out/retrieve" --learning_rate 3e-5 --num_train_epochs 1 --num_hard_negatives 11 --negatives_pool 60 \
-    --rerank_top_k 60 --per_device_train_batch_size 4 --gradient_accumulation_steps 4
+    --retriever "$out/retrieve" --learning_rate 5e-5 --num_train_epochs 2 --num_positives 3 --num_hard_negatives 12 \
+    --negatives_pool 60 --rerank_top_k 60 --per_device_train_batch_size 4 --gradient_accumulation_steps 4
 # reads the 25 best facts of a hop, writes the conclusions of the proof
 python train_summarize.py --output_dir "$out/summarize" --model_name_or_path "$model" "${log[@]}" \
     --train_file "$out/rerank/retrieved.train.jsonl" --validation_file "$out/rerank/retrieved.validation.jsonl" \
@@ -35,6 +35,6 @@ hops() {  # NAME [FLAGS]
             "$out/$1/predictions.validation.jsonl#1" --metric recall@25
     done
 }
-hops conclusions --summarizer "$out/summarize" --reranker "$out/rerank"
-hops conclusions_without_reranker --summarizer "$out/summarize"
+hops conclusions --summarizer "$out/summarize" --reranker "$out/rerank" --hop_weight 1  # see runs/hop_fusion.py
+hops conclusions_without_reranker --summarizer "$out/summarize" --hop_weight 1
 hops extracts --summarizer extract --top_k 25 --draft_words 40 --reranker "$out/rerank"

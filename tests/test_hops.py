@@ -381,6 +381,7 @@ def test_one_document_is_summarized_on_standard_output_and_explained_on_standard
         (["--passage_order", "document", "--corpus_file", "c", "--query", "Why?"], "its passages have no order"),
         (["--corpus_file", "nowhere.jsonl", "--query", "Why?"], "nowhere.jsonl: no such file or folder"),
         (["--json", "--input_file", "x"], "--json prints one record: give --document, or one --query to --corpus_file"),
+        (["--hop_weight", "1", "--num_hops", "1"], "--hop_weight has no effect with --num_hops 1"),
         (["--num_hop", "2"], "did you mean --num_hops?"),
     ],
 )

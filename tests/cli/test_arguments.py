@@ -191,6 +191,14 @@ def test_a_retriever_ranks_as_flags_say_then_as_trained_then_by_default(flags, s
             RankingOverrides(**flags).ranking_settings(saved)
 
 
+def test_the_weight_of_later_hops_is_that_of_the_flag_then_of_training_then_the_default():
+    from retrieve_and_summarize import HopArguments
+
+    for flags, saved, weight in (({"hop_weight": 0.0}, TRAINED, 0.0), ({}, TRAINED, 0.8), ({}, {}, 0.5),
+                                 ({"hop_weight": 0.3}, None, 0.3), ({}, None, 0.5)):  # fmt: skip
+        assert HopArguments(**flags).ranking_settings(saved)["hop_weight"] == weight
+
+
 def test_the_flags_of_a_corpus_are_those_of_the_retriever_only(monkeypatch, capsys):
     assert parse_flags(monkeypatch, capsys, "--corpus_file", "c.jsonl", script="train_retrieve")[0].corpus_file
     assert "unrecognized arguments: --corpus_file" in parse_flags(monkeypatch, capsys, "--corpus_file", "c.jsonl")[1]
