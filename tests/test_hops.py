@@ -301,9 +301,12 @@ def test_one_question_is_put_to_a_corpus(corpus, tmp_path):
     expected = read_jsonl(corpus["folder"] / "run" / "predictions.validation.jsonl")[0]
     assert result.stdout == record["prediction"] + "\n" and (tmp_path / "embeddings" / "ivf.faiss").exists()
     assert record["prediction"] == expected["prediction"]
+    before = None
     for hop in record["hops"]:
         for passage in hop["read"]:
-            assert f"  {record['passage_ids'][passage]:>4}  " in result.stderr
+            mark = "+" if before is not None and passage not in before else " "  # not read at the hop before
+            assert f"{mark} {record['passage_ids'][passage]:>4}  " in result.stderr
+        before = hop["read"]
     assert "--index ivf misses 0.0%" in result.stderr
 
 
