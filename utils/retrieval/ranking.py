@@ -13,7 +13,7 @@ from utils.tables import values
 SHARPNESS = 0.7  # factor of the standardized scores before `combine` takes their exponentials
 FADES_BACK = 2  # a score fades twice as fast backward: what belongs to a topic mostly comes after its first mention
 
-# chosen on EntailmentBank's training questions (runs/hop_fusion.py):
+# chosen on EntailmentBank (runs/hop_fusion.py) and QMSum's validation meetings (runs/qmsum_hops.py):
 TRUST = 0.5, 0.9  # a hop counts from this agreement with the hops before it, and fully from that
 COMPARED = 10  # of its best passages
 
