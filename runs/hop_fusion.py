@@ -1,11 +1,11 @@
 """Which fusion of the rankings of two hops finds most, and whether a second hop hurts where the first was right.
 
-    python runs/hop_fusion.py CORPUS RETRIEVER RERANKER|none EXAMPLES DRAFTS [EXAMPLES DRAFTS]
+    python runs/hop_fusion.py CORPUS RETRIEVER RERANKER|none EXAMPLES DRAFTS [EXAMPLES DRAFTS ...]
 
-Searches the corpus with each question, and with the question and its first draft (of retrieve_and_summarize.py), and
-fuses the two rankings in several ways. Choose on training examples, the first pair of files; the second pair, of
-validation examples, shows what the choice is worth. Recall of the 25 best passages, in percent: of all examples; of
-those whose first hop found over two thirds of the evidence; of the others.
+Searches the corpus with each question, and with the question and its first draft, and fuses the two rankings in several
+ways. DRAFTS is a file of retrieve_and_summarize.py, or one of these words, for drafts that no model writes: conclusion,
+all, hypothesis (of EntailmentBank's `steps`, `summary` and `hypothesis`), found, astray. Recall of the 25 best passages,
+in percent: of all examples; of those whose first hop found over two thirds of the evidence; of the others.
 
 2026-11-29, EntailmentBank, a MiniLM of runs/entailmentbank.sh (3 epochs, learning rate 5e-5), no reranker. Drafts: the
 gold first conclusion; all gold conclusions; the hypothesis; the three facts that hop 1 ranks first; the first
@@ -35,6 +35,7 @@ So a draft that can be trusted deserves --hop_weight 1. Extracts of what was fou
 astray costs 1.7 points with 1, and 0.5 with 0.5.
 """
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,16 @@ for share in (0.25, 0.5, 0.75, 1.0):
     FUSIONS[f"--hop_weight {share:g}"] = lambda first, second, share=share: fuse_hops([first, second], share)
 
 
+def imitated(kind: str, rows: list[dict], examples: list, rankings: list) -> list[str]:
+    """A draft for each example, without a model: what it concludes, what it found, or what another one concludes."""
+    if kind == "found":
+        return [" ".join(e.document.passages[passage] for passage, _ in ranking[:3])
+                for e, ranking in zip(examples, rankings, strict=True)]  # fmt: skip
+    first = [row["steps"][0] for row in rows]
+    return {"conclusion": first, "all": [example.summaries[0] for example in examples],
+            "hypothesis": [row["hypothesis"] for row in rows], "astray": [*first[1:], *first[:1]]}[kind]  # fmt: skip
+
+
 def recall(ranking, evidence) -> float:
     return 100 * len({passage for passage, _ in ranking[:FOUND]} & set(evidence)) / len(evidence)
 
@@ -96,16 +107,20 @@ def main():
     print("| fusion | all | first hop right | the others |\n| --- | ---: | ---: | ---: |")
     for examples_file, drafts_file in zip(files[::2], files[1::2], strict=True):
         examples = list(load_examples(examples_file, corpus=corpus, require_summary=False))
-        drafts = read_drafts(drafts_file, examples)
-        chosen = [number for number, example in enumerate(examples) if example.evidence and drafts[number]]
-        examples, drafts = [examples[number] for number in chosen], [drafts[number] for number in chosen]
-        texts = [
-            search_text(e.query, draft) for e, draft in zip(examples, first_drafts(drafts, examples, []), strict=True)
-        ]
         one = rank_passages(search, examples, encode_texts, settings, score=score)
+        if drafts_file in ("conclusion", "all", "hypothesis", "found", "astray"):
+            rows = [json.loads(line) for line in Path(examples_file).read_text(encoding="utf-8").splitlines()]
+            drafts = imitated(drafts_file, rows, examples, one)
+        else:
+            drafts = first_drafts(read_drafts(drafts_file, examples), examples, [])
+        chosen = [number for number, example in enumerate(examples) if example.evidence and drafts[number]]
+        examples, drafts, one = ([each[number] for number in chosen] for each in (examples, drafts, one))
+        texts = [search_text(example.query, draft) for example, draft in zip(examples, drafts, strict=True)]
         two = rank_passages(search, examples, encode_texts, settings, texts, score=score)
         was_right = np.array([recall(ranking, e.evidence) > 200 / 3 for ranking, e in zip(one, examples, strict=True)])
-        print(f"| **{examples_file}**, {len(examples)} examples | | {was_right.sum()} | {(~was_right).sum()} |")
+        print(
+            f"| **{examples_file}, {drafts_file}**, {len(examples)} examples | | {was_right.sum()} | {(~was_right).sum()} |"
+        )
         for name, fuse in FUSIONS.items():
             found = np.array([recall(fuse(*pair), e.evidence) for *pair, e in zip(one, two, examples, strict=True)])
             cells = [found.mean(), found[was_right].mean(), found[~was_right].mean()]
