@@ -4,8 +4,8 @@
 
 Searches the corpus with each question, and with the question and its first draft, and fuses the two rankings in several
 ways. DRAFTS is a file of retrieve_and_summarize.py, or one of these words, for drafts that no model writes: conclusion,
-all, hypothesis (of EntailmentBank's `steps`, `summary` and `hypothesis`), found, astray. Recall of the 25 best passages,
-in percent: of all examples; of those whose first hop found over two thirds of the evidence; of the others.
+all, hypothesis (of EntailmentBank's `steps`, `summary` and `hypothesis`), found, astray. Recall of the 25 best
+passages, in percent: of all examples; of those whose first hop found over two thirds of the evidence; of the others.
 
 2026-11-29, EntailmentBank, a MiniLM of runs/entailmentbank.sh (3 epochs, learning rate 5e-5), no reranker. Drafts: the
 gold first conclusion; all gold conclusions; the hypothesis; the three facts that hop 1 ranks first; the first
@@ -118,9 +118,8 @@ def main():
         texts = [search_text(example.query, draft) for example, draft in zip(examples, drafts, strict=True)]
         two = rank_passages(search, examples, encode_texts, settings, texts, score=score)
         was_right = np.array([recall(ranking, e.evidence) > 200 / 3 for ranking, e in zip(one, examples, strict=True)])
-        print(
-            f"| **{examples_file}, {drafts_file}**, {len(examples)} examples | | {was_right.sum()} | {(~was_right).sum()} |"
-        )
+        of_these = f"| **{examples_file}, {drafts_file}**, {len(examples)} examples"
+        print(f"{of_these} | | {was_right.sum()} | {(~was_right).sum()} |")
         for name, fuse in FUSIONS.items():
             found = np.array([recall(fuse(*pair), e.evidence) for *pair, e in zip(one, two, examples, strict=True)])
             cells = [found.mean(), found[was_right].mean(), found[~was_right].mean()]
