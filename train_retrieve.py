@@ -135,9 +135,9 @@ def train_micro_batch(batch: dict, count: int, *, accelerator, model, pairs, arg
     # counted and compared before the batch is on the GPU, for which the host would have to wait
     real, (tokens, slots) = contrastive.count_pairs(batch), encoder.count_tokens(pairs.model, batch["texts"])
     keys = contrastive.gather_keys(batch["passage_keys"])  # of all processes
-    if is_sharded(accelerator):
-        batch["texts"] = contrastive.as_many_on_all(batch["texts"])
-    batch = to_device({**batch, "keys": keys, "is_excluded": pairs.excluded(batch, keys)}, accelerator.device)
+    texts = contrastive.as_many_on_all(batch["texts"]) if is_sharded(accelerator) else batch["texts"]
+    more = {"texts": texts, "keys": keys, "is_excluded": pairs.excluded(batch, keys)}
+    batch = to_device({**batch, **more}, accelerator.device)
     texts, states, sides = batch["texts"], None, (len(batch["evidence_keys"]), len(batch["passage_keys"]))
     # each part is `together`: if memory runs out on one process, none waits for it in an exchange
     with record_function("forward"), accelerator.autocast(), together(accelerator):
