@@ -47,6 +47,12 @@ before.
 | scores, share 1, less without agreement | +12.9 (+2.0) | +2.3 (+0.1) | -8.0 (-16.1) | -2.8 (-5.1) | -1.0 (-2.1) |
 | scores, share 0.5, less without agreement | +10.3 (+2.2) | +2.8 (+1.4) | -0.5 (-3.0) | -0.8 (-2.6) | +0.3 (-0.1) |
 
+2026-11-29, the same retriever and fusion, and `--drafts_file`: summaries by `full` of runs/qmsum_language_model.sh,
+which read the first hop. Alone they find 60.5, fused with hop 1 63.5, which is -0.3 [-2.0, +1.3] (-2.4 where hop 1 has
+more than two thirds): a retriever of questions alone finds nothing more through them. In the same run the reference
++10.9 [+8.1, +14.0], the best extract +2.8 [+1.4, +4.3], extracts of 30 and 120 words -1.0 [-2.7, +0.5] and
++0.2 [-1.2, +1.6].
+
 Cost (the last command of runs/qmsum_hops.sh, 272 questions with the general ones, no summarizer): 602,671 tokens
 encoded and 57.4 s at hop 1, 31,514 tokens and 3.5 s at hop 2.
 
@@ -63,6 +69,7 @@ import numpy as np
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.data.hand_over import read_drafts
 from utils.data.loading import load_examples
 from utils.data.passages import split_sentences
 from utils.evaluation.compare import score_examples
@@ -78,6 +85,7 @@ parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
 parser.add_argument("qmsum", type=Path)
 parser.add_argument("retriever", help="a folder of train_retrieve.py")
 parser.add_argument("--selector", help="a retriever that was trained on turns, to score sentences")
+parser.add_argument("--drafts_file", type=Path, help="predictions of a summarizer that read the first hop's passages")
 parser.add_argument("--top_k", type=int, default=5)
 parser.add_argument("--hop_weight", type=float, default=0.5)
 args = parser.parse_args()
@@ -111,6 +119,8 @@ drafts = {
     "best chunk": [example.document.passages[passages[0]] for example, passages in zip(examples, read, strict=True)],
 }
 drafts["astray"] = [examples[number - 37].summaries[0] for number in range(len(examples))]
+if args.drafts_file:
+    drafts["written, in the file"] = [of_example[0][0] for of_example in read_drafts(args.drafts_file, examples)]
 scorers = {"the retriever": own} | ({"the selector": encoder(args.selector)} if args.selector else {})
 for name, scorer in scorers.items():
     for count in (15, 30, 60, 120):
