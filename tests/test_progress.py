@@ -15,6 +15,7 @@ import pytest
 from conftest import OFFLINE, alone, beir_flags, command, inject, launch, write_beir
 
 from utils import progress
+from utils.data.rows import read_rows
 from utils.progress import Phase, close_bars, for_all
 from utils.progress import progress as follow
 from utils.training.log import RunLog
@@ -38,6 +39,7 @@ class Clock:
 def clock(monkeypatch):
     monkeypatch.setattr(progress, "clock", Clock())
     monkeypatch.setattr(progress, "_format", None)
+    monkeypatch.setattr(progress, "_last_shown", 0.0)
     for name in ("RANK", "GROUP_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     yield progress.clock
@@ -125,10 +127,12 @@ def test_a_loop_advances_by_its_items_or_by_what_is_in_them(clock, capsys):
 
     batches = [["a", "b"], ["c"]]
     assert list(follow(work(batches), "generated", "summaries", total=3, size=len)) == batches
+    assert list(follow(work([0]), "ranked", "examples", total=5, size=lambda _: 2048)) == [0]
     assert list(follow(work("ab"), "read", "texts")) == ["a", "b"]
     assert list(follow([], "read", "texts")) == []
     assert lines(capsys) == ["generated 2 of 3 summaries, 0.2 summaries/s, 5 s left",
-                             "generated 3 summaries in 20 s, 0.15 summaries/s", "read 1 texts, 0.1 texts/s",
+                             "generated 3 summaries in 20 s, 0.15 summaries/s",
+                             "ranked 5 examples in 10 s, 0.5 examples/s", "read 1 texts, 0.1 texts/s",
                              "read 2 texts in 20 s, 0.1 texts/s"]  # fmt: skip
 
 
@@ -147,6 +151,19 @@ def test_parts_of_a_phase_stand_in_brackets_once_it_knows_how_long_it_takes(cloc
         "encoded 1,000 passages in 40 s, 25 passages/s",
         "ranked 2,000 of 4,000 examples, 50 examples/s, 10 s left (encoded 750 of 1,000 passages)",
         "ranked 4,000 examples in 80 s, 50 examples/s",
+    ]
+
+
+def test_a_phase_that_takes_longer_than_expected_does_not_fall_silent(clock, capsys):
+    with Phase("ranked", "examples", 3) as phase:
+        clock.work(phase, 10, 2)
+        with Phase("encoded", "passages", 1000) as inner:
+            for _ in range(8):
+                clock.work(inner, 10, 10)
+    assert lines(capsys)[:3] == [
+        "ranked 2 of 3 examples, 0.2 examples/s, 5 s left",
+        "ranked 2 of 3 examples, 0.2 examples/s (encoded 30 of 1,000 passages)",
+        "ranked 2 of 3 examples, 0.2 examples/s (encoded 60 of 1,000 passages)",
     ]
 
 
@@ -208,6 +225,8 @@ def test_slow_steps_are_counted_when_nothing_else_was_logged_for_long(tmp_path, 
     log.start_epoch(0, done=20, steps=100)
     for step in range(1, 7):
         clock.now += 10
+        with Phase("tokenized", "texts", 1) as phase:
+            phase.advance()
         log.advance()
         if step == 4:
             log("train", step=24)
@@ -288,6 +307,19 @@ def test_text_is_written_above_the_bar(clock, monkeypatch):
         progress.write("a warning", progress.sys.stderr)
         first, second = screen_of(terminal.getvalue())
         assert first == "a warning" and second.startswith("encoded passages:  50%")
+
+
+def test_bars_of_datasets_are_for_terminals_only(tmp_path, clock, monkeypatch, capfd):
+    import datasets
+
+    path = tmp_path / "queries.parquet"
+    datasets.Dataset.from_dict({"id": ["a", "b"]}).to_parquet(path)
+    for is_terminal in (False, True):
+        monkeypatch.setattr("utils.data.rows.has_bars", lambda: is_terminal)  # noqa: B023
+        datasets.enable_progress_bars()
+        assert [row.share for row in read_rows(path, "train", None, ())] == [0.5, 1]
+        assert datasets.are_progress_bars_disabled() != is_terminal
+        assert is_terminal or capfd.readouterr().err == ""
 
 
 # ---- the scripts

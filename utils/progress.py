@@ -30,7 +30,7 @@ _phases: list["Phase"] = []  # that are going on, the outermost first
 _bars: list = []  # on the terminal; only the last one is visible
 _working_for_all = 0
 _format: str | None = None
-_last_shown = 0.0
+_last_shown = float("-inf")
 
 
 class Phase:
@@ -48,7 +48,7 @@ class Phase:
     def __init__(self, what: str, unit: str, total: int | None = None, *, is_own: bool = False):
         is_part = is_own and not _working_for_all and int(os.environ.get("WORLD_SIZE", 1)) > 1
         self.what, self.unit, self.total = what, f"{unit} of this process" if is_part else unit, total
-        self.done, self.passed_on, self.share = 0, 0, None
+        self.done, self.passed_on, self.share, self.was_shown = 0, 0, None, False
         self.unseen, self.stride = 0, 1  # calls of `advance` until the next look at the clock, and between two looks
 
     def begin(self) -> "Phase":
@@ -58,10 +58,7 @@ class Phase:
         return self
 
     def __enter__(self) -> "Phase":
-        global _last_shown
         self.begin()
-        if not _phases:
-            _last_shown = float("-inf")
         if _phases and (_phases[-1].what, _phases[-1].unit) == (self.what, self.unit):
             self.outer = _phases[-1]
             self.outer.counted = self.outer.counted if self.outer.done else self.counted
@@ -85,8 +82,10 @@ class Phase:
         now = clock()
         self.stride = min(2 * self.stride, UNSEEN) if now - self.looked < 0.01 else 1
         self.looked, self.unseen = now, self.stride
-        is_due = now - self.began >= SHOWN_AFTER and now - _last_shown >= BARS_EVERY
-        if is_due and _is_printing() and (has_bars() or now - _last_shown >= LINES_EVERY):
+        if now - self.began < SHOWN_AFTER or now - _last_shown < BARS_EVERY or not _is_printing():
+            return
+        is_new = bool(_phases) and not _phases[0].was_shown
+        if is_new or has_bars() or now - _last_shown >= LINES_EVERY:
             self._show(now)
 
     def _show(self, now: float) -> None:
@@ -96,10 +95,14 @@ class Phase:
         if has_bars():
             _last_shown = now
             first._draw(now, inner)
-        elif (left := first._seconds_left(now)) is None or left >= SHOWN_AFTER:  # else it ends soon
+            return
+        left = first._seconds_left(now)
+        if left is None or left >= SHOWN_AFTER or first is not self:  # else it ends soon
             _last_shown = now
+            for outermost in _phases[:1]:
+                outermost.was_shown = True
             text = f"{first._count()}, {first._rate(first.looked - first.counted)}"
-            text += "" if left is None else f", {_duration(left)} left"
+            text += f", {_duration(left)} left" if left else ""  # nothing if it takes longer than was expected
             print(text + (f" ({inner})" if inner else ""), file=sys.stderr, flush=True)
 
     def _has_rate(self) -> bool:
@@ -112,10 +115,13 @@ class Phase:
     def _count(self) -> str:
         total = self._about()
         of = f" of {'' if self.total else 'about '}{total:,}" if total else ""
-        return f"{self.what} {min(self.done, total or self.done):,}{of} {self.unit}"
+        return f"{self.what} {self._done():,}{of} {self.unit}"
+
+    def _done(self) -> int:
+        return min(self.done, self.total or self.done)  # the last item may count for more than there is
 
     def _rate(self, seconds: float) -> str:
-        rate = self.done / max(seconds, 1e-9)
+        rate = self._done() / max(seconds, 1e-9)
         return f"{rate:,.0f} {self.unit.split()[0]}/s" if rate >= 10 else f"{rate:.2g} {self.unit.split()[0]}/s"
 
     def _seconds_left(self, now: float) -> float | None:
@@ -131,7 +137,7 @@ class Phase:
             bar.phase = self
         bar.start_t = bar._time() - (now - self.counted)
         bar.total = self._about()
-        bar.n = min(self.done, bar.total or self.done)
+        bar.n = self._done()
         bar.set_postfix_str(inner)
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -144,7 +150,7 @@ class Phase:
         now = clock()
         is_part = any(phase._has_rate() for phase in _phases[:number])
         if kind is None and self.done and now - self.began >= SHOWN_AFTER and not is_part and _is_printing():
-            done = f"{self.what} {min(self.done, self.total or self.done):,} {self.unit}"
+            done = f"{self.what} {self._done():,} {self.unit}"
             write(f"{done} in {_duration(now - self.began)}, {self._rate(now - self.began)}", sys.stderr)
 
 
@@ -185,8 +191,8 @@ def _is_printing() -> bool:
 
 
 def has_bars() -> bool:
-    """Whether progress is shown as a bar: on a terminal, unless `--log_format` asks for lines."""
-    return _format in (None, "tqdm") and sys.stderr.isatty()
+    """Whether this process shows bars: on a terminal, unless `--log_format` asks for lines."""
+    return _format in (None, "tqdm") and sys.stderr.isatty() and _is_printing()
 
 
 def _duration(seconds: float) -> str:

@@ -137,7 +137,7 @@ def start(accelerator, args) -> Path:
         print("--trust_remote_code: Python code that the models bring with them is run", file=sys.stderr)
     keep_sums_exact(accelerator)
     transformers.utils.logging.disable_progress_bar()  # of models that are read, and of the Hub's downloads
-    if has_bars() and accelerator.is_main_process:
+    if has_bars():
         enable_progress_bars()
     set_seed(args.seed)
     if args.deterministic:

@@ -82,8 +82,8 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
         if not retriever_name:
             search.bm25_rankings(examples, 1, say=say)  # says which questions have no word in a passage
         hops = []
-        starts, unit = range(0, len(examples), RANKED_AT_ONCE), f"{split} examples"
-        for first in progress(starts, "ranked", unit, total=len(examples), size=lambda _: RANKED_AT_ONCE):
+        starts = range(0, len(examples), RANKED_AT_ONCE)
+        for first in progress(starts, "ranked", "examples", total=len(examples), size=lambda _: RANKED_AT_ONCE):
             block = examples[first : first + RANKED_AT_ONCE]
             hops += [[_best(ranking, args.top_k)] for ranking in rank(block, encode_texts, of_search)]
         found[split] = hops

@@ -51,7 +51,6 @@ def encode_corpus(
     key: str,
     accelerator,
     shard_size: int = 2**14,
-    say: Callable[[str], None] | None = None,
 ) -> Vectors:
     """Encodes a corpus into files in `folder`, one shard of `shard_size` passages in memory at a time.
 
@@ -62,8 +61,6 @@ def encode_corpus(
     folder = Path(folder)
     wanted = {"key": key, "count": len(passages), "shard_size": shard_size}
     dimension, missing = from_main(accelerator, lambda: _open_shards(folder, wanted))
-    if missing and say:
-        say(f"encoding {len(missing)} of {-(-len(passages) // shard_size)} parts of the corpus")
     starts = [shard * shard_size for shard in missing]
     with Phase("encoded", "passages", sum(min(shard_size, len(passages) - start) for start in starts)):
         for shard, start in zip(missing, starts, strict=True):
