@@ -93,6 +93,10 @@ def test_a_phase_of_less_than_five_seconds_says_nothing(clock, capsys):
     with Phase("encoded", "passages", 100):
         clock.now += 60  # nothing was encoded, because all was known
     assert not lines(capsys)
+    with Phase("waited for", "checkpoint to be written") as phase:
+        clock.now += 7
+        phase.done = 1
+    assert lines(capsys) == ["waited for 1 checkpoint to be written in 7 s"]
 
 
 def test_no_line_is_written_shortly_before_the_end_and_long_times_have_hours(clock, capsys):
@@ -314,6 +318,7 @@ def test_bars_of_datasets_are_for_terminals_only(tmp_path, clock, monkeypatch, c
 
     path = tmp_path / "queries.parquet"
     datasets.Dataset.from_dict({"id": ["a", "b"]}).to_parquet(path)
+    capfd.readouterr()
     for is_terminal in (False, True):
         monkeypatch.setattr("utils.data.rows.has_bars", lambda: is_terminal)  # noqa: B023
         datasets.enable_progress_bars()

@@ -150,8 +150,8 @@ class Phase:
         now = clock()
         is_part = any(phase._has_rate() for phase in _phases[:number])
         if kind is None and self.done and now - self.began >= SHOWN_AFTER and not is_part and _is_printing():
-            done = f"{self.what} {self._done():,} {self.unit}"
-            write(f"{done} in {_duration(now - self.began)}, {self._rate(now - self.began)}", sys.stderr)
+            rate = f", {self._rate(now - self.began)}" if self.done > 1 else ""
+            write(f"{self.what} {self._done():,} {self.unit} in {_duration(now - self.began)}{rate}", sys.stderr)
 
 
 def progress(

@@ -159,7 +159,8 @@ def tokenize(
         parts = [texts[first : first + TOKENIZED_AT_ONCE] for first in range(0, len(texts), TOKENIZED_AT_ONCE)]
         for part in progress(parts, "tokenized", "texts", total=len(texts), size=len):
             of_part, lengths_of_part = tokenize_now(part)
-            ids, lengths = ids + of_part, lengths + lengths_of_part
+            ids += of_part
+            lengths += lengths_of_part
         if whole is not None:
             whole.append(np.array(lengths, dtype=np.int64))
         return ids
