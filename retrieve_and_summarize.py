@@ -105,6 +105,7 @@ from utils.models.generation import describe_generation
 from utils.models.settings import check_made, place, saved_settings
 from utils.models.sources import Sources, collate, count_generated, decode
 from utils.models.summarizer import default_source_length, load_model_and_tokenizer, set_up, sources_for, wrap
+from utils.progress import progress, write
 from utils.reporting.report import write_report
 from utils.reporting.terminal import show
 from utils.retrieval.bm25 import check_language, say_unmatched, unmatched
@@ -188,18 +189,18 @@ def load_models(args, accelerator) -> Models:
 def write_summaries(examples: list, read: list[list[int]], models: Models, spent: Counter, *, batch_size: int,
                     accelerator, poll) -> list[str]:  # fmt: skip
     """A summary of each example, from the passages whose numbers are in `read`; adds what it costs to `spent`."""
-    sources, pad_token_id = models.sources, models.sources.tokenizer.pad_token_id
+    sources, tokenizer, summaries = models.sources, models.sources.tokenizer, [""] * len(examples)
     built = [sources.build(e.query, e.document, passages)[0] for e, passages in zip(examples, read, strict=True)]
-    summaries = [""] * len(examples)
-    for numbers in eval_batches([sum(map(len, source)) for source in built], batch_size=batch_size):
+    batches = eval_batches([sum(map(len, source)) for source in built], batch_size=batch_size)
+    for numbers in progress(batches, "generated", "summaries", total=len(built), size=len, is_own=True):
         poll()
-        batch = collate([built[i] for i in numbers], [[]] * len(numbers), pad_token_id).to(accelerator.device)
+        batch = collate([built[i] for i in numbers], [[]] * len(numbers), tokenizer.pad_token_id).to(accelerator.device)
         del batch["labels"]
         with accelerator.autocast():
             ids = models.summarizer.generate(**batch)
         spent["source_tokens"] += int(batch["attention_mask"].sum())
         spent["generated_tokens"] += count_generated(ids, models.summarizer.model.generation_config.eos_token_id)
-        for i, text in zip(numbers, decode(sources.tokenizer, ids), strict=True):
+        for i, text in zip(numbers, decode(tokenizer, ids), strict=True):
             summaries[i] = text
     return summaries
 
@@ -264,7 +265,7 @@ def main():
 
     def say(text: str) -> None:
         if accelerator.is_main_process:
-            print(text, file=sys.stderr if is_one else sys.stdout, flush=True)
+            write(text, sys.stderr if is_one else sys.stdout)
 
     examples, split = load_input(args, run_folder / "rejected.jsonl" if accelerator.is_main_process else None)
     models = load_models(args, accelerator)
@@ -285,12 +286,11 @@ def main():
     blocks, parts = search.blocks(examples, args.per_device_eval_batch_size), run_folder / f"parts.{split}.{key}"
     poll_within = poll if accelerator.num_processes == 1 else lambda: None  # several agree between two blocks only
     work = partial(run_hops, models=models, search=search, args=args, accelerator=accelerator, poll=poll_within)
-    show_bar = accelerator.is_main_process and sys.stderr.isatty() and not is_one
-    write_parts(parts, examples, blocks, work, say=say, accelerator=accelerator, poll=poll, show_bar=show_bar)
+    write_parts(parts, examples, blocks, work, say=say, accelerator=accelerator, poll=poll)
 
     if accelerator.is_main_process:
         records, costs = read_parts(parts, blocks, args.num_hops)
-        write_jsonl(run_folder / f"predictions.{split}.jsonl", records)
+        write_jsonl(run_folder / f"predictions.{split}.jsonl", progress(records, "wrote", "predictions"))
         if args.retriever == "bm25":
             first = [[(0, best["score"]) for best in record["hops"][0]["retrieved"][:1]] for record in records]
             first = search.bm25_rankings(examples, 1) if models.reranker else first  # its scores are others

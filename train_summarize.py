@@ -165,7 +165,7 @@ def validate(summarizer, sources: Sources, rows: Rows, extract_scores, *, args, 
     batches = eval_batches([sum(map(len, row["source"])) for row in rows], batch_size=args.per_device_eval_batch_size)
     generated, sums = [], []
     summarizer.eval()
-    for number, is_extra in take_turns(len(batches), accelerator.process_index, accelerator.num_processes):
+    for number, is_extra in take_turns(batches, accelerator.process_index, accelerator.num_processes):
         poll()
         if is_extra and not is_sharded(accelerator):
             continue

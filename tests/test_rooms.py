@@ -13,7 +13,7 @@ LEVELS = [
     {"retrieval", "cli"},
     {"training", "models", "data"},
     {"tables"},
-    {"fast", "files", "errors", "processes"},
+    {"fast", "files", "errors", "processes", "progress"},
 ]
 LEVEL = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = sorted((ROOT / "utils").rglob("*.py"))

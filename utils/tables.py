@@ -29,6 +29,7 @@ from utils.files import (
     write_json,
     write_whole,
 )
+from utils.progress import for_all
 
 logger = logging.getLogger(__name__)
 ROWS = 1024  # in a record batch
@@ -231,7 +232,7 @@ def cached(name: str, key: list | None, write: Callable[[Path], None]) -> Path:
         if is_disk_full(error):
             raise
         return _keep_privately(path, error, fill)
-    with lock:
+    with lock, for_all():
         if not _is_whole(path):
             write_whole(path, fill)
     return path

@@ -87,6 +87,7 @@ def test_each_log_format_prints_what_it_says_and_the_file_is_the_same(tmp_path, 
         assert (tmp_path / "metrics.jsonl").read_text() == line
     for log_format in ("tqdm", None):  # a terminal has a progress bar without asking
         monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True)
         log_something(tmp_path, log_format)
         output, bar = capsys.readouterr()
         assert output == expected["simple"]

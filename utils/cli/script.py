@@ -17,10 +17,12 @@ import torch
 import transformers
 from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
+from huggingface_hub.utils import enable_progress_bars
 
 from utils.errors import Interrupted, UsageError, in_one_line
 from utils.files import choose_cache_folder, is_disk_full, write_json, write_lines
 from utils.processes import connect, wait_for_all
+from utils.progress import close_bars, has_bars
 from utils.tables import remove_private_folder
 from utils.training.checkpoint_files import WRITER
 from utils.training.memory import keep_memory
@@ -39,6 +41,7 @@ def run_script(main) -> None:
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException as error:
+        close_bars()
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         code = 74 if code == 1 and is_disk_full(error) else code
         if code == 1 and is_process_lost(error):
@@ -133,7 +136,9 @@ def start(accelerator, args) -> Path:
     if args.trust_remote_code and accelerator.is_main_process:
         print("--trust_remote_code: Python code that the models bring with them is run", file=sys.stderr)
     keep_sums_exact(accelerator)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # of models that are read, and of the Hub's downloads
+    if has_bars():
+        enable_progress_bars()
     set_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -13,6 +13,7 @@ from utils.data.rows import Row, build_all, listed_fields, read_identifier, read
 from utils.data.words import count_words
 from utils.errors import BadRecord, DataError
 from utils.files import cache_folder, digest, write_jsonl, write_whole
+from utils.progress import for_all
 from utils.tables import Table, table_writer
 
 PASSAGES = pa.schema([("id", pa.large_string()), ("passage", pa.large_string())])
@@ -52,7 +53,7 @@ def load_corpus(
         raise DataError(
             f"{folder.parent}: a corpus cannot be kept there: {error.strerror}; name another folder with --cache_dir"
         ) from None
-    with lock:
+    with lock, for_all():
         kept = _read_corpus(folder)
         if kept is None:
             _build_corpus(path, folder, skip_bad_examples, rejected_file)

@@ -14,6 +14,7 @@ from utils.data.rows import SHOWN_PROBLEMS, Row, build_all, listed_fields, raise
 from utils.data.trec import write_qrels, write_run
 from utils.errors import BadRecord, DataError
 from utils.files import write_jsonl
+from utils.progress import progress
 from utils.tables import values
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def write_retrieved(path: str | os.PathLike, examples: Sequence[Example], hops: 
         logger.warning("%s is without %d examples, for which nothing was found: %s", path, len(left_out), names)
 
 
-def write_predictions(folder: Path, split: str, rows: Iterable[dict], predictions: Iterable[str]) -> Path:
+def write_predictions(folder: Path, split: str, rows: Sequence[dict], predictions: Iterable[str]) -> Path:
     """Writes `predictions.<split>.jsonl`: each with its example and the passages that it was written from.
 
     Returns the path. A row holds an `example` and the numbers of the `passages` that the summarizer read.
@@ -148,7 +149,7 @@ def write_predictions(folder: Path, split: str, rows: Iterable[dict], prediction
             "evidence": row["example"].evidence,
             "passages": [{"passage": i, "text": row["example"].document.passages[i]} for i in row["passages"]],
         }
-        for row, prediction in zip(rows, predictions, strict=True)
+        for row, prediction in progress(zip(rows, predictions, strict=True), "wrote", "predictions", total=len(rows))
     ))  # fmt: skip
     return path
 

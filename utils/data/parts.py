@@ -10,11 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from utils.data.examples import Example
 from utils.files import write_jsonl
 from utils.processes import wait_for_all
+from utils.progress import progress
 
 
 def write_parts(
@@ -26,7 +25,6 @@ def write_parts(
     say: Callable,
     accelerator,
     poll: Callable,
-    show_bar: bool = False,
 ) -> None:
     """Writes the missing parts, one for each block of example numbers; called on all processes.
 
@@ -48,10 +46,15 @@ def write_parts(
         say(f"{len(blocks) - len(remaining)} of {len(blocks)} parts were done before")
     wait_for_all()  # all processes must have listed the parts before one of them writes
     processes = accelerator.num_processes
-    for first in tqdm(range(0, len(remaining), processes), disable=not show_bar):
+    rounds = [remaining[first : first + processes] for first in range(0, len(remaining), processes)]
+
+    def count(numbers: Sequence[int]) -> int:
+        return sum(len(blocks[number]) for number in numbers)
+
+    for numbers in progress(rounds, "summarized", "examples", total=count(remaining), size=count):
         poll()
-        if first + accelerator.process_index < len(remaining):
-            number = remaining[first + accelerator.process_index]
+        if accelerator.process_index < len(numbers):
+            number = numbers[accelerator.process_index]
             costs, records = work([examples[i] for i in blocks[number]])
             write_jsonl(parts / f"{number}.jsonl", itertools.chain([{"costs": costs}], records))
     wait_for_all()

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from utils.errors import BadRecord, DataError
 from utils.files import write_jsonl
+from utils.progress import Phase, has_bars
 
 logger = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 20  # an error shows this many problems; the rest are counted
@@ -38,6 +39,7 @@ class Row:
     record: dict | None  # None if there is a problem
     problem: str = ""
     text: str = ""  # the raw text, which the rejected file shows if there is no record
+    share: float | None = None  # of the file that has been read, if that is known
 
 
 # ---- building something from each row
@@ -68,21 +70,23 @@ def build_all(
         remedy: the last line of the error that lists the bad rows.
     """
     built, problems, found_columns = [], [], set()
-    for row in rows:
-        reason = row.problem
-        if row.record is not None:
-            found_columns |= row.record.keys()
-            row.record = {name: value for name, value in row.record.items() if not _is_absent(value)}
-            try:
-                built.append(build(row))
-            except BadRecord as error:
-                reason = str(error)
-        if reason:
-            content = {"text": row.text} if row.record is None else {"record": row.record}
-            entry = {"file": file, "line": row.number, "reason": reason}
-            problems.append((row.place, entry | content if skip else entry))
-        elif len(built) == max_built:
-            break
+    with Phase("read", f"records of {file}", max_built) as phase:
+        for row in rows:
+            reason = row.problem
+            if row.record is not None:
+                found_columns |= row.record.keys()
+                row.record = {name: value for name, value in row.record.items() if not _is_absent(value)}
+                try:
+                    built.append(build(row))
+                except BadRecord as error:
+                    reason = str(error)
+            if reason:
+                content = {"text": row.text} if row.record is None else {"record": row.record}
+                entry = {"file": file, "line": row.number, "reason": reason}
+                problems.append((row.place, entry | content if skip else entry))
+            phase.advance(share=row.share)
+            if not reason and len(built) == max_built:
+                break
     if not built and not problems:
         raise DataError(f"{file}: is empty; it must hold at least one {holds}")
     if found_columns:
@@ -288,6 +292,14 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
             yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
 
 
+def _share(stream) -> float | None:
+    """How much of a file has been read, 0 to 1; None if that is not known, as of a pipe."""
+    try:
+        return os.lseek(stream.fileno(), 0, os.SEEK_CUR) / os.fstat(stream.fileno()).st_size
+    except (OSError, ZeroDivisionError):
+        return None
+
+
 def _line_rows(name: str, stream: BinaryIO, parse: Callable[[str], dict | None]) -> Iterator[Row]:
     for number, line in enumerate(_lines(stream), 1):
         if not line.strip():
@@ -303,7 +315,7 @@ def _line_rows(name: str, stream: BinaryIO, parse: Callable[[str], dict | None])
         except BadRecord as error:
             problem = str(error)
         if problem or record is not None:
-            yield Row(number, f"{name}:{number}", record, problem, text)
+            yield Row(number, f"{name}:{number}", record, problem, text, _share(stream))
 
 
 def _parse_json(line: str) -> dict:
@@ -333,10 +345,13 @@ def _json_rows(name: str, stream: BinaryIO) -> Iterator[Row]:
             raise DataError(f"{name}:{line}: invalid UTF-8; save the file as UTF-8") from None
         line, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
         raise DataError(f"{name}:{line}: invalid JSON: {reason}; fix the array, or give one object a line") from None
-    for number, record in enumerate(records if isinstance(records, list) else [records], 1):
+    records = records if isinstance(records, list) else [records]
+    for number, record in enumerate(records, 1):
         problem = _object_problem(record, may_hold_halves=True)
         text = json.dumps(record) if problem else ""
-        yield Row(number, f"{name}: row {number}", None if problem else record, problem, text)
+        row = Row(number, f"{name}: row {number}", None if problem else record, problem, text)
+        row.share = number / len(records)
+        yield row
 
 
 def _object_problem(record: Any, may_hold_halves: bool) -> str:
@@ -382,7 +397,7 @@ def _csv_rows(
             if problem == _HALF_CHARACTER and (byte := re.search("[\udc80-\udcff]", "".join(cells))):
                 problem = _invalid_byte(byte[0])
             text = text or (json.dumps(record) if problem else "")
-            yield Row(number, f"{name}: row {number}", None if problem else record, problem, text)
+            yield Row(number, f"{name}: row {number}", None if problem else record, problem, text, _share(file))
 
 
 def _csv_cells(name: str, lines: Iterable[tuple[int, str]], delimiter: str) -> Iterator[tuple[list[str], str, str]]:
@@ -455,6 +470,8 @@ def _dataset_rows(
     """Rows of `datasets.load_dataset(*arguments, **options)`."""
     import datasets  # takes seconds, and JSON Lines and CSV do not need it
 
+    if not has_bars():
+        datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(*arguments, **options)
     except Exception as error:  # of many classes: network, Hub, cache, Arrow, pandas, features of the data set
@@ -467,7 +484,7 @@ def _dataset_rows(
             "check the name, or download the data and give its path"
         ) from None
     for number, record in enumerate(rows, 1):
-        yield Row(number, f"{name}: row {number}", _decode_lists(record, columns))
+        yield Row(number, f"{name}: row {number}", _decode_lists(record, columns), share=number / len(rows))
 
 
 def _decode_lists(record: dict, columns: tuple[Sequence[str], Sequence[str]]) -> dict:

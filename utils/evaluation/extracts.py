@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from utils.data.examples import Example
 from utils.data.words import count_words
 from utils.processes import wait_for_all
+from utils.progress import progress
 from utils.retrieval.baselines import oracle_ranking
 
 
@@ -23,13 +24,12 @@ def score_extracts(train: Sequence[Example], scored: Sequence[Example], accelera
     lengths = [count_words(text) for example in train for text in example.summaries]
     words = sum(lengths) / len(lengths)
     mine = [example for example in scored if example.summaries][accelerator.process_index :: accelerator.num_processes]
-    extracts = {"lead": [], "oracle": []}
-    for example in mine:
+    scores = {"lead": [], "oracle": []}
+    for example in progress(mine, "scored extracts of", "examples", is_own=True):
         passages = example.document.passages
-        extracts["lead"].append(_lead_text(passages, words))
-        extracts["oracle"].append(" ".join(passages[passage] for passage, _ in oracle_ranking(example)))
-    references = [example.summaries for example in mine]
-    scores = {name: rouge_of_each(texts, references) for name, texts in extracts.items()}
+        oracle = " ".join(passages[passage] for passage, _ in oracle_ranking(example))
+        scores["lead"] += rouge_of_each([_lead_text(passages, words)], [example.summaries])
+        scores["oracle"] += rouge_of_each([oracle], [example.summaries])
     if accelerator.num_processes > 1:
         wait_for_all()
         scores = {name: gather_object(of_each) for name, of_each in scores.items()}

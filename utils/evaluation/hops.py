@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from utils.data.examples import Example, Hop, Ranking
 from utils.data.words import count_words
+from utils.progress import progress
 from utils.retrieval.pairs import gold_passages
 
 
@@ -45,7 +46,7 @@ def score_hop(records: Iterable[dict], number: int) -> dict[str, float]:
 
     columns = {name: [] for name in ("predictions", "references", "passage_words", "evidence_words")}
     is_last, texts, missed, found = True, [], 0, 0
-    for record in records:
+    for record in progress(records, "read", f"records of hop {number}"):
         hop, evidence = record["hops"][:number][-1], record.get("evidence", [])
         columns["predictions"].append([entry["passage"] for entry in hop["retrieved"]])
         columns["references"].append(evidence)

@@ -10,6 +10,7 @@ from datasets import Sequence as ListOf
 from utils.data.examples import Example, Ranking
 from utils.data.words import count_words
 from utils.evaluation.rouge import LocalMetric, _check_equally_many
+from utils.progress import progress
 
 RECALL_CUTOFFS = (1, 5, 10, 20, 100)
 RANK_CUTOFF = 10  # of MRR and nDCG
@@ -99,6 +100,7 @@ class Retrieval(LocalMetric):
 
     def _compute(self, *, predictions, references, passage_words, evidence_words, **cutoffs) -> dict:
         examples = zip(predictions, references, passage_words, evidence_words, strict=True)
+        examples = progress(examples, "scored", "rankings", total=len(predictions))
         scores = [retrieval_scores(*example, **cutoffs) for example in examples if example[1]]
         names = scores[0] if scores else ()
         means = {name: math.fsum(score[name] for score in scores) / len(scores) for name in names}
@@ -108,7 +110,8 @@ class Retrieval(LocalMetric):
 def score_rankings(examples: Sequence[Example], rankings: Sequence[Ranking], evidence: Sequence) -> dict:
     """Scores the examples' rankings against `evidence`, a list or None for each, with `Retrieval`."""
     columns = {"predictions": [], "references": [], "passage_words": []}
-    for example, ranking, relevant in zip(examples, rankings, evidence, strict=True):
+    rows = zip(examples, rankings, evidence, strict=True)
+    for example, ranking, relevant in progress(rows, "read", "rankings", total=len(examples)):
         # only these passages are read, and numbered anew: a corpus may be large
         numbers = list(dict.fromkeys([passage for passage, _ in ranking] + (relevant or [])))
         places = {passage: place for place, passage in enumerate(numbers)}

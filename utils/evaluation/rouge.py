@@ -19,6 +19,7 @@ from rouge_score.tokenizers import Tokenizer
 
 from utils.data.passages import split_sentences
 from utils.data.words import rouge_words
+from utils.progress import progress
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -90,7 +91,8 @@ class Rouge(LocalMetric):
         self.add_batch(predictions=[prediction], references=[reference])
 
     def _compute(self, *, predictions, references, use_aggregator: bool = True) -> dict:
-        scores = [rouge_scores(*texts) for texts in zip(predictions, references, strict=True)]
+        pairs = zip(predictions, references, strict=True)
+        scores = [rouge_scores(*texts) for texts in progress(pairs, "scored", "summaries", total=len(predictions))]
         if not scores:
             raise ValueError("no predictions to score")
         columns = {name: [score[name] for score in scores] for name in ROUGE_TYPES}

@@ -29,6 +29,7 @@ from utils.models.settings import ATTENTION_DROPOUTS, checkpoint_layers, load_er
 from utils.models.tokenizer import check_length, check_vocabulary, pad, position_limit, tokenizer_key, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
 from utils.processes import wait_for_all
+from utils.progress import Phase
 from utils.tables import Texts
 
 PROBES = [
@@ -303,7 +304,10 @@ def score(
     reranker.eval()
     found = []
     try:
-        with accelerator.autocast(), laid_out_weights(reranker):
+        with (
+            accelerator.autocast(), laid_out_weights(reranker),
+            Phase("reranked", "pairs", len(pairs), is_own=alone) as phase,
+        ):  # fmt: skip
             for first in range(0, len(batches), processes):
                 if poll:
                     poll()
@@ -313,6 +317,7 @@ def score(
                 scores = reranker(features)["scores"][:, 0].float().tolist()
                 if first + process < len(batches):
                     found += zip(batch, scores, strict=True)
+                phase.advance(sum(map(len, batches[first : first + processes])))
     finally:
         reranker.train(was_training)
     if processes > 1:

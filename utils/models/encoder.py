@@ -29,6 +29,7 @@ from utils.models.settings import ATTENTION_DROPOUTS, checkpoint_layers, load_er
 from utils.models.tokenizer import check_length, check_vocabulary, pad, position_limit, tokenizer_key, train_tokenizer
 from utils.models.tokenizer import tokenize as tokenize_cached
 from utils.processes import wait_for_all
+from utils.progress import Phase
 from utils.tables import Texts
 
 TASKS = {"query": "query", "passage": "document"}  # what sentence-transformers calls the kinds of texts
@@ -388,8 +389,12 @@ def encode(
     was_training = model.training
     model.eval()
     parts = [np.empty((0, model.get_embedding_dimension()), dtype=np.float32)]
+    unit = "queries" if kind == "query" else "passages"
     try:
-        with accelerator.autocast(), laid_out_weights(model):
+        with (
+            accelerator.autocast(), laid_out_weights(model),
+            Phase("encoded", unit, len(texts), is_own=alone) as phase,
+        ):  # fmt: skip
             for first in range(0, len(batches), processes):
                 if poll:
                     poll()
@@ -397,6 +402,7 @@ def encode(
                 batch = batches[min(first + process, len(batches) - 1)]
                 features = _features(model, [token_ids[i] for i in batch], kind)
                 parts.append(_embeddings(model, send_to_device(features, accelerator.device)).cpu().numpy())
+                phase.advance(sum(map(len, batches[first : first + processes])))
     finally:
         model.train(was_training)
     if processes == 1 or not batches:

@@ -18,6 +18,7 @@ from transformers import BatchEncoding
 from utils.errors import UsageError, in_one_line
 from utils.files import digest
 from utils.models.tokenizer import describe_cut, pad, tokenize, tokenizer_key
+from utils.progress import progress
 from utils.tables import Texts, lengths, values
 
 # ---- prompts of language models
@@ -277,10 +278,10 @@ class Rows(Sequence):
         counts = lengths(summaries)
         self.first_target = np.cumsum([0, *counts])
         self.number_of_target = np.repeat(np.arange(len(counts)), counts)
-        sizes = lengths(self.queries).tolist()
+        rows = zip(lengths(self.queries).tolist(), self.documents, hops, strict=True)
         self.source_lengths = np.array([
             max(sources.length(size, document, passages) for passages in of_hops)
-            for size, document, of_hops in zip(sizes, self.documents, hops, strict=True)
+            for size, document, of_hops in progress(rows, "measured the sources of", "examples", total=len(hops))
         ])  # fmt: skip
 
     def __len__(self) -> int:

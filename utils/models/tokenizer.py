@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from utils.errors import UsageError
 from utils.files import digest
+from utils.progress import progress
 from utils.tables import Table, cached, table_writer
 
 ORDINARY_TOKENS = 10  # fewer, besides special ones, are no vocabulary
@@ -51,8 +52,9 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool, max
     bpe = ByteLevelBPETokenizer(add_prefix_space=True, lowercase=lowercase)
     special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     bpe.train_from_iterator(
-        texts, vocab_size=vocab_size, min_frequency=2, special_tokens=list(special.values()), show_progress=False
-    )
+        progress(texts, "trained the tokenizer on", "texts"), vocab_size=vocab_size, min_frequency=2,
+        special_tokens=list(special.values()), show_progress=False,
+    )  # fmt: skip
     bpe.post_processor = TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1",
         special_tokens=[(token, bpe.token_to_id(token)) for token in ("<s>", "</s>")],
@@ -153,21 +155,27 @@ def tokenize(
     sizes = itertools.accumulate(map(len, texts), initial=0)
     rules = tokenizer_key(tokenizer) if keep and any(size >= CACHED_FROM for size in sizes) else None
     if rules is None:
-        texts = list(texts)
-        ids, lengths = tokenize_now(texts) if texts else ([], [])
+        texts, ids, lengths = list(texts), [], []
+        parts = [texts[first : first + TOKENIZED_AT_ONCE] for first in range(0, len(texts), TOKENIZED_AT_ONCE)]
+        for part in progress(parts, "tokenized", "texts", total=len(texts), size=len):
+            of_part, lengths_of_part = tokenize_now(part)
+            ids += of_part
+            lengths += lengths_of_part
         if whole is not None:
             whole.append(np.array(lengths, dtype=np.int64))
         return ids
-    checksum = hashlib.blake2b(digest_size=16)
+    checksum, count = hashlib.blake2b(digest_size=16), 0
     for text in texts:
         checksum.update(json.dumps(text).encode())
+        count += 1
 
     def write(folder: Path) -> None:
         number = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
         schema = pa.schema([("ids", pa.large_list(number)), ("whole", pa.int32())])
         with table_writer(folder / "ids.arrow", schema) as add:
             remaining = iter(texts)
-            while block := list(itertools.islice(remaining, TOKENIZED_AT_ONCE)):
+            blocks = iter(lambda: list(itertools.islice(remaining, TOKENIZED_AT_ONCE)), [])
+            for block in progress(blocks, "tokenized", "texts", total=count, size=len):
                 for ids, length in zip(*tokenize_now(block), strict=True):
                     add({"ids": ids, "whole": length})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils.errors import UsageError, in_one_line
 from utils.files import write_lines
+from utils.progress import progress
 from utils.reporting.comparison import compare
 from utils.reporting.examples import MOST_PASSAGES, SUPPORT, View, cut, view, visible
 from utils.reporting.folder import RunFolder, is_number, read_folder, read_records, shown
@@ -44,7 +45,7 @@ def write_page(runs: Sequence[RunFolder], path: Path, max_examples: int = MOST_E
     for section in content.pop("sections"):
         if "examples" in section:
             pages = []
-            for number, example in enumerate(section["examples"], 1):
+            for number, example in enumerate(progress(section["examples"], "wrote", "examples of the report"), 1):
                 html = template("example.html").render(
                     example=example, number=f"{section['key']}{number}", loop_number=number, **content
                 )

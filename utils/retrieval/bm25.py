@@ -17,6 +17,7 @@ from utils.data.examples import Corpus, Document, Example, Ranking, blocks
 from utils.data.words import language_name, search_tokenizer, search_words
 from utils.errors import UsageError
 from utils.files import cache_folder, write_whole
+from utils.progress import for_all, progress
 from utils.retrieval.ranking import examples_by_document, rank, search_texts
 from utils.tables import values
 
@@ -39,7 +40,8 @@ def bm25_rankings(
     many questions have no word in a passage.
     """
     rankings: list[Ranking] = [[] for _ in examples]
-    for number, scores in bm25_score(examples, search_texts(examples, queries), language):
+    scored = bm25_score(examples, search_texts(examples, queries), language)
+    for number, scores in progress(scored, "ranked", "examples with BM25", total=len(examples)):
         rankings[number] = rank(scores, top_k)
     if say:
         say_unmatched(unmatched(examples, rankings), len(examples), language, say)
@@ -159,7 +161,7 @@ def bm25_index(corpus: Corpus, folder: str | os.PathLike | None = None, language
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
     path = Path(folder or cache_folder()) / f"bm25_{key}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with FileLock(path.with_suffix(".lock")), for_all():
         index = _load_index(path, len(corpus.passages))
         if index is None:
             write_whole(path, _build_index(corpus.passages, language).save)
@@ -179,7 +181,8 @@ def bm25_search(
     `language` is that of the index. The passages of each query's ranking in `also` are ranked in any case.
     """
     rankings = []
-    for number, words in enumerate(search_words(queries, language)):
+    words_of_queries = progress(search_words(queries, language), "searched", "queries with BM25", total=len(queries))
+    for number, words in enumerate(words_of_queries):
         known = index.get_tokens_ids(words)
         all_scores = index.get_scores_from_ids(known) if known else np.zeros(0, dtype=np.float32)
         passages = np.flatnonzero(all_scores)
@@ -201,7 +204,7 @@ def _build_index(passages: Sequence[str], language: str | None = None) -> bm25s.
     """Builds the same index as `bm25s.BM25.index`, with sparse matrices instead of Python lists of all words."""
     tokenizer = search_tokenizer(language)
     words, lengths = [], []
-    for block in blocks(passages, BM25_BLOCK):
+    for block in progress(blocks(passages, BM25_BLOCK), "indexed", "passages", total=len(passages), size=len):
         ids = list(tokenizer.streaming_tokenize(block, allow_empty=False))
         lengths.append(np.fromiter(map(len, ids), np.int64, count=len(ids)))
         words.append(np.fromiter(itertools.chain.from_iterable(ids), np.int32, count=int(lengths[-1].sum())))

@@ -64,8 +64,7 @@ class CorpusSearch:
                 self.vectors = found
                 return
         self.vectors = encode_corpus(self.corpus.passages, lambda texts: encode(texts, "passage"), self.folder,
-                                     key=key, accelerator=self.accelerator,
-                                     say=self.say if self.alone else None)  # fmt: skip
+                                     key=key, accelerator=self.accelerator)  # fmt: skip
         if self.alone and self.index != "flat":  # now, once for all processes
             if self.accelerator.is_main_process:
                 approximate_index(self.vectors, self.index)

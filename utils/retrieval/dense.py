@@ -7,6 +7,7 @@ import numpy as np
 
 from utils.data.examples import Example, Ranking
 from utils.errors import UsageError
+from utils.progress import Phase
 from utils.retrieval.bm25 import bm25_score
 from utils.retrieval.ranking import combine, examples_by_document, rank, search_texts
 from utils.tables import values
@@ -32,19 +33,20 @@ def dense_rankings(
 def _score(examples: Sequence[Example], encode: Encode, queries: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
     """The number of each example and its scores (passages,), document by document; few vectors are kept at a time."""
     documents = examples_by_document(examples)
-    while documents:
-        sizes = itertools.accumulate(len(document.passages) for document, _ in documents)
-        count = 1 + sum(size <= ENCODED_AT_ONCE for size in itertools.islice(sizes, 1, None))
-        block, documents = documents[:count], documents[count:]
-        passage_vectors = encode([passage for document, _ in block for passage in document.passages], "passage")
-        texts = dict.fromkeys(queries[number] for _, numbers in block for number in numbers)
-        query_vectors = dict(zip(texts, encode(list(texts), "query"), strict=True))
-        start = 0
-        for document, numbers in block:
-            vectors = passage_vectors[start : start + len(document.passages)]
-            start += len(document.passages)
-            scores = np.stack([query_vectors[queries[number]] for number in numbers]) @ vectors.T
-            yield from zip(numbers, scores, strict=True)
+    with Phase("encoded", "passages", sum(len(document.passages) for document, _ in documents)):
+        while documents:
+            sizes = itertools.accumulate(len(document.passages) for document, _ in documents)
+            count = 1 + sum(size <= ENCODED_AT_ONCE for size in itertools.islice(sizes, 1, None))
+            block, documents = documents[:count], documents[count:]
+            passage_vectors = encode([passage for document, _ in block for passage in document.passages], "passage")
+            texts = dict.fromkeys(queries[number] for _, numbers in block for number in numbers)
+            query_vectors = dict(zip(texts, encode(list(texts), "query"), strict=True))
+            start = 0
+            for document, numbers in block:
+                vectors = passage_vectors[start : start + len(document.passages)]
+                start += len(document.passages)
+                scores = np.stack([query_vectors[queries[number]] for number in numbers]) @ vectors.T
+                yield from zip(numbers, scores, strict=True)
 
 
 def retriever_rankings(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from utils.data.examples import Ranking
+from utils.progress import progress
 from utils.retrieval.faiss_index import approximate_index
 from utils.retrieval.vectors import INDEXES, Vectors
 
@@ -36,7 +37,7 @@ def dense_search(
         return []
     top_k = min(top_k, vectors.count)
     if index == "flat":
-        scores, passages = _search_flat(queries, vectors.shards(process, processes), top_k)
+        scores, passages = _search_flat(queries, vectors.shards(process, processes), top_k, vectors.count // processes)
     else:
         approximate = approximate_index(vectors, index)
         if index == "ivf":
@@ -67,7 +68,8 @@ def add_passages(
     `query_vectors` is (queries, dimension).
     """
     added = []
-    for start in range(0, len(rankings), QUERIES):  # the vectors of all passages could be too many
+    starts = range(0, len(rankings), QUERIES)  # the vectors of all passages could be too many
+    for start in progress(starts, "completed", "rankings", total=len(rankings), size=lambda _: QUERIES):
         block = list(zip(rankings, others, strict=True))[start : start + QUERIES]
         missing = [sorted(dict(other).keys() - dict(ranking).keys()) for ranking, other in block]
         passages = np.unique(np.array(list(itertools.chain.from_iterable(missing)), dtype=np.int64))
@@ -90,11 +92,11 @@ def recall_lost(
     return 100 * sum(missed) / max(len(missed), 1)
 
 
-def _search_flat(queries: np.ndarray, shards: Iterable, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+def _search_flat(queries: np.ndarray, shards: Iterable, top_k: int, total: int) -> tuple[np.ndarray, np.ndarray]:
     """Scores and passage numbers, both (queries, top_k) or less, best first; ties are in corpus order."""
     best_scores = np.empty((len(queries), 0), dtype=np.float32)
     best_passages = np.empty((len(queries), 0), dtype=np.int64)
-    for first, shard in shards:
+    for first, shard in progress(shards, "searched", "passages", total=total, size=lambda shard: len(shard[1])):
         parts = [
             _search_shard(some, torch.from_numpy(shard), top_k) for some in torch.from_numpy(queries).split(QUERIES)
         ]

@@ -8,6 +8,7 @@ import numpy as np
 from filelock import FileLock
 
 from utils.files import write_json, write_whole
+from utils.progress import progress
 from utils.retrieval.vectors import Vectors
 
 HNSW_NEIGHBOURS = 32
@@ -43,6 +44,6 @@ def _build(vectors: Vectors, kind: str) -> faiss.Index:
         count = min(vectors.count, at_most * clusters)
         chosen = np.sort(np.random.default_rng(0).choice(vectors.count, count, replace=False))
         index.train(vectors.rows(chosen))
-    for _, shard in vectors.shards():
+    for _, shard in progress(vectors.shards(), "indexed", "passages", total=vectors.count, size=lambda s: len(s[1])):
         index.add(shard)
     return index

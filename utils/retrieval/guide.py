@@ -13,6 +13,7 @@ import torch
 from utils.files import digest
 from utils.models.encoder import encode, load_retriever, tokens_key, weights_key
 from utils.models.settings import settle_packing
+from utils.progress import Phase
 from utils.tables import cached
 
 ENCODED_AT_ONCE = 2**14  # texts
@@ -45,10 +46,11 @@ class Guide:
             shape = (len(texts), self.model.get_embedding_dimension())
             vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, shape)
             self.model.to(self.accelerator.device)
-            for first in range(0, len(texts), ENCODED_AT_ONCE):
-                some = texts[first : first + ENCODED_AT_ONCE]
-                vectors[first : first + len(some)] = encode(self.model, some, kind, accelerator=self.accelerator,
-                                                            alone=True)  # fmt: skip
+            with Phase("encoded", "queries" if kind == "query" else "passages", len(texts)):
+                for first in range(0, len(texts), ENCODED_AT_ONCE):
+                    some = texts[first : first + ENCODED_AT_ONCE]
+                    vectors[first : first + len(some)] = encode(self.model, some, kind, accelerator=self.accelerator,
+                                                                alone=True)  # fmt: skip
             vectors.flush()
             self.model.to("cpu")
 

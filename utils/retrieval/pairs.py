@@ -24,6 +24,7 @@ from utils.files import digest, write_json
 from utils.models import encoder
 from utils.models.settings import check_made
 from utils.models.tokenizer import describe_cut
+from utils.progress import Phase, progress
 from utils.retrieval.bm25 import say_unmatched, unmatched
 from utils.retrieval.drafts import READ, imitate_draft, without_last_word
 from utils.retrieval.guide import Guide
@@ -56,7 +57,8 @@ def gold_passages(examples: Sequence[Example], args, required: bool = True) -> l
     """
     gold = [example.evidence for example in examples]
     if not any(gold) and not args.corpus_file:
-        gold = [e.summaries and positives(e, args.supervision, args.oracle_passages)[0] for e in examples]
+        gold = [e.summaries and positives(e, args.supervision, args.oracle_passages)[0]
+                for e in progress(examples, "labelled", "examples")]  # fmt: skip
     if required and not any(gold):
         remedy = "its summaries share no word with their documents"
         remedy = "give --validation_qrels_file" if args.corpus_file else remedy
@@ -156,7 +158,8 @@ class Pairs(Sequence):
             without_words, with_draft = [], [np.empty(0, np.int64)]
             self.keys = passage_keys(documents)
             np.save(folder / "keys.npy", self.keys)
-            write_table(folder / "pairs.arrow", PAIRS, self._make(taught, without_words, with_draft))
+            with Phase("made pairs of", "examples", len(examples)) as phase:
+                write_table(folder / "pairs.arrow", PAIRS, self._make(taught, without_words, with_draft, phase))
             np.save(folder / "with_draft.npy", np.concatenate(with_draft))
             write_json(folder / "unmatched.json", without_words)
 
@@ -207,8 +210,8 @@ class Pairs(Sequence):
         draft = ["", *example.summaries[:1], *(text for text, _ in drafts)][-1]
         return [example.query, search_text(example.query, draft)]
 
-    def _make(self, taught: dict[int, tuple], without_words: list, with_draft: list) -> Iterator[dict]:
-        """The rows of the table, block by block, so that few rankings are held in memory.
+    def _make(self, taught: dict[int, tuple], without_words: list, with_draft: list, phase: Phase) -> Iterator[dict]:
+        """The rows of the table, block by block, so that few rankings are held in memory; `phase` counts examples.
 
         Adds to `without_words` the ids of examples whose question shares no word with any passage, and to `with_draft`
         the lengths of queries with a draft, before they are cut.
@@ -227,6 +230,7 @@ class Pairs(Sequence):
             longest = self._longest_searches(examples, drafts, with_draft)
             for place, example in enumerate(examples):
                 number, first = start + place, self.place[example.document]
+                phase.advance()
                 evidence, weights = taught.get(number) or positives(example, args.supervision, args.oracle_passages)
                 if not sum(weights):
                     continue
@@ -351,7 +355,8 @@ class Pairs(Sequence):
             content_key(self.examples), self.documents[0].id, self.tokens_key, digest([self.drafts]),
             *([self.guide.key] if self.guide else []),
             # rounded, because a teacher's likelihoods differ slightly between GPU models
-            *(row | {"weights": [round(weight, 4) for weight in row["weights"]]} for row in self.table.read()),
+            *(row | {"weights": [round(weight, 4) for weight in row["weights"]]}
+              for row in progress(self.table.read(), "checked", "pairs", total=len(self))),
         ])  # fmt: skip
 
     def first_keys(self) -> np.ndarray:
@@ -374,7 +379,7 @@ class Pairs(Sequence):
             if self.is_corpus
             else lengths(self.passage_tokens)
         )
-        for row in self.table.read():
+        for row in progress(self.table.read(), "measured", "pairs", total=len(self)):
             passage = max(int(sizes[key]) for key in sum(row["negatives"], row["evidence"]))
             positive = len(row["evidence"])
             if not row["is_distribution"]:
@@ -437,7 +442,8 @@ class Pairs(Sequence):
         args, mined = self.args, self.negatives()
         # rankings are made and cut block by block, and those of a corpus are short, to save memory
         at_once, top_k = (2**13, 5 * args.negatives_pool + 100) if self.is_corpus else (RANKED_AT_ONCE, None)
-        for first in range(0, len(self), at_once):
+        starts = range(0, len(self), at_once)
+        for first in progress(starts, "mined negatives of", "pairs", total=len(self), size=lambda _: at_once):
             block = [self[number] for number in range(first, min(first + at_once, len(self)))]
             # first all searches of the first hop, then those of the second, in one call: each document is encoded once
             searches = [self.searches(pair.example, pair.drafts) for pair in block]

@@ -14,6 +14,7 @@ from utils.data.trec import run_rankings
 from utils.errors import UsageError
 from utils.models.settings import place, saved_settings
 from utils.processes import from_main
+from utils.progress import progress
 from utils.retrieval.baselines import lead_ranking, oracle_ranking, random_ranking
 from utils.retrieval.bm25 import bm25_rankings, check_language, say_unmatched
 from utils.retrieval.document_search import DocumentSearch
@@ -81,7 +82,8 @@ def _search(splits: dict, retriever_name: str | None, settings: dict, args, acce
         if not retriever_name:
             search.bm25_rankings(examples, 1, say=say)  # says which questions have no word in a passage
         hops = []
-        for first in range(0, len(examples), RANKED_AT_ONCE):
+        starts = range(0, len(examples), RANKED_AT_ONCE)
+        for first in progress(starts, "ranked", "examples", total=len(examples), size=lambda _: RANKED_AT_ONCE):
             block = examples[first : first + RANKED_AT_ONCE]
             hops += [[_best(ranking, args.top_k)] for ranking in rank(block, encode_texts, of_search)]
         found[split] = hops
@@ -116,7 +118,7 @@ def _kept(examples: Sequence[Example], source: str, args, say: Callable[[str], N
         if source == "bm25":
             return bm25_rankings(examples, args.top_k, language=args.language)
         seed = {"seed": args.seed} if source == "random" else {}
-        return (BASELINES[source](example, **seed) for example in examples)
+        return (BASELINES[source](example, **seed) for example in progress(examples, "ranked", "examples"))
 
     def write(folder: Path) -> None:
         write_table(folder / "rankings.arrow", RANKINGS, (

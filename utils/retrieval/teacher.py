@@ -10,6 +10,7 @@ from utils.models.settings import place, saved_settings
 from utils.models.sources import collate
 from utils.models.summarizer import check_positions, load_model_and_tokenizer, sources_for, wrap
 from utils.processes import wait_for_all
+from utils.progress import progress
 from utils.retrieval.ranking import RANKED_AT_ONCE
 from utils.retrieval.reranking import scorer
 
@@ -24,7 +25,8 @@ def passage_scores(
     """
     reranker = place(load_reranker(folder, "--teacher", trust_remote_code=trust_remote_code), accelerator)
     score, found = scorer(reranker, accelerator=accelerator), []
-    for first in range(0, len(examples), RANKED_AT_ONCE):
+    starts = range(0, len(examples), RANKED_AT_ONCE)
+    for first in progress(starts, "labelled", "examples", total=len(examples), size=lambda _: RANKED_AT_ONCE):
         part = slice(first, first + RANKED_AT_ONCE)
         block = list(zip(examples[part], candidates[part], strict=True))
         pairs = [(example.query, example.document.passages[number]) for example, numbers in block for number in numbers]
@@ -66,7 +68,9 @@ def passage_likelihoods(
         rows = [(*row[:3], [target]) for row in rows for target in row[3]]
     batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     found = []
-    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+    process, processes = accelerator.process_index, accelerator.num_processes
+    of_all = {"total": len(rows), "size": lambda batch: len(batch) * processes}
+    for batch in progress(batches[process::processes], "scored", "passages with the teacher", **of_all):
         with accelerator.autocast():
             if reads_once:
                 likelihoods = summarizer.log_likelihoods([row[2][0] for row in batch], [row[3] for row in batch])

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from utils.data.examples import Hop
+from utils.progress import progress
 from utils.retrieval.drafts import READ
 from utils.retrieval.ranking import RANKED_AT_ONCE, fuse_hops, search_text
 from utils.retrieval.reranking import Score, rank_passages
@@ -23,7 +24,8 @@ def search_hops(
     `search.depth` best passages of each hop. Block by block, so that few vectors and rankings are held in memory.
     """
     kept = search.depth
-    for first in range(0, len(examples), RANKED_AT_ONCE):
+    starts = range(0, len(examples), RANKED_AT_ONCE)
+    for first in progress(starts, "ranked", "examples", total=len(examples), size=lambda _: RANKED_AT_ONCE):
         block, encode_once = examples[first : first + RANKED_AT_ONCE], encode_texts and search.remember(encode_texts)
         one = rank_passages(search, block, encode_once, settings, score=score)
         if write_drafts is None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from utils.files import TEMPORARY, write_json, write_whole
 from utils.processes import from_main, wait_for_all
+from utils.progress import Phase
 
 INDEXES = ("ivf", "hnsw")  # approximate indexes, whose files lie beside the shards
 
@@ -50,7 +51,6 @@ def encode_corpus(
     key: str,
     accelerator,
     shard_size: int = 2**14,
-    say: Callable[[str], None] | None = None,
 ) -> Vectors:
     """Encodes a corpus into files in `folder`, one shard of `shard_size` passages in memory at a time.
 
@@ -61,18 +61,18 @@ def encode_corpus(
     folder = Path(folder)
     wanted = {"key": key, "count": len(passages), "shard_size": shard_size}
     dimension, missing = from_main(accelerator, lambda: _open_shards(folder, wanted))
-    if missing and say:
-        say(f"encoding {len(missing)} of {-(-len(passages) // shard_size)} parts of the corpus")
-    for shard in missing:
-        texts = list(passages[shard * shard_size : (shard + 1) * shard_size])
-        vectors = np.ascontiguousarray(encode(texts), dtype=np.float32)
-        if vectors.shape != (len(texts), dimension or vectors.shape[-1]):
-            raise ValueError(f"encode gave {vectors.shape} for {len(texts)} texts, dimension {dimension or 'any'}")
-        if accelerator.is_main_process:
-            if dimension is None:  # only the first encoded shard tells the dimension
-                write_json(folder / "manifest.json", wanted | {"dimension": vectors.shape[1]})
-            write_whole(_shard_file(folder, shard), lambda path, vectors=vectors: np.save(path, vectors))
-        dimension = vectors.shape[1]
+    starts = [shard * shard_size for shard in missing]
+    with Phase("encoded", "passages", sum(min(shard_size, len(passages) - start) for start in starts)):
+        for shard, start in zip(missing, starts, strict=True):
+            texts = list(passages[start : start + shard_size])
+            vectors = np.ascontiguousarray(encode(texts), dtype=np.float32)
+            if vectors.shape != (len(texts), dimension or vectors.shape[-1]):
+                raise ValueError(f"encode gave {vectors.shape} for {len(texts)} texts, dimension {dimension or 'any'}")
+            if accelerator.is_main_process:
+                if dimension is None:  # only the first encoded shard tells the dimension
+                    write_json(folder / "manifest.json", wanted | {"dimension": vectors.shape[1]})
+                write_whole(_shard_file(folder, shard), lambda path, vectors=vectors: np.save(path, vectors))
+            dimension = vectors.shape[1]
     wait_for_all()  # no process may read the files before the main one has written them
     return Vectors(folder, key, len(passages), dimension, shard_size)
 

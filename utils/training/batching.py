@@ -10,6 +10,8 @@ import numpy as np
 from accelerate.utils import recursively_apply, send_to_device
 from torch.utils.data import Dataset
 
+from utils.progress import Phase
+
 WINDOW = 100  # examples are sorted by length within so many steps: longer windows pad less and shuffle less
 RUN = 4  # within so many steps of similar length on one side, examples are sorted by the other sides
 
@@ -155,12 +157,14 @@ def eval_batches(lengths, *, batch_size: int) -> list[list[int]]:
     return _groups(np.argsort(-np.asarray(lengths), kind="stable").tolist(), batch_size)
 
 
-def take_turns(count: int, process: int, num_processes: int) -> Iterator[tuple[int, bool]]:
-    """The numbers of this process's batches out of `count`: every `num_processes`-th, and whether it is an extra one.
+def take_turns(batches: list, process: int, num_processes: int) -> Iterator[tuple[int, bool]]:
+    """The numbers of this process's batches: every `num_processes`-th, and whether it is an extra one.
 
     All processes get equally many. Those that have fewer get the last batch again as an extra one, which a model that
     is sharded over the processes must compute and nothing may count.
     """
-    for first in range(0, count, num_processes):
-        number = first + process
-        yield min(number, count - 1), number >= count
+    with Phase("generated", "summaries", sum(map(len, batches))) as phase:
+        for first in range(0, len(batches), num_processes):
+            number = first + process
+            yield min(number, len(batches) - 1), number >= len(batches)
+            phase.advance(sum(map(len, batches[first : first + num_processes])))

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from utils.errors import CheckpointError, DamagedCheckpoint, UsageError
 from utils.files import remove
 from utils.processes import from_main, wait_for_all
+from utils.progress import Phase, progress
 from utils.training import checkpoint_files
 from utils.training.loop_state import LoopState
 from utils.training.sharding import frozen_digest, gather_tensors, restore_tensors, stream, trained_tensors
@@ -59,6 +60,8 @@ class Checkpoints:
             # no copies: what lies on this process
             self.copies = trained_tensors(self.accelerator, self.model, self.optimizer)
             parts = (part[name] for part in self.copies.values() for name in checkpoint_files.file_order(part))
+            count = sum(map(len, self.copies.values()))
+            parts = progress(parts, "wrote", "tensors of the checkpoint", total=count)
             whole = stream(self.accelerator, parts)
         elif is_new:
             self.copies = gather_tensors(self.accelerator, self.model, self.optimizer, self.copies)
@@ -98,7 +101,9 @@ class Checkpoints:
         if not self.is_writing:
             return
         if self.thread:
-            self.thread.join()
+            with Phase("waited for", "checkpoint to be written") as phase:
+                self.thread.join()
+                phase.done = 1
         # known to all, so that all processes end with the same code
         if failure := from_main(self.accelerator, lambda: self.error and (str(self.error) or repr(self.error))):
             raise CheckpointError(failure) from self.error

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from utils.files import write_lines
 from utils.processes import add_up
+from utils.progress import Phase, choose, close_bar, has_bars, open_bar, write
 
 WIDTH = 120  # columns of a line on a terminal
 # what a line of training shows of its meters, and under which names
@@ -31,7 +31,8 @@ class RunLog:
         self.accelerator, self.path = accelerator, folder / "metrics.jsonl"
         default = "tqdm" if sys.stdout.isatty() else "simple"
         self.log_format = (log_format or default) if accelerator.is_main_process else "none"
-        self.bar = None
+        choose(log_format)
+        self.bar = self.phase = None
         self.lock = threading.RLock()
 
     def begin(self, step: int, validates: bool = False, tests: bool = False) -> None:
@@ -62,7 +63,7 @@ class RunLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             if self.log_format == "json":
-                print(line, flush=True)
+                write(line)
             elif event != "done":  # the run says that in words
                 self.say(_readable(event, values))
         if self.accelerator.trackers and event in ("train", "epoch", "validation", "test"):
@@ -74,10 +75,8 @@ class RunLog:
         if not text:
             return
         with self.lock:
-            if self.log_format == "tqdm":
-                tqdm.write(text)  # above the bar, if there is one
-            elif self.log_format == "simple":
-                print(text, flush=True)
+            if self.log_format in ("tqdm", "simple"):
+                write(text)
 
     def say_model(self, model) -> None:
         """One line on the size of a model, what of it is trained, pooling, attention, processes and precision."""
@@ -92,21 +91,26 @@ class RunLog:
         self.say(f"{size}, {processes} on {accelerator.device.type}, {precision}")
 
     def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        write(f"warning: {text}", sys.stderr)
 
     def start_epoch(self, epoch: int, done: int, steps: int) -> None:
         self.end_epoch()
-        if self.log_format == "tqdm":
-            self.bar = tqdm(total=steps, initial=done, desc=f"epoch {epoch + 1}", unit="step", leave=False)
+        if self.log_format == "none":
+            return
+        if has_bars():
+            self.bar = open_bar(total=steps, initial=done, desc=f"epoch {epoch + 1}", unit="step")
+        else:
+            self.phase = Phase("trained", f"steps of epoch {epoch + 1}", steps - done).begin()
 
-    def advance(self, **values) -> None:
+    def advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
-            self.bar.set_postfix(values, refresh=False)
+        elif self.phase is not None:
+            self.phase.advance()
 
     def end_epoch(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            close_bar(self.bar)
             self.bar = None
 
 

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from utils.errors import Interrupted, UsageError
+from utils.progress import close_bars
 from utils.training.batching import StepBatches
 from utils.training.checkpoints import Checkpoints
 from utils.training.log import Meters, RunLog
@@ -253,6 +254,7 @@ class Run:
             yield
         except Interrupted as signalled:
             self.received = signalled.number
+            close_bars()
         self.step_began = time.perf_counter()
 
     def is_validation_due(self) -> bool:

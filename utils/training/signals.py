@@ -5,6 +5,7 @@ import signal
 
 from utils.errors import Interrupted
 from utils.processes import add_up
+from utils.progress import close_bars
 
 
 class Signals:
@@ -20,6 +21,7 @@ class Signals:
 
     def _note(self, number, frame) -> None:
         if number == signal.SIGINT and self.was_interrupted:
+            close_bars()
             os._exit(130)
         self.was_interrupted |= number == signal.SIGINT
         self.received = self.received or number
