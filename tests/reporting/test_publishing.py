@@ -6,9 +6,10 @@ import socket
 from types import SimpleNamespace
 
 import pytest
-from conftest import SMALL, alone, events, launch
+from conftest import ROOT, SMALL, alone, events, launch
 from hub_stand_in import TOKEN, hub
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from utils.reporting import cards, publishing
 
@@ -74,7 +75,7 @@ def test_only_one_of_two_processes_publishes_and_both_end(tmp_path):
     flags = ["--mixed_precision", "no"]
     result = launch_online("train_summarize.py", tmp_path / "letters", nobody(), *flags, processes=2)
     assert result.returncode == 1  # the launcher's
-    assert result.stderr.count("error: the model is in") == 1 and "Traceback (most recent" not in result.stderr
+    assert result.stderr.count("error: the model is in") == 1 and f'File "{ROOT}' not in result.stderr
     assert "look at the network" in result.stderr
     with hub() as server:
         result = launch_online("train_summarize.py", tmp_path / "letters", server.url, *flags, processes=2)
@@ -92,7 +93,9 @@ def server(monkeypatch):
     """A stand-in for this process."""
     with hub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -141,6 +144,17 @@ def test_a_card_that_was_edited_on_the_hub_is_kept_there_unless_the_one_here_was
     mine = "---\nlicense: cc0-1.0\nlibrary_name: peft\n---\nmine"
     (tmp_path / "README.md").write_text(mine)
     assert present("fourth") == 0 and files["README.md"] == mine.encode()
+
+
+def test_a_hub_that_is_gone_amid_the_upload_keeps_its_card(server, present, monkeypatch, capsys):
+    def gone(*_, **__):
+        raise LocalEntryNotFoundError("the Hub is not reached")
+
+    assert present("first") == 0
+    monkeypatch.setattr(HfApi, "hf_hub_download", gone)
+    assert present("second") == publishing.NOT_PUBLISHED
+    assert "the Hub is not reached; look at the network" in capsys.readouterr().err
+    assert b"first bob/m" in server.repositories["bob/m"]["files"]["README.md"]
 
 
 def test_a_whole_model_replaces_adapters_on_the_hub_and_other_files_stay(server, present):

@@ -35,6 +35,7 @@ TAGS = {"retriever": ["sentence-transformers", "feature-extraction"], "reranker"
         "summarizer": ["summarization"]}  # fmt: skip
 FLAGS = {"retriever": "--retriever {} --summarizer extract", "reranker": "--reranker {}",
          "summarizer": "--retriever bm25 --summarizer {}"}  # fmt: skip
+LIBRARIES = ("python", "torch", "accelerate", "transformers", "sentence-transformers")
 OWN = ("output_dir", "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo")  # flags that no card shows
 TEXTS = ("query_prompt", "passage_prompt", "source_prefix", "prompt_template")  # flags that never name a file
 
@@ -46,62 +47,57 @@ def card_writer(run, kind: str, splits: dict, scores: dict) -> Callable[[str], N
     once, for their checksums. Does not touch a README.md that is not from here, or was edited.
     """
     args, model = run.args, next(part for part in run.model.modules() if isinstance(part, PreTrainedModel))
-    is_encoder_decoder = model.config.is_encoder_decoder
-    settings, adapters = saved_settings(run.folder), bool(args.lora_rank) and not args.merge_lora
-    tests = [event for event in read_folder(run.folder).of("test") if event.get("model_step") == _step(run)]
-    test = tests[-1] if tests else {}
+    is_encoder_decoder, settings = model.config.is_encoder_decoder, saved_settings(run.folder)
+    adapters = bool(args.lora_rank) and not args.merge_lora
+    base, is_local = args.model_name_or_path, args.model_name_or_path and not is_hub_name(args.model_name_or_path)
     task = TASKS.get(kind, "summarization" if is_encoder_decoder else "text-generation")
-    base = args.model_name_or_path
-    is_local = base is not None and os.path.exists(base)
-    library = "sentence-transformers" if kind != "summarizer" else "peft" if adapters else "transformers"
-    files = _data_files(args)
-    versions = {name: number for name, number in environment(run.accelerator).items() if name in LIBRARIES}
-    versions |= {"peft": version("peft")} if adapters else {}
+    files, about = _data_files(args), environment(run.accelerator)
+    versions = {name: about[name] for name in LIBRARIES} | ({"peft": version("peft")} if adapters else {})
+
+    tests = [event for event in read_folder(run.folder).of("test") if event.get("model_step") == _step(run)]
     columns = {"validation": scores} | {label: scores[key] for key, label in BESIDE.items() if key in scores}
-    columns |= {"test": test} if test else {}
-    metrics = [name for name, value in scores.items() if is_number(value) and name != "examples"]
-    rows = [(name, [_cell(column.get(name)) for column in columns.values()]) for name in metrics]
-    hub_files = [value for value, _ in files.values() if is_hub_name(value)]
+    columns |= {"test": tests[-1]} if tests else {}
+    metrics = [name for name, value in scores.items() if is_number(value) and name != "examples"]  # which is a count
+    results = [
+        EvalResult(task_type=task, dataset_split=split, metric_type=metric, metric_name=metric,
+                   metric_value=round(float(columns[split][metric]), 4), **_data_set(args, split))
+        for split in ("validation", "test") if split in columns
+        for metric in metrics if is_number(columns[split].get(metric))
+    ]  # fmt: skip
+    shown = {
+        "what": WHAT[kind], "script": about["script"], "model_type": model.config.model_type,
+        "parameters": f"{sum(parameter.numel() for parameter in run.model.parameters()):,}",
+        "started_from": _started_from(base, is_local, adapters), "kind": kind, "adapters": adapters,
+        "is_encoder_decoder": is_encoder_decoder, "fusion": settings.get("fusion"),
+        "auto_class": "AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM",
+        "trust": ", trust_remote_code=True" if args.trust_remote_code else "",
+        "source_prefix": repr(settings["source_prefix"]) if settings.get("source_prefix") else "",
+        "prompt_template": repr(settings.get("prompt_template")),
+        "weights": _weights(run), "unit": "token" if kind == "summarizer" else "query", "columns": list(columns),
+        "rows": [(name, [_cell(column.get(name)) for column in columns.values()]) for name in metrics],
+        "examples": describe_splits(splits),
+        "files": [(flag, as_text(public(value)), digest or "on the Hub") for flag, (value, digest) in files.items()],
+        "arguments": json.dumps(_flags(args), indent=2, ensure_ascii=False),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+    }  # fmt: skip
 
     def write(name: str) -> None:
-        data = ModelCardData(
-            library_name=library, pipeline_tag=task, base_model=None if is_local else base,
-            datasets=list(dict.fromkeys(hub_files)) or None,
-            tags=list(dict.fromkeys([SUITE, kind, *TAGS[kind], *(["lora"] if adapters else [])])),
-            model_name=name.rpartition("/")[2] or name, eval_results=[
-                EvalResult(task_type=task, dataset_split=split, metric_type=metric, metric_name=metric,
-                           metric_value=round(float(of_split[metric]), 4), **_data_set(args, split))
-                for split, of_split in (("validation", scores), ("test", test))
-                for metric in metrics if is_number(of_split.get(metric))
-            ] or None,
-        )  # fmt: skip
-        card = ModelCard.from_template(
-            data, template_path=str(Path(__file__).with_name("card.md")), kind=kind, adapters=adapters,
-            title=as_text(name), what=WHAT[kind], script=environment(run.accelerator)["script"],
-            parameters=f"{sum(parameter.numel() for parameter in run.model.parameters()):,}",
-            model_type=model.config.model_type, started_from=_started_from(base, is_local, adapters), name=repr(name),
-            trust=", trust_remote_code=True" if args.trust_remote_code else "", is_encoder_decoder=is_encoder_decoder,
-            auto_class="AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM",
-            source_prefix=repr(settings["source_prefix"]) if settings.get("source_prefix") else "",
-            prompt_template=repr(settings.get("prompt_template")),
-            fusion=settings.get("fusion"),
-            flags=FLAGS[kind].format(shlex.quote(name) if name.isprintable() else "FOLDER"),
-            weights=_weights(run), unit="token" if kind == "summarizer" else "query", columns=list(columns), rows=rows,
-            examples=describe_splits(splits), files=[(flag, as_text(public(value)), digest or "on the Hub")
-                                                     for flag, (value, digest) in files.items()],
-            arguments=json.dumps(_flags(args), indent=2, ensure_ascii=False),
-            versions=", ".join(f"{name} {number}" for name, number in versions.items()),
-        )  # fmt: skip
         path = run.folder / FILE
         if is_edited(path):
             run.log.say(f"{path} was edited, or is not from here, and is kept; remove it to have it written again")
-        else:
-            write_lines(path, [seal(visible(str(card)))])
+            return
+        data = ModelCardData(
+            library_name="sentence-transformers" if kind != "summarizer" else "peft" if adapters else "transformers",
+            pipeline_tag=task, tags=[SUITE, kind, *TAGS[kind], *(["lora"] if adapters else [])],
+            base_model=None if is_local else base, model_name=name.rpartition("/")[2], eval_results=results or None,
+            datasets=list(dict.fromkeys(value for value, _ in files.values() if is_hub_name(value))) or None,
+        )  # fmt: skip
+        flags = FLAGS[kind].format(shlex.quote(name) if name.isprintable() else "FOLDER")
+        card = ModelCard.from_template(data, template_path=str(Path(__file__).with_name("card.md")),
+                                       title=as_text(name), name=repr(name), flags=flags, **shown)  # fmt: skip
+        write_lines(path, [seal(visible(str(card)))])
 
     return write
-
-
-LIBRARIES = ("python", "torch", "accelerate", "transformers", "sentence-transformers")
 
 
 def seal(text: str) -> str:
@@ -168,7 +164,7 @@ def _data_set(args, split: str) -> dict[str, str]:
     name = " ".join(visible(public(value)).split())
     is_named = is_hub_name(value)
     return {"dataset_type": value if is_named else re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "data",
-            "dataset_name": name}  # fmt: skip
+            "dataset_name": name, "dataset_config": args.dataset_config_name if is_named else None}  # fmt: skip
 
 
 def _flags(args) -> dict:
@@ -178,7 +174,7 @@ def _flags(args) -> dict:
     return {name: value if name in TEXTS else public(value) for name, value in given.items()}
 
 
-def _started_from(base: str | None, is_local: bool, adapters: bool) -> str:
+def _started_from(base: str | None, is_local, adapters: bool) -> str:
     beside = "; these are adapters beside it" if adapters else ""
     if base is None:
         return "random weights"

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 
 from utils.cli.script import hub_name
 from utils.errors import in_one_line
@@ -78,7 +78,7 @@ def _is_edited_there(api: HfApi, repository: str, folder: str) -> bool:
     """Whether somebody edited the card on the Hub, as to set a licence, so that it is not the one made here."""
     try:
         return cards.is_edited(Path(api.hf_hub_download(repository, cards.FILE, local_dir=folder)))
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:  # not the one that says that the Hub is not reached
         return False
 
 
@@ -88,7 +88,8 @@ def _why(error: Exception, args) -> str:
         return str(error)
     if not isinstance(error, HfHubHTTPError):
         return f"{constants.ENDPOINT}: {in_one_line(error)}; look at the network, or at HF_ENDPOINT"
-    remedy = "look at the address and at the Hub's status"
-    if error.response.status_code in (401, 403):
+    response, remedy = error.response, "look at that, or at the Hub's status"
+    if response.status_code in (401, 403):
         remedy = f"log in with `hf auth login`, or set HF_TOKEN, with a token that may write {hub_name(args)}"
-    return f"{in_one_line(error)}; {remedy}"
+    said = " ".join((error.server_message or response.reason_phrase).split()).rstrip(".")
+    return f"{response.status_code} {said} ({response.url}); {remedy}"
