@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from utils.data.sample import sample_records
 from utils.files import write_jsonl
 from utils.reporting import cards
+from utils.reporting.markdown import as_text
 
 KINDS = {"train_retrieve.py": ("retriever", "sentence-transformers", "sentence-similarity"),
          "train_rerank.py": ("reranker", "sentence-transformers", "text-ranking"),
@@ -87,7 +88,7 @@ def test_adapters_data_with_any_name_and_a_test_split(tmp_path, language_model, 
     assert result.returncode == 0, result.stderr
     front, text = check_front(folder), (folder / "README.md").read_text()
     assert (front["library_name"], front["pipeline_tag"]) == ("peft", "text-generation") and "lora" in front["tags"]
-    assert "base_model" not in front and f"a local folder, {language_model.name}" in text  # nobody else has it
+    assert "base_model" not in front and f"a local folder, {as_text(language_model.name)}" in text  # nobody else has it
     assert front["model-index"][0]["name"] == folder.name
     validation, test = front["model-index"][0]["results"]
     assert validation["dataset"]["name"] == names["validation"] and test["dataset"]["split"] == "test"
@@ -141,6 +142,8 @@ def test_what_a_card_shows_of_flags_and_folders(tmp_path, monkeypatch):
     (tmp_path / "data/sub").mkdir()
     (tmp_path / "data/sub/a.jsonl").write_text("a")
     assert cards.public(str(tmp_path / "data")) == cards.public("data/../data") == "data"
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "data/b.jsonl")
+    assert cards.public("link.jsonl") == "link.jsonl"
     assert cards.public("/somewhere/else.jsonl") == "else.jsonl"
     assert (cards.public("facebook/bart-base"), cards.public(3), cards.public("")) == ("facebook/bart-base", 3, "")
     assert cards.is_hub_name("owner/data") and not cards.is_hub_name("data") and not cards.is_hub_name("a/b/c")

@@ -172,7 +172,7 @@ def _check_compiler(accelerator, is_asked: bool | None) -> None:
 
 def hub_name(args) -> str:
     """The repository that `--push_to_hub` publishes the model in, with or without its owner."""
-    return args.hub_model_id or Path(args.output_dir).resolve().name
+    return args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
 
 
 def _hub_problem(args) -> str | None:

@@ -84,7 +84,6 @@ def card_writer(run, kind: str, splits: dict, scores: dict) -> Callable[[str], N
     def write(name: str) -> None:
         path = run.folder / FILE
         if is_edited(path):
-            run.log.say(f"{path} was edited, or is not from here, and is kept; remove it to have it written again")
             return
         data = ModelCardData(
             library_name="sentence-transformers" if kind != "summarizer" else "peft" if adapters else "transformers",
@@ -117,7 +116,7 @@ def is_edited(path: Path) -> bool:
 def public(value):
     """A flag's value as others may read it: of a file or folder of this machine, only the name."""
     if isinstance(value, str) and value and (os.path.isabs(value) or os.path.exists(value)):
-        return Path(value).resolve().name
+        return os.path.basename(os.path.abspath(value))
     return value
 
 
@@ -133,7 +132,7 @@ def is_hub_name(value: str) -> bool:
 def local_name(output_dir: str) -> str:
     """How the model is called where it was trained: the run folder as it was given, if that tells no absolute path."""
     path = Path(output_dir)
-    return path.resolve().name if path.is_absolute() or ".." in path.parts else output_dir
+    return public(os.path.abspath(output_dir)) if path.is_absolute() or ".." in path.parts else output_dir
 
 
 def _data_files(args) -> dict[str, tuple[str, str]]:

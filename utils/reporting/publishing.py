@@ -26,6 +26,9 @@ def present(run, kind: str, splits: dict, scores: dict) -> int:
     """
 
     def work() -> int:
+        card = run.folder / cards.FILE
+        if cards.is_edited(card):
+            run.log.say(f"{card} was edited, or is not from here, and is kept; remove it to have it written again")
         write_card = cards.card_writer(run, kind, splits, scores)
         write_card(cards.local_name(run.args.output_dir))
         if not run.args.push_to_hub:
