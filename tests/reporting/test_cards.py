@@ -2,21 +2,28 @@
 
 import hashlib
 import json
+import math
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, events, launch, run
+from conftest import ROOT, alone, events, launch, run
 from huggingface_hub import ModelCard
+from torch import nn
+from transformers import BertConfig, BertModel
 
+from train_retrieve import RetrieveArguments
 from utils.data.sample import sample_records
-from utils.files import write_jsonl
+from utils.files import write_json, write_jsonl
 from utils.reporting import cards
 from utils.reporting.markdown import as_text
+from utils.training.loop_state import LoopState
 
 KINDS = {"train_retrieve.py": ("retriever", "sentence-transformers", "sentence-similarity"),
          "train_rerank.py": ("reranker", "sentence-transformers", "text-ranking"),
@@ -122,6 +129,25 @@ def test_a_card_that_is_missing_is_written_again_and_an_edited_one_is_kept(undis
     card.write_text(edited)
     assert f"{card} was edited, or is not from here, and is kept" in run(script, folder).stdout
     assert card.read_text() == edited
+
+
+def test_names_of_the_hub_are_in_the_metadata_and_the_last_weights_are_not_called_the_best(tmp_path):
+    args = RetrieveArguments(output_dir=str(tmp_path), model_name_or_path="sentence-transformers/all-MiniLM-L6-v2",
+                             train_file="owner/data", dataset_config_name="en", trust_remote_code=True)  # fmt: skip
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    run = SimpleNamespace(args=args, model=nn.Sequential(BertModel(config)), folder=tmp_path, accelerator=alone(),
+                          model_step=None, state=LoopState(step=9, best=50.0, best_step=6))  # fmt: skip
+    write_json(tmp_path / "arguments.json", asdict(args))
+    scores = {"ndcg@10": 40.0, "recall@1": math.nan, "examples": 2, "bm25": {"ndcg@10": 30.0}}
+    cards.card_writer(run, "retriever", {"train": range(3), "validation": range(2)}, scores)("anna/retriever")
+    front, text = check_front(tmp_path), (tmp_path / "README.md").read_text()
+    assert front["base_model"] == args.model_name_or_path and front["datasets"] == ["owner/data"]
+    [result] = front["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "owner/data", "type": "owner/data", "config": "en", "split": "validation"}
+    assert result["metrics"] == [{"type": "ndcg@10", "name": "ndcg@10", "value": 40.0}]
+    assert "SentenceTransformer('anna/retriever', trust_remote_code=True)" in text
+    assert "those of step 9, the last one; step 6 was the best one by ndcg@10 (50)" in text
+    assert "| ndcg@10 | 40 | 30 |" in text and "| `--train_file` | owner/data | on the Hub |" in text
 
 
 @pytest.mark.parametrize("change", [lambda text: "", lambda text: text + " ", lambda text: text[1:],
