@@ -83,7 +83,10 @@ def read(folder) -> EventAccumulator:
     return accumulator.Reload()
 
 
-@pytest.mark.parametrize("script", ["train_summarize.py", "train_rerank.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["train_summarize.py", "train_retrieve.py", pytest.param("train_rerank.py", marks=pytest.mark.slow)],
+)
 def test_a_resumed_run_continues_its_events_without_a_step_twice(script, tmp_path):
     folder, flags = tmp_path / "run", ["--report_to", "tensorboard"]
     wrapper = inject(tmp_path, script, "utils.training.run:Run.end_step", "calls == 9", "os._exit(1)")
