@@ -78,7 +78,7 @@ from utils.models.lora import add_adapters
 from utils.models.settings import check_made, compile_layers, place, saved_settings, settle_packing
 from utils.models.tokenizer import describe_cut
 from utils.processes import wait_for_all
-from utils.reporting.report import write_report
+from utils.reporting import publishing, report, tracking
 from utils.retrieval.bm25 import check_language
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import first_drafts, imitations
@@ -87,7 +87,6 @@ from utils.retrieval.reranking import rank_passages, scorer
 from utils.retrieval.two_hops import search_hops
 from utils.tables import values
 from utils.training.batching import batch_shape, plan_epoch, to_device
-from utils.training.checkpoint_files import publish
 from utils.training.exchange import average_gradients, exchanging
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
@@ -174,11 +173,12 @@ def load_search(documents: list, args, *, accelerator, run_folder, say) -> tuple
     return search, encode, settings if is_trained else {"hop_weight": settings["hop_weight"]}, key
 
 
-def validate(examples: list, gold: list, first_scores: dict, search_now, *, poll) -> dict:
-    """Scores of the first hop, of the second (if any) as `hop2`, and of the `retriever`. Raises Interrupted."""
+def validate(examples: list, gold: list, first_scores: dict, search_now, *, poll) -> tuple:
+    """Scores of the first hop, the second (if any) as `hop2` and the `retriever`; and texts. Raises Interrupted."""
     hops = list(search_now(examples))
     poll()
-    return {**score_hops(examples, hops, gold), "retriever": first_scores}
+    scores = {**score_hops(examples, hops, gold), "retriever": first_scores}
+    return scores, tracking.ranking_texts(examples, hops, gold)
 
 
 def hand_over(run: Run, split: str, hops, examples, search_first) -> dict:
@@ -201,9 +201,9 @@ def between_steps(run: Run, validate_now, args) -> None:
         run.save()
     if run.is_validation_due():
         with run.interruptible():  # after a signal, the resumed run validates
-            scores = validate_now()
-            run.note_validation(scores, best_by=scores.get(args.metric_for_best))
-            write_report(run.accelerator, run.folder)
+            scores, texts = validate_now()
+            run.note_validation(scores, best_by=scores.get(args.metric_for_best), texts=texts)
+            report.write_report(run.accelerator, run.folder)
 
 
 def main():
@@ -254,7 +254,7 @@ def main():
     model, optimizer = prepare(accelerator, compile_layers(reranker, args, accelerator), optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
-    record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
+    record_run(accelerator, args, run_folder, log.say, run.state.step)  # only now it is accepted
 
     # ---- training
 
@@ -303,12 +303,12 @@ def main():
     # ---- the model, and the hand-over to stage 2
 
     run.load_best()  # with --load_best_model_at_end
-    scores = run.scores or validate_now()  # a finished run that is started again has no scores yet
+    scores = run.scores or validate_now()[0]  # a finished run that is started again has no scores yet
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
         if whole is not reranker:
             whole.load_state_dict(weights)
-        publish(run_folder, lambda folder: cross_encoder.save_pretrained(whole, folder, args))
+        run.publish(lambda folder: cross_encoder.save_pretrained(whole, folder, args))
     rows = {"retriever": scores["retriever"], "reranked": scores}
     if "hop2" in scores:
         kind = "given" if given else "imitated"
@@ -319,8 +319,8 @@ def main():
         hops = search_now(examples, write_drafts=write_drafts.get(split))
         rows |= hand_over(run, split, hops, examples, search_first)
     log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))
-    write_report(accelerator, run_folder, log.say)
-    end_run(accelerator)
+    report.write_report(accelerator, run_folder, log.say)
+    end_run(accelerator, publishing.present(run, "reranker", splits, scores))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ from utils.models import contrastive, encoder
 from utils.models.lora import add_adapters
 from utils.models.settings import compile_layers, settle_packing
 from utils.processes import wait_for_all
-from utils.reporting.report import write_report
+from utils.reporting import publishing, report, tracking
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.drafts import first_drafts, imitations
 from utils.retrieval.pairs import Pair, Pairs, gold_passages
@@ -93,7 +93,6 @@ from utils.retrieval.reranking import load_scorer, remember_scores
 from utils.retrieval.two_hops import search_hops
 from utils.tables import values
 from utils.training.batching import batch_shape, plan_epoch, to_device
-from utils.training.checkpoint_files import publish
 from utils.training.exchange import average_gradients, exchanging
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
@@ -180,11 +179,12 @@ def make_retriever(documents: list, examples: list, args, accelerator):
     return settle_packing(retriever, accelerator, retriever.max_seq_length, is_trained=True)
 
 
-def validate(examples: list, gold: list, bm25_scores: dict, search_now, *, poll) -> dict:
-    """Scores of the first hop, of the second (if any) as `hop2`, and of BM25. Raises Interrupted on a signal."""
+def validate(examples: list, gold: list, bm25_scores: dict, search_now, *, poll) -> tuple:
+    """Scores of the first hop, of the second (if any) as `hop2`, and of BM25; and texts. Raises Interrupted."""
     hops = list(search_now(examples))
     poll()
-    return {**score_hops(examples, hops, gold), "bm25": bm25_scores}
+    scores = {**score_hops(examples, hops, gold), "bm25": bm25_scores}
+    return scores, tracking.ranking_texts(examples, hops, gold)
 
 
 def hand_over(run: Run, split: str, hops: Iterable, examples: Sequence, index) -> dict:
@@ -206,9 +206,9 @@ def between_steps(run: Run, validate_now, args) -> None:
         run.save()
     if run.is_validation_due():
         with run.interruptible():  # after a signal, the resumed run validates
-            scores = validate_now()
-            run.note_validation(scores, best_by=scores.get(args.metric_for_best))
-            write_report(run.accelerator, run.folder)
+            scores, texts = validate_now()
+            run.note_validation(scores, best_by=scores.get(args.metric_for_best), texts=texts)
+            report.write_report(run.accelerator, run.folder)
 
 
 def main():
@@ -255,7 +255,7 @@ def main():
     model, optimizer = prepare(accelerator, compile_layers(retriever, args, accelerator), optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=pairs.digest())  # fmt: skip
-    record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
+    record_run(accelerator, args, run_folder, log.say, run.state.step)  # only now it is accepted
     if run.state.negatives:  # mined before the run was interrupted
         pairs.set_negatives(run.state.negatives)
 
@@ -310,20 +310,20 @@ def main():
     # ---- the model, and the hand-over to stage 2
 
     run.load_best()  # with --load_best_model_at_end
-    scores = run.scores or validate_now()  # a finished run that is started again has no scores yet
+    scores = run.scores or validate_now()[0]  # a finished run that is started again has no scores yet
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
         if whole is not retriever:
             whole.load_state_dict(weights)
-        publish(run_folder, lambda folder: encoder.save_pretrained(whole, folder, args))
+        run.publish(lambda folder: encoder.save_pretrained(whole, folder, args))
     rows = {"BM25": scores["bm25"], "retriever, reranked" if score else "retriever": scores}
     rows |= {f"hop 2, {'given' if given else 'imitated'} drafts": scores["hop2"]} if "hop2" in scores else {}
     write_drafts = {"train": imitations(train, args), "validation": given}
     for split, examples in splits.items():
         rows |= hand_over(run, split, search_now(examples, write_drafts=write_drafts.get(split)), examples, index)
     log.say(score_table(rows, ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "gold_words@1024")))
-    write_report(accelerator, run_folder, log.say)
-    end_run(accelerator)
+    report.write_report(accelerator, run_folder, log.say)
+    end_run(accelerator, publishing.present(run, "retriever", splits, scores))
 
 
 if __name__ == "__main__":

@@ -72,11 +72,10 @@ from utils.models.sources import Rows, Sources, collate, count_targets, count_to
 from utils.models.summarizer import load_model_and_tokenizer, save_pretrained, set_up, sources_for, wrap
 from utils.models.tokenizer import train_tokenizer
 from utils.processes import wait_for_all
-from utils.reporting.report import write_report
+from utils.reporting import publishing, report, tracking
 from utils.retrieval.splits import rank_splits
 from utils.tables import lengths, values
 from utils.training.batching import batch_shape, eval_batches, plan_epoch, take_turns, to_device
-from utils.training.checkpoint_files import publish
 from utils.training.exchange import average_gradients, exchanging
 from utils.training.log import RunLog, score_table
 from utils.training.loop_state import schedule_steps, warmup_steps
@@ -203,15 +202,16 @@ def save(summarizer, sources: Sources, folder, weights: dict, args) -> None:
     write_settings(folder, args, names, prompt_template=sources.prompt_template)
 
 
-def between_steps(run: Run, validate_now, args) -> None:
+def between_steps(run: Run, validate_now, examples, args) -> None:
     """Saves if that is due, then validates if that is due."""
     if run.is_checkpoint_due():  # first: an error in validation loses nothing
         run.save()
     if run.is_validation_due():
         with run.interruptible():  # after a signal, the resumed run validates
             predictions, scores = validate_now()
-            run.note_validation(scores, best_by=scores.get(args.metric_for_best), predictions=predictions)
-            write_report(run.accelerator, run.folder)
+            run.note_validation(scores, best_by=scores.get(args.metric_for_best), predictions=predictions,
+                                texts=tracking.summary_texts(examples, predictions))  # fmt: skip
+            report.write_report(run.accelerator, run.folder)
 
 
 def main():
@@ -254,7 +254,7 @@ def main():
     model, optimizer = prepare(accelerator, compile_layers(summarizer, args, accelerator), optimizer)
     run = Run(accelerator, args, run_folder, log, model=model, optimizer=optimizer, scheduler=scheduler,
               max_steps=max_steps, warmup=warmup, plan=plan, shape=shape_of, data=train_rows.digest())  # fmt: skip
-    record_run(accelerator, args, run_folder, log.say if run.state.step else None)  # only now it is accepted
+    record_run(accelerator, args, run_folder, log.say, run.state.step)  # only now it is accepted
 
     # ---- training
 
@@ -265,7 +265,7 @@ def main():
     targets = range(len(side_lengths))  # one for each reference
     micro_step = partial(train_micro_batch, accelerator=accelerator, model=model, summarizer=summarizer, args=args)
     if run.state.validation_due:  # a signal interrupted it
-        between_steps(run, validate_now, args)
+        between_steps(run, validate_now, splits["validation"], args)
     for epoch in itertools.count(run.state.epoch):
         if run.is_over():
             break
@@ -289,7 +289,7 @@ def main():
             scheduler.step()
             optimizer.zero_grad()
             run.end_step()
-            between_steps(run, validate_now, args)
+            between_steps(run, validate_now, splits["validation"], args)
             if run.is_over():
                 break
     run.finish()
@@ -303,21 +303,21 @@ def main():
     predictions, scores = (run.predictions, run.scores) if run.scores else validate_now()
     weights = whole_weights(accelerator, model)
     if accelerator.is_main_process:
-        publish(run_folder, lambda folder: save(summarizer, sources, folder, weights, args))
+        run.publish(lambda folder: save(summarizer, sources, folder, weights, args))
         log.say(f"wrote {write_predictions(run_folder, 'validation', rows['validation'], predictions)}")
     table = {"lead extract": scores["lead"], "oracle extract": scores["oracle"], "summarizer": scores}
     if "test" in splits:  # scored once, with the final model
-        predictions, scores = score(rows["test"], partial(extract_scores, splits["test"]))
+        predictions, of_test = score(rows["test"], partial(extract_scores, splits["test"]))
         if accelerator.is_main_process:
             log.say(f"wrote {write_predictions(run_folder, 'test', rows['test'], predictions)}")
         scored = sum(bool(example.summaries) for example in splits["test"])
-        run.note_test(scores, scored=scored, of=len(predictions), need="a reference")
+        run.note_test(of_test, scored=scored, of=len(predictions), need="a reference")
         if scored:
-            table |= {"test: lead extract": scores["lead"], "test: oracle extract": scores["oracle"],
-                      "test: summarizer": scores}  # fmt: skip
+            table |= {"test: lead extract": of_test["lead"], "test: oracle extract": of_test["oracle"],
+                      "test: summarizer": of_test}  # fmt: skip
     log.say(score_table(table, ("rouge1", "rouge2", "rougeL", "rougeLsum")))
-    write_report(accelerator, run_folder, log.say)
-    end_run(accelerator)
+    report.write_report(accelerator, run_folder, log.say)
+    end_run(accelerator, publishing.present(run, "summarizer", splits, scores))
 
 
 if __name__ == "__main__":

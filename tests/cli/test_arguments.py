@@ -138,6 +138,8 @@ def test_a_run_that_nothing_would_end_is_refused(monkeypatch, capsys, script):
     (["--lora_dropout", "0.1"], "--lora_dropout has no effect without --lora_rank"),
     (["--lora_target_modules", "fc1"], "--lora_target_modules has no effect without --lora_rank"),
     (["--merge_lora"], "--merge_lora has no effect without --lora_rank"),
+    (["--hub_model_id", "anna/m"], "--hub_model_id has no effect without --push_to_hub"),
+    (["--hub_private_repo", "false"], "--hub_private_repo has no effect without --push_to_hub"),
 ])  # fmt: skip
 def test_values_that_make_no_sense_are_refused_by_name(monkeypatch, capsys, flags, message):
     _, error = parse_flags(monkeypatch, capsys, *flags)

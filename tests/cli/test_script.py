@@ -2,13 +2,14 @@
 
 import errno
 import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import alone
 
-from utils.cli.arguments import TrainingArguments
+from utils.cli.arguments import TrainingArguments, flag
 from utils.cli.script import record_run, run_script, start
 from utils.errors import CheckpointError, DataError, Diverged, UsageError
 
@@ -69,6 +70,47 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.cli.script.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--report_to wandb: the package is not installed: pip install wandb"):
         start(alone(), TrainingArguments(output_dir=str(tmp_path / "run"), report_to="wandb"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "said"),
+    [
+        ({"hub_model_id": "a/b/c"}, {}, "--hub_model_id a/b/c: Repo id must be"),
+        ({"hub_model_id": "anna/a--b"}, {}, "--hub_model_id anna/a--b: "),
+        ({"output_dir": "{folder}/my run"}, {}, "--hub_model_id my run: "),  # the default
+        ({}, {"HF_TOKEN": ""}, "--push_to_hub: no token for the Hub: log in with `hf auth login`, or set HF_TOKEN"),
+        ({}, {"offline": True}, "--push_to_hub: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set in the environment"),
+        ({"lora_rank": 2, "model_name_or_path": "{folder}"}, {}, "nobody else has the base model of the adapters"),
+        ({"lora_rank": 2, "model_name_or_path": "{folder}", "merge_lora": True}, {}, None),
+        ({"lora_rank": 2, "model_name_or_path": "facebook/bart-base"}, {}, None),
+        ({"hub_model_id": "anna/retriever"}, {}, None),
+    ],
+)
+def test_what_could_not_be_published_is_refused_at_the_start(flags, variables, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # is put back afterwards
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", "offline" in variables)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setenv("HF_TOKEN", variables.get("HF_TOKEN", "hf_some"))
+    flags = {name: value.format(folder=tmp_path) if isinstance(value, str) else value for name, value in flags.items()}
+    args = TrainAnything(**{"output_dir": str(tmp_path / "run"), "push_to_hub": True, **flags})
+    threads = torch.get_num_threads()
+    try:
+        if said is None:
+            assert start(alone(), args).is_dir()
+            return
+        with pytest.raises(UsageError) as refused:
+            start(alone(), args)
+    finally:
+        torch.set_num_threads(threads)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@dataclass
+class TrainAnything(TrainingArguments):
+    """Flags of a script that trains."""
+
+    model_name_or_path: str | None = flag(None, "what is trained")
 
 
 def test_gradients_are_not_divided_by_accelerate_as_well(tmp_path):

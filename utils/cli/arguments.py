@@ -72,6 +72,7 @@ MAY_CHANGE = frozenset(
     min_loss_scale check_weight_norm log_steps log_format report_to profile top_k retriever drafts_file
     validation_drafts_file ranking bm25_weight smooth_window smooth_decay hop_weight truncate_dim reranker
     rerank_top_k rerank_weight index trec_run gradient_checkpointing torch_compile trust_remote_code merge_lora
+    push_to_hub hub_model_id hub_private_repo
     """.split()
 )
 
@@ -416,6 +417,10 @@ class TrainingArguments(LoraArguments):
     profile: bool = flag(False, "write a profiler trace of a few steps to the run folder")
     overfit_one_batch: bool = flag(False, "train on the examples of the first step only (debugging)")
 
+    push_to_hub: bool = flag(False, "publish the model and its card on the Hugging Face Hub when the run is done")
+    hub_model_id: str | None = flag(None, "name there, such as anna/retriever (default: that of the run folder)")
+    hub_private_repo: bool | None = flag(None, "whether only its owners see it (default: as the Hub sets it for them)")
+
     def __post_init__(self):
         super().__post_init__()
         rules = (self.num_train_epochs, self.max_train_steps, self.stop_time_hours, self.patience >= 0,
@@ -427,6 +432,9 @@ class TrainingArguments(LoraArguments):
                 f"--lr_scheduler_type {self.lr_scheduler_type} needs --num_train_epochs or --max_train_steps; "
                 f"without them choose one of {', '.join(ENDLESS_SCHEDULERS)}"
             )
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) is not None and not self.push_to_hub:
+                raise UsageError(f"--{name} has no effect without --push_to_hub")
         if self.torch_compile and self.gradient_checkpointing:
             raise UsageError("--torch_compile has no effect with --gradient_checkpointing; leave one of them out")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
@@ -495,6 +503,7 @@ GROUPS = {
     "resuming and fine-tuning": """
         resume_from_checkpoint allow_reshard init_from reset_optimizer reset_lr_scheduler reset_dataloader reset_meters
     """,
+    "publishing on the Hub": "push_to_hub hub_model_id hub_private_repo",
     "failed steps": "max_skipped_steps nan_detector min_loss_scale check_weight_norm",
     "logging and debugging": "log_steps log_format report_to profile overfit_one_batch json",
 }

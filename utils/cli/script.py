@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from huggingface_hub.utils import enable_progress_bars
 
 from utils.errors import Interrupted, UsageError, in_one_line
 from utils.files import choose_cache_folder, is_disk_full, write_json, write_lines
-from utils.processes import connect, wait_for_all
+from utils.processes import connect, from_main, wait_for_all
 from utils.progress import close_bars, has_bars
 from utils.tables import remove_private_folder
 from utils.training.checkpoint_files import WRITER
@@ -32,8 +33,9 @@ from utils.training.sharding import keep_sums_exact
 def run_script(main) -> None:
     """Runs `main()` and ends the process with an exit code.
 
-    0: done. 2: unusable arguments, data or checkpoint. 3: diverged. 74: a write failed. 128 + n: signal n. 1: another
-    process is gone, or any other error. Only the last prints a traceback; the others print one readable line.
+    0: done. 2: unusable arguments, data or checkpoint. 3: diverged. 69: the model could not be put on the Hub. 74: a
+    write failed. 128 + n: signal n. 1: another process is gone, or any other error. Only the last prints a traceback;
+    the others print one readable line.
     """
     try:
         main()
@@ -135,6 +137,8 @@ def start(accelerator, args) -> Path:
         raise UsageError("--gradient_checkpointing: fsdp_activation_checkpointing does the same; set only one of them")
     if args.trust_remote_code and accelerator.is_main_process:
         print("--trust_remote_code: Python code that the models bring with them is run", file=sys.stderr)
+    if getattr(args, "push_to_hub", False) and (refusal := from_main(accelerator, partial(_hub_problem, args))):
+        raise UsageError(refusal)
     keep_sums_exact(accelerator)
     transformers.utils.logging.disable_progress_bar()  # of models that are read, and of the Hub's downloads
     if has_bars():
@@ -169,6 +173,32 @@ def _check_compiler(accelerator, is_asked: bool | None) -> None:
             raise UsageError("--torch_compile needs a GPU; leave the flag out")
         if not find_spec("triton"):
             raise UsageError("--torch_compile needs the package triton: pip install triton")
+
+
+def hub_name(args) -> str:
+    """The repository that `--push_to_hub` publishes the model in, with or without its owner."""
+    return args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+
+
+def _hub_problem(args) -> str | None:
+    """Why `--push_to_hub` could not publish at the end, as far as that is known at the start; None if nothing is."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    later = "or leave --push_to_hub out: the same command with it publishes a finished run without training"
+    try:
+        validate_repo_id(hub_name(args))
+    except HFValidationError as error:
+        return f"--hub_model_id {hub_name(args)}: {in_one_line(error)}"
+    base = args.model_name_or_path
+    if args.lora_rank and not args.merge_lora and os.path.exists(base):
+        return f"--push_to_hub: nobody else has the base model of the adapters, {base}; add --merge_lora"
+    if constants.is_offline_mode():
+        return f"--push_to_hub: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set in the environment; unset it, {later}"
+    if not get_token():
+        return f"--push_to_hub: no token for the Hub: log in with `hf auth login`, or set HF_TOKEN, {later}"
+    return None
 
 
 def _user_threads() -> int | None:
@@ -222,14 +252,15 @@ def _script() -> str:
     return Path(sys.argv[0]).name
 
 
-def record_run(accelerator, args, folder: Path, say=None) -> None:
+def record_run(accelerator, args, folder: Path, say=None, step: int = 0) -> None:
     """Writes what is run, on what, into the run folder. Call it once the run has accepted flags, data and checkpoint.
 
-    With `say`, a run that is resumed says which flags have changed.
+    A run that is resumed at a `step` says with `say` which flags have changed. TensorBoard then hides what an earlier
+    start logged after that step.
     """
     if accelerator.is_main_process:
         try:
-            before = json.loads((folder / "arguments.json").read_text(encoding="utf-8")) if say else {}
+            before = json.loads((folder / "arguments.json").read_text(encoding="utf-8")) if step else {}
         except (OSError, ValueError):
             before = {}
         changed = [name for name, value in asdict(args).items() if before.get(name, value) != value]
@@ -240,7 +271,8 @@ def record_run(accelerator, args, folder: Path, say=None) -> None:
         write_lines(folder / "command.txt", [shlex.join([sys.executable, *sys.argv])])
         write_json(folder / "environment.json", environment(accelerator))
     if getattr(args, "report_to", None):
-        accelerator.init_trackers(folder.name, config=asdict(args))
+        options = {"tensorboard": {"purge_step": step + 1}}
+        accelerator.init_trackers(folder.name, config=asdict(args), init_kwargs=options)
 
 
 def environment(accelerator) -> dict:

@@ -32,6 +32,7 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+OF_ONE_KIND = ("adapter_*", "config.json", "model*.safetensors*")  # of a whole model, or of adapters
 WRITER = "checkpoint writer"  # the name of the thread that calls `save`
 REPLACED = ".old"  # ends the name of a checkpoint that a new one of the same step is about to replace
 
@@ -115,11 +116,11 @@ def tidy(checkpoints: Path) -> None:
         _point(checkpoints / "last", newest)
 
 
-def publish(run_folder: Path, write: Callable[[Path], None]) -> None:
+def publish(run_folder: Path, write: Callable[[Path], None]) -> list[Path]:
     """Calls `write(folder)` on a temporary folder and moves each file, complete, into `run_folder`.
 
-    A whole model replaces adapters that were published there before, and the reverse: Transformers would use both.
-    Raises CheckpointError if a write fails.
+    Returns the paths of the files, relative to the folder. A whole model replaces adapters that were published there
+    before, and the reverse: Transformers would use both. Raises CheckpointError if a write fails.
     """
     temporary = run_folder / f"{TEMPORARY}publish"
     try:
@@ -129,7 +130,7 @@ def publish(run_folder: Path, write: Callable[[Path], None]) -> None:
         files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
         for path in files:
             sync(path)
-        for pattern in ("adapter_*", "config.json", "model*.safetensors*"):
+        for pattern in OF_ONE_KIND:
             for path in run_folder.glob(pattern):
                 if temporary / path.name not in files:
                     path.unlink()
@@ -139,6 +140,7 @@ def publish(run_folder: Path, write: Callable[[Path], None]) -> None:
             os.replace(path, published)
         for folder in {run_folder, *(run_folder / path.relative_to(temporary).parent for path in files)}:
             sync(folder)
+        return [path.relative_to(temporary) for path in files]
     except Exception as error:
         if not _is_failed_write(error):
             raise

@@ -70,6 +70,12 @@ class RunLog:
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(numbers, step=values.get("step"))
 
+    def track(self, texts: dict[str, str], step: int) -> None:
+        """Shows texts in Markdown by tag, in TensorBoard; other trackers get the numbers only."""
+        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else ():
+            if tracker.name == "tensorboard":
+                tracker.log(texts, step=step)
+
     def say(self, text: str) -> None:
         """Shows a text to the user, unless it is empty."""
         if not text:

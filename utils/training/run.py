@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from utils.errors import Interrupted, UsageError
 from utils.progress import close_bars
+from utils.training import checkpoint_files
 from utils.training.batching import StepBatches
 from utils.training.checkpoints import Checkpoints
 from utils.training.log import Meters, RunLog
@@ -47,6 +48,7 @@ class Run:
         state: where the run stands (`LoopState`).
         received: the number of the signal that asks the run to save and leave, or None.
         scores, predictions: those of the last validation, or None before it.
+        published: the files of the published model, relative to the run folder; on the main process only.
     """
 
     def __init__(self, accelerator, args, folder: Path, log: RunLog, *, model, optimizer, scheduler,
@@ -75,6 +77,7 @@ class Run:
         self.is_culprit_named = False
         self.scores: dict | None = None
         self.predictions: list[str] | None = None
+        self.published: list[Path] = []
         self.model_step: int | None = None  # of the best weights, if they were loaded
         self.first_step = self.state.step
         if self.state.step_in_epoch or self.state.done_before:
@@ -261,11 +264,17 @@ class Run:
         """Whether this step is to be validated and was not yet; the last step of a run always is."""
         return self.state.is_validation_due(self.args)
 
-    def note_validation(self, scores: dict, *, best_by: float | None, predictions: list[str] | None = None) -> None:
-        """Logs a validation and saves what it decides. The best checkpoint is that with the best `best_by`."""
+    def note_validation(
+        self, scores: dict, *, best_by: float | None, texts: dict[str, str], predictions: list[str] | None = None
+    ) -> None:
+        """Logs a validation and saves what it decides. The best checkpoint is that with the best `best_by`.
+
+        `texts` are examples for TensorBoard, as Markdown, by tag.
+        """
         self.scores, self.predictions = scores, predictions
         scores = {self.args.metric_for_best: best_by, **scores}  # the one that decides comes first
         self.log("validation", step=self.state.step, epoch=self._epochs(), **scores)
+        self.log.track(texts, self.state.step)
         is_best = self.state.note_validation(self.args, best_by)
         self._look_for_a_stop()
         self.save(is_best=is_best)
@@ -288,6 +297,10 @@ class Run:
         if self.args.load_best_model_at_end and self.checkpoints.load_best(self.state):
             self.scores = self.predictions = None
             self.model_step = self.state.best_step
+
+    def publish(self, write: Callable[[Path], None]) -> None:
+        """Publishes the model that `write(folder)` writes, on the main process (see `checkpoint_files.publish`)."""
+        self.published = checkpoint_files.publish(self.folder, write)
 
     def note_test(self, scores: dict, *, scored: int, of: int, need: str) -> None:
         """Logs the scores of the test split, which decide nothing, with the step of the weights, as `model_step`.
