@@ -123,7 +123,8 @@ def generate(model, method, is_readable, inputs: dict, generation: dict) -> torc
             plain = {**generation, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False}
             return model.generate(**inputs, **plain, custom_generate=partial(method, beams=beams))
     except Exception as error:  # a later version of Transformers may raise anything
-        problem, is_expected = in_one_line(error), isinstance(error, NotShared)
+        is_expected = isinstance(error, NotShared)
+        problem = "its attention is not replaced" if is_expected else in_one_line(error)
     ids = model.generate(**inputs, **generation, synced_gpus=_is_sharded(model) or None)
     if problem:  # not an error of `generate` too, such as that memory ran out
         LEFT_TO_TRANSFORMERS.add(model)
@@ -140,50 +141,52 @@ def agrees(is_readable) -> bool:
 
     Later versions of Transformers may search otherwise, or count positions by other methods of a cache.
     """
-    if is_readable in _agreed:
-        return _agreed[is_readable]
+    if is_readable not in _agreed:
+        _agreed[is_readable] = True  # during the trial
+        model, problem = None, "it writes other tokens than `generate`"
+        try:
+            model, ours, theirs = _write_both(is_readable)
+            _agreed[is_readable] = torch.equal(ours, theirs) and model not in LEFT_TO_TRANSFORMERS
+        except Exception as error:  # a later version of Transformers may raise anything
+            _agreed[is_readable], problem = False, in_one_line(error)
+        if not _agreed[is_readable] and model not in LEFT_TO_TRANSFORMERS:  # else it has warned
+            warn(f"the search fails with a tiny model: {problem}", EFFECTS["search"])
+    return _agreed[is_readable]
+
+
+def _write_both(is_readable) -> tuple:
+    """A tiny model, and what it writes by the search and by `generate`. The random state stays as it is."""
     from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-    _agreed[is_readable] = True  # during the trial
-    generator, mask = (
-        torch.Generator().manual_seed(0),
-        torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]),
-    )
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
     settings = {"vocab_size": 40, "pad_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64,
                 "tie_word_embeddings": False}  # fmt: skip
+    # so many ends that summaries differ in length
+    generation = {"num_beams": 3, "max_new_tokens": 12, "no_repeat_ngram_size": 2, "repetition_penalty": 1.1,
+                  "eos_token_id": [2, *range(5, 12)]}  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         if is_readable is reads_prompts:
             model = LlamaForCausalLM(LlamaConfig(
                 **settings, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
                 num_key_value_heads=1,
-            ))  # fmt: skip
-            ids = torch.randint(3, 40, mask.shape, generator=generator)
-            inputs = {"input_ids": ids, "attention_mask": mask}
+            )).eval()  # fmt: skip
         else:
             model = BartForConditionalGeneration(BartConfig(
                 **settings, d_model=8, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
-                decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8,
-                decoder_start_token_id=2, forced_eos_token_id=None,
-            ))  # fmt: skip
-            states = torch.randn(*mask.shape, 8, generator=generator)
-            inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
-        for matrix in (parameter for parameter in model.eval().parameters() if parameter.ndim > 1):
+                decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, decoder_start_token_id=2,
+                forced_eos_token_id=None,
+            )).eval()  # fmt: skip
+        for matrix in (parameter for parameter in model.parameters() if parameter.ndim > 1):
             matrix.data = torch.randn(matrix.shape, generator=generator)
-        # so many ends that summaries differ in length
-        generation = {"num_beams": 3, "max_new_tokens": 12, "no_repeat_ngram_size": 2, "repetition_penalty": 1.1,
-                      "eos_token_id": [2, *range(5, 12)]}  # fmt: skip
         if is_readable is reads_prompts:
-            ours = prompted_search(model, **inputs, **generation)
-            left = [row.roll(5 - int(real.sum())) for row, real in zip(ids, mask, strict=True)]
-            inputs = {"input_ids": torch.stack(left), "attention_mask": mask.flip(1)}
-            theirs = model.generate(**inputs, **generation)[:, mask.shape[1] :]
-        else:
-            ours, theirs = beam_search(model, states, mask, **generation), model.generate(**inputs, **generation)
-    _agreed[is_readable] = model not in LEFT_TO_TRANSFORMERS and torch.equal(ours, theirs)
-    if model not in LEFT_TO_TRANSFORMERS and not _agreed[is_readable]:  # else it has warned
-        kind = type(model).__name__
-        warn(f"the search writes other tokens than `generate` with a tiny {kind}", EFFECTS["search"])
-    return _agreed[is_readable]
+            ids = torch.randint(3, 40, mask.shape, generator=generator)
+            ours = prompted_search(model, ids, mask, **generation)
+            left = torch.stack([row.roll(5 - int(real.sum())) for row, real in zip(ids, mask, strict=True)])
+            return model, ours, model.generate(left, attention_mask=mask.flip(1), **generation)[:, 5:]
+        states = torch.randn(*mask.shape, 8, generator=generator)
+        inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+        return model, beam_search(model, states, mask, **generation), model.generate(**inputs, **generation)
 
 
 def _is_sharded(model) -> bool:

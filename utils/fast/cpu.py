@@ -28,8 +28,13 @@ def _onednn(x, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _sample(dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input, weight and bias of a tiny linear layer, whose product is exact."""
+    return tuple(torch.arange(1, n + 1, dtype=dtype).view(shape) for n, shape in ((2, (1, 2)), (6, (3, 2)), (3, 3)))
+
+
 def _has_onednn() -> bool:
-    x, weight, bias = torch.ones(1, 2), torch.ones(3, 2), torch.ones(3)
+    x, weight, bias = _sample(torch.float32)
     expected = nn.functional.linear(x, weight, bias)
     return torch.backends.mkldnn.is_available() and works(
         "torch.ops.mkldnn._linear_pointwise", lambda: _onednn(x, weight, bias), expected, PLAIN
@@ -43,7 +48,7 @@ def _has_bfloat16() -> bool:
     except Exception as error:  # operations raise errors of many kinds
         warn(f"torch.ops.mkldnn._is_mkldnn_bf16_supported: {in_one_line(error)}", PLAIN_BFLOAT16)
         return False
-    x, weight, bias = (torch.ones(size, dtype=torch.bfloat16) for size in ((1, 2), (3, 2), 3))
+    x, weight, bias = _sample(torch.bfloat16)
     return works(
         "torch.ops.mkldnn._reorder_linear_weight",
         lambda: _onednn(x, torch.ops.mkldnn._reorder_linear_weight(weight), bias),
