@@ -4,13 +4,15 @@
 # make test       the unit tests
 # make smoke      the scripts as users run them
 # make slow       kills, damage and signals at many places of a run: half an hour
-# All but the installing runs offline. The last five need `pip install -r requirements-dev.txt`.
+# make lowest     test and smoke in a new environment with the lowest versions that requirements.txt allows
+# All but the installing runs offline. style to slow need `pip install -r requirements-dev.txt`.
 
 PYTHON ?= python
 LAUNCH = accelerate launch --config_file accelerate_configs/cpu.yaml
+LOWEST = $(CURDIR)/build/lowest
 export HF_HUB_OFFLINE = 1
 
-.PHONY: quickstart style quality test smoke slow
+.PHONY: quickstart style quality test smoke slow lowest
 
 quickstart:
 	$(PYTHON) -m pip install -r requirements.txt
@@ -34,3 +36,10 @@ smoke:
 
 slow:
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m slow tests
+
+# requirements.txt with == in place of each >= is what pip must keep to
+lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	sed 's/>=\([^,]*\).*/==\1/' requirements.txt > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install -q -r requirements-dev.txt -c $(LOWEST)/lowest.txt
+	$(MAKE) test smoke PYTHON=$(LOWEST)/bin/python

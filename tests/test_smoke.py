@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from conftest import ROOT, beir_flags, events, inject, launch, read_jsonl, run, write_beir
+from conftest import ROOT, SCRIPTS, beir_flags, events, inject, launch, read_jsonl, run, write_beir
 
 from utils.data.examples import Document
 from utils.data.loading import load_examples
@@ -420,6 +420,37 @@ def test_adapters_of_a_reranker_need_a_head_that_was_trained(smoke, tmp_path):
         "train_rerank.py", "--output_dir", tmp_path / "a", "--model_name_or_path", smoke["retrieve"], *flags
     )
     assert result.returncode == 2 and "scores no pairs yet; train it without adapters" in result.stderr
+
+
+WITHOUT_INTERNALS = """
+import runpy, sys
+import torch, transformers.modeling_utils
+from transformers import PreTrainedModel, masking_utils
+from transformers.integrations import sdpa_attention
+sys.path.insert(0, {root!r})
+sys.modules["torch.nn.attention.varlen"] = None
+del sdpa_attention.sdpa_attention_forward, masking_utils.sdpa_mask
+del PreTrainedModel.is_backend_compatible, PreTrainedModel._can_set_attn_implementation
+torch.ops.mkldnn._linear_pointwise = torch.ops.aten._softmax_backward_data = None
+sys.argv[0] = {script!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_whose_libraries_lack_what_makes_it_fast_has_the_same_losses_and_warns(script, tmp_path):
+    wrapper = tmp_path / script
+    wrapper.write_text(WITHOUT_INTERNALS.format(root=str(ROOT), script=str(ROOT / script)))
+    few = ["--max_train_steps", 2, "--dropout", 0]
+    warned = run(wrapper, tmp_path / "slower", *few).stderr
+    assert "slower" not in run(script, tmp_path / "usual", *few).stderr.replace(str(tmp_path), "")
+    ours, usual = (events(tmp_path / name, "train") for name in ("slower", "usual"))
+    for name in ("loss", "gnorm"):
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in usual], rel=1e-3), name
+    lacks = ["sdpa_attention_forward", "_linear_pointwise", "_softmax_backward_data"]
+    lacks += ["_can_set_attn_implementation"] * (script == "train_summarize.py")  # of the search
+    assert [warned.count(name) for name in lacks] == [1] * len(lacks)
+    assert warned.count("which is slower") == len(lacks)
 
 
 @pytest.mark.parametrize("script", ["train_retrieve.py", "train_summarize.py"])

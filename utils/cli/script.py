@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.utils import enable_progress_bars
 
 from utils.errors import Interrupted, UsageError, in_one_line
+from utils.fast.internals import find, warn
 from utils.files import choose_cache_folder, is_disk_full, write_json, write_lines
 from utils.processes import connect, from_main, wait_for_all
 from utils.progress import close_bars, has_bars
@@ -303,7 +304,9 @@ def precision(args, is_pretrained: bool) -> str | None:
     if args.mixed_precision or told != "no" or own or not is_pretrained:
         return args.mixed_precision
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    has_bf16 = (
-        torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
-    )
-    return "bf16" if has_bf16 else None
+    if on_gpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    has_bf16 = find("torch.cpu._is_avx512_bf16_supported")
+    if has_bf16 is None:
+        warn("torch.cpu._is_avx512_bf16_supported is gone", "without --mixed_precision bf16, the precision is float32")
+    return "bf16" if has_bf16 and has_bf16() else None

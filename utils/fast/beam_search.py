@@ -14,7 +14,8 @@ cache's keys as the same tensor object. For encoder-decoders: that attention fun
 function has their name. For decoder-only models: that attention functions get as the same tensor object what the mask
 function of their name returned, which itself gets the model's rule for which positions see which (`mask_function`);
 that the layers of `DynamicCache(config=...)` tell what a model caches; `_can_set_attn_implementation`, the `rope_type`
-of modules with rotary positions, and `prompt_ignore_length` of a logits processor.
+of modules with rotary positions, and `prompt_ignore_length` of a logits processor. `generate` itself is called where
+one of these is gone, the search fails, or a tiny model gets other tokens from it (`agrees`).
 """
 
 import copy
@@ -34,10 +35,14 @@ from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
 )
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMode
-from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutput
+
+from utils.fast.internals import EFFECTS, find, has, in_one_line, warn
+
+DynamicLayer = find("transformers.cache_utils.DynamicLayer") or object
+DynamicSlidingWindowLayer = find("transformers.cache_utils.DynamicSlidingWindowLayer")
 
 # encoder-decoders whose decoder attends to all earlier tokens and to the whole source, without other masks
 MODEL_TYPES = (
@@ -104,22 +109,84 @@ def prompted_search(model, input_ids, attention_mask, **generation) -> torch.Ten
 
 
 def generate(model, method, is_readable, inputs: dict, generation: dict) -> torch.Tensor:
-    """`model.generate`, with `method` as its decoding loop where that applies."""
-    config = copy.deepcopy(model.generation_config)
+    """`model.generate`, with `method` as its decoding loop where that applies and does not fail."""
+    config, problem = copy.deepcopy(model.generation_config), ""
     unknown = config.update(**generation)
-    if not unknown and is_supported(model, config) and is_readable(model, config):
-        beams = SimpleNamespace(
-            count=config.num_beams or 1,
-            length_penalty=1.0 if config.length_penalty is None else config.length_penalty,
-            early_stopping=config.early_stopping or False,
-        )
-        # `generate` prepares settings and logits processors; told of one beam, it does not copy the inputs
-        plain = {**generation, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False}
-        try:
+    try:
+        if not unknown and is_supported(model, config) and is_readable(model, config) and agrees(is_readable):
+            beams = SimpleNamespace(
+                count=config.num_beams or 1,
+                length_penalty=1.0 if config.length_penalty is None else config.length_penalty,
+                early_stopping=config.early_stopping or False,
+            )
+            # `generate` prepares settings and logits processors; told of one beam, it does not copy the inputs
+            plain = {**generation, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False}
             return model.generate(**inputs, **plain, custom_generate=partial(method, beams=beams))
-        except NotShared:
-            LEFT_TO_TRANSFORMERS.add(model)
-    return model.generate(**inputs, **generation, synced_gpus=_is_sharded(model) or None)
+    except Exception as error:  # a later version of Transformers may raise anything
+        is_expected = isinstance(error, NotShared)
+        problem = "its attention is not replaced" if is_expected else in_one_line(error)
+    ids = model.generate(**inputs, **generation, synced_gpus=_is_sharded(model) or None)
+    if problem:  # not an error of `generate` too, such as that memory ran out
+        LEFT_TO_TRANSFORMERS.add(model)
+        if not is_expected or model.config.model_type in MODEL_TYPES:
+            warn(f"the search fails with a model of type {model.config.model_type}: {problem}", EFFECTS["search"])
+    return ids
+
+
+_agreed: dict = {}  # for `reads_sources` and `reads_prompts`: the result of `agrees`
+
+
+def agrees(is_readable) -> bool:
+    """Whether a tiny model of this kind gets the tokens of `generate` from the search; if not, it warns. Tried once.
+
+    Later versions of Transformers may search otherwise, or count positions by other methods of a cache.
+    """
+    if is_readable not in _agreed:
+        _agreed[is_readable] = True  # during the trial
+        model, problem = None, "it writes other tokens than `generate`"
+        try:
+            model, ours, theirs = _write_both(is_readable)
+            _agreed[is_readable] = torch.equal(ours, theirs) and model not in LEFT_TO_TRANSFORMERS
+        except Exception as error:  # a later version of Transformers may raise anything
+            _agreed[is_readable], problem = False, in_one_line(error)
+        if not _agreed[is_readable] and model not in LEFT_TO_TRANSFORMERS:  # else it has warned
+            warn(f"the search fails with a tiny model: {problem}", EFFECTS["search"])
+    return _agreed[is_readable]
+
+
+def _write_both(is_readable) -> tuple:
+    """A tiny model, and what it writes by the search and by `generate`. The random state stays as it is."""
+    from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    settings = {"vocab_size": 40, "pad_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64,
+                "tie_word_embeddings": False}  # fmt: skip
+    # so many ends that summaries differ in length
+    generation = {"num_beams": 3, "max_new_tokens": 12, "no_repeat_ngram_size": 2, "repetition_penalty": 1.1,
+                  "eos_token_id": [2, *range(5, 12)]}  # fmt: skip
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        if is_readable is reads_prompts:
+            model = LlamaForCausalLM(LlamaConfig(
+                **settings, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1,
+            )).eval()  # fmt: skip
+        else:
+            model = BartForConditionalGeneration(BartConfig(
+                **settings, d_model=8, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+                decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, decoder_start_token_id=2,
+                forced_eos_token_id=None,
+            )).eval()  # fmt: skip
+        for matrix in (parameter for parameter in model.parameters() if parameter.ndim > 1):
+            matrix.data = torch.randn(matrix.shape, generator=generator)
+        if is_readable is reads_prompts:
+            ids = torch.randint(3, 40, mask.shape, generator=generator)
+            ours = prompted_search(model, ids, mask, **generation)
+            left = torch.stack([row.roll(5 - int(real.sum())) for row, real in zip(ids, mask, strict=True)])
+            return model, ours, model.generate(left, attention_mask=mask.flip(1), **generation)[:, 5:]
+        states = torch.randn(*mask.shape, 8, generator=generator)
+        inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+        return model, beam_search(model, states, mask, **generation), model.generate(**inputs, **generation)
 
 
 def _is_sharded(model) -> bool:
@@ -132,8 +199,8 @@ def is_supported(model, config) -> bool:
         and model not in LEFT_TO_TRANSFORMERS
         and config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH)
         and _has_none(config, UNSUPPORTED)
-        and not is_fsdp_managed_module(model)
         and not _is_sharded(model)
+        and has("search")
     )
 
 

@@ -7,7 +7,7 @@
 
 Leans on these internals of PyTorch: `torch.ops.mkldnn._linear_pointwise`, `_reorder_linear_weight` and
 `_is_mkldnn_bf16_supported`; that an `nn.Linear` or `nn.Dropout` may change its class; and that a `TorchFunctionMode`
-sees calls of `nn.functional.dropout`.
+sees calls of `nn.functional.dropout`. An operation that is not there, or does something else, is not used.
 """
 
 from contextlib import contextmanager
@@ -18,8 +18,46 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-IS_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-HAS_BFLOAT16 = IS_AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+from utils.fast.internals import in_one_line, warn, works
+
+PLAIN = "matrix products on a CPU are PyTorch's own"
+PLAIN_BFLOAT16 = "in bfloat16 on a CPU, weights are laid out for each product"
+
+
+def _onednn(x, weight, bias=None):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _sample(dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input, weight and bias of a tiny linear layer, whose product is exact."""
+    return tuple(torch.arange(1, n + 1, dtype=dtype).view(shape) for n, shape in ((2, (1, 2)), (6, (3, 2)), (3, 3)))
+
+
+def _has_onednn() -> bool:
+    x, weight, bias = _sample(torch.float32)
+    expected = nn.functional.linear(x, weight, bias)
+    return torch.backends.mkldnn.is_available() and works(
+        "torch.ops.mkldnn._linear_pointwise", lambda: _onednn(x, weight, bias), expected, PLAIN
+    )
+
+
+def _has_bfloat16() -> bool:
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+    except Exception as error:  # operations raise errors of many kinds
+        warn(f"torch.ops.mkldnn._is_mkldnn_bf16_supported: {in_one_line(error)}", PLAIN_BFLOAT16)
+        return False
+    x, weight, bias = _sample(torch.bfloat16)
+    return works(
+        "torch.ops.mkldnn._reorder_linear_weight",
+        lambda: _onednn(x, torch.ops.mkldnn._reorder_linear_weight(weight), bias),
+        nn.functional.linear(x, weight, bias), PLAIN_BFLOAT16,
+    )  # fmt: skip
+
+
+IS_AVAILABLE = _has_onednn()
+HAS_BFLOAT16 = IS_AVAILABLE and _has_bfloat16()
 CPUINFO = Path("/proc/cpuinfo")
 IS_FASTER = not (torch.backends.mkl.is_available() and CPUINFO.exists() and "GenuineIntel" in CPUINFO.read_text())
 FEWEST = 2**21  # multiplications in a product; with fewer, the call costs more than it saves
@@ -94,10 +132,6 @@ def _is_plain(x, dtypes=(torch.float32,)) -> bool:
     return type(x) in (torch.Tensor, nn.Parameter) and x.dtype in dtypes and x.device.type == "cpu"
 
 
-def _onednn(x, weight, bias=None):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -147,6 +181,16 @@ class FunctionalDropout(TorchFunctionMode):
 
     With activation checkpointing it must be active in the recomputed forward pass too.
     """
+
+    active = 0  # how many contexts are
+
+    def __enter__(self):
+        FunctionalDropout.active += 1
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        FunctionalDropout.active -= 1
+        return super().__exit__(*error)
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         return (dropout if function is nn.functional.dropout else function)(*arguments, **(options or {}))

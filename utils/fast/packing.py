@@ -15,7 +15,7 @@ Leans on these internals. PyTorch: `varlen_attn`, `torch.ops.aten._softmax_backw
 `eager_attention_forward` in a model's own file; that masks are asked for their window as `local_size`; that models hand
 unknown keyword arguments (`packing`) down to the attention function; and the `embed_positions` of BART-like models.
 Sentence-transformers: the attributes `auto_model`, `modality_config` and `model_forward_params` of its `Transformer`,
-and that its pooling understands `cu_seq_lens_q`.
+and that its pooling understands `cu_seq_lens_q`. Where one of these has changed, batches stay padded.
 """
 
 import inspect
@@ -29,17 +29,25 @@ from itertools import accumulate, groupby
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+
+from utils.fast.internals import EFFECTS, find, has, in_one_line, missing, warn, works
+
+# None in a version that has none: then nothing is packed (see `internals`)
+varlen_attn = find("torch.nn.attention.varlen.varlen_attn")
+sdpa_attention_forward = find("transformers.integrations.sdpa_attention.sdpa_attention_forward")
+sdpa_mask, eager_mask = (find(f"transformers.masking_utils.{name}") for name in ("sdpa_mask", "eager_mask"))
 
 logger = logging.getLogger(__name__)
 NAME, BOTH = "packed", "packed_encoder_decoder"  # attention functions: of retrievers, and of encoder-decoders
 LONGEST_CHECKED = 600  # tokens of a random sequence on which a model with a sliding window is tried
 LONGEST_KEPT = 512  # tokens; longer sequences use PyTorch's kernel, which does not keep attention weights
-HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # newer versions of PyTorch
+# newer versions of PyTorch
+HAS_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+# model types that can be packed: if one cannot, a library has changed
+TYPES = ("bart", "bert", "blenderbot", "deepseek_v3", "distilbert", "gemma2", "gemma3_text", "gpt2", "llama", "marian",
+         "mbart", "mistral", "mixtral", "modernbert", "pegasus", "qwen2", "qwen3", "roberta")  # fmt: skip
 STEP = 16  # lengths are rounded up to a multiple, because oneDNN compiles a kernel for each new shape
 
 # ---- attention within sequences
@@ -118,6 +126,22 @@ def _unseen(length: int, causal: bool, window: int | None, device) -> torch.Tens
     return (ahead > 0 if causal else ahead.new_zeros((), dtype=torch.bool)) | (ahead.abs() >= (window or length))
 
 
+def _softmax_backward(gradient, weights):
+    return torch.ops.aten._softmax_backward_data(gradient, weights, -1, weights.dtype)
+
+
+def _plain_softmax_backward(gradient, weights):
+    return weights * (gradient - (gradient * weights).sum(-1, keepdim=True))
+
+
+_sample = torch.tensor([[0.5, 0.25, 0.25]])
+if not works(
+    "torch.ops.aten._softmax_backward_data", lambda: _softmax_backward(_sample.square(), _sample),
+    _plain_softmax_backward(_sample.square(), _sample), "the gradient of packed attention takes several steps",
+):  # fmt: skip
+    _softmax_backward = _plain_softmax_backward
+
+
 class _Attention(torch.autograd.Function):
     """Softmax attention on a CPU by matrix products, group by group, so that the weights fit the cache.
 
@@ -158,7 +182,7 @@ class _Attention(torch.autograd.Function):
         groups = _groups(layout, (q, g, for_query), (k, v, for_key, for_value))
         for p, ((q_g, g_g, query_out), (k_g, v_g, key_out, value_out), _) in zip(weights, groups, strict=True):
             dp = torch.bmm(g_g, v_g.transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
+            ds = _softmax_backward(dp, p).mul_(ctx.scale)
             torch.bmm(ds, k_g, out=query_out)
             torch.bmm(ds.transpose(1, 2), q_g, out=key_out)
             torch.bmm(p.transpose(1, 2), g_g, out=value_out)
@@ -211,6 +235,8 @@ def _each_by_itself(query, key, value, lengths, key_lengths, scale, causal, wind
 
 def kernel_problem(device, dtype, head_size: int, value_size: int, *, dropout=0.0, window=None, softcap=None) -> str:
     """Why a GPU has no fused kernel for attention within sequences that lie end to end; "" if it has one."""
+    if missing("kernel"):
+        return f"because {missing('kernel')}"
     if dtype == torch.float32:
         return "in float32"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -314,22 +340,28 @@ def _check_windows(of_layers: set, of_masks: set, longest: int) -> None:
 def _keep_if_equal(module, attending, name: str, hooks: list, padded, packed) -> bool:
     """Gives the model `attending` the attention `name`; undone, with `hooks`, and False if it fails or outputs change.
 
-    `module` is put in evaluation mode meanwhile. `padded()` and `packed()` compute its outputs at real tokens.
+    `module` is put in evaluation mode meanwhile. `padded()` and `packed()` compute its outputs at real tokens. Both
+    must be what `padded()` was before. If not, and a model of this type should be packed, it warns.
     """
     before, was_training = attending.config._attn_implementation, module.training
+    problem = "its outputs differ with attention and mask functions of one's own"
     module.eval()
     try:
         expected = padded()
         attending.set_attn_implementation(name)
         _met.clear()
-        if (packed() - expected).abs().max() <= 1e-4 * expected.abs().max():
+        outputs = (compute() for compute in dict.fromkeys((packed, padded)))
+        if all((output - expected).abs().max() <= 1e-4 * expected.abs().max() for output in outputs):
             # what `keep_padding` looks at
             attending.packed_attention, attending.attention_before = frozenset(_met), before
             return True
     except Exception as error:  # models of others may raise anything
-        logger.info("batches stay padded: %s", error)
+        problem = in_one_line(error)
+        logger.info("batches stay padded: %s", problem)
     finally:
         module.train(was_training)
+    if attending.config.model_type in TYPES:
+        warn(f"a model of type {attending.config.model_type} cannot be packed: {problem}", EFFECTS["packing"])
     for hook in hooks:
         hook.remove()
     attending.set_attn_implementation(before)
@@ -378,11 +410,13 @@ def keep_padding(model, device: torch.device, dtype, *, longest: int | None, dro
         longest: most tokens of a sequence (None: any number); a window that is as long hides nothing.
         dropout: of attention, in training.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" or not has("packing"):
         return ""
     if not hasattr(model, "packed_attention"):
         for part in (part for part in model.modules() if isinstance(part, PreTrainedModel)):
             name = part.config._attn_implementation
+            if name == "eager" and not hasattr(sys.modules[type(part).__module__], "eager_attention_forward"):
+                continue
             # each part's own: the setter would also set the parts of this part
             part.config._attn_implementation_internal = PADDED.get(name, name)
         return ""
@@ -459,7 +493,9 @@ def plan_packing(attention_mask: torch.Tensor, device=None) -> Packing:
 def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, **options):
     """Attention function of retrievers; without `packing`, the usual one."""
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
     return _attend_within(module, query, key, value, attention_mask, packing.lengths, packing.layouts,
                           _windows["layers"], dropout=dropout, scaling=scaling, **options)  # fmt: skip
 
@@ -522,7 +558,7 @@ def _first_position(encoder) -> int:
 def is_packed(transformer) -> bool:
     """Whether this sentence-transformers `Transformer` module computes its batches without padding."""
     encoder = getattr(transformer, "auto_model", None)
-    return encoder is not None and encoder.config._attn_implementation == NAME
+    return encoder is not None and getattr(encoder.config, "_attn_implementation", None) == NAME
 
 
 def remove_padding(retriever) -> bool:
@@ -533,6 +569,8 @@ def remove_padding(retriever) -> bool:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # takes seconds
 
     transformer = retriever[0]
+    if not has("packing"):
+        return False
     if not isinstance(transformer, Transformer) or transformer.modality_config.keys() != {"text"}:
         return False
     encoder, config = transformer.auto_model, transformer.auto_model.config
@@ -554,15 +592,38 @@ def remove_padding(retriever) -> bool:
         _check_windows(_windows["layers"], _windows["masks"], longest)
         return states
 
-    if transformer.model_forward_params is not None:  # the arguments that sentence-transformers passes on
+    # the arguments that sentence-transformers passes on
+    if getattr(transformer, "model_forward_params", None) is not None:
         transformer.model_forward_params |= {"position_ids", "packing"}
     # the hooks do nothing until the attention is NAME
     hooks = [transformer.register_forward_pre_hook(_pack),
              transformer.register_forward_hook(_unpack, always_call=True)]  # fmt: skip
     transformer.is_pooled_packed = False  # padded outputs are compared
     is_removed = _keep_if_equal(transformer, encoder, NAME, hooks, embed, embed)
-    transformer.is_pooled_packed = is_removed and len(retriever) > 1 and isinstance(retriever[1], Pooling)
+    if is_removed and len(retriever) > 1 and isinstance(retriever[1], Pooling):
+        transformer.is_pooled_packed = _pools_packed(retriever[1], features)
     return is_removed
+
+
+@torch.no_grad()
+def _pools_packed(pooling, features: dict) -> bool:
+    """Whether a module for pooling gives the same for token embeddings that lie end to end; else it warns."""
+    mask = features["attention_mask"].cpu()
+    states = torch.rand(*mask.shape, pooling.embedding_dimension, generator=torch.Generator().manual_seed(0))
+    flat = {"token_embeddings": states[mask.bool()][None], "cu_seq_lens_q": torch.tensor([0, *mask.sum(1).cumsum(0)])}
+
+    def pool(of_tokens):
+        # a prompt's tokens, which are left out if the module is so set
+        return pooling({**features, "attention_mask": mask, "prompt_length": 2, **of_tokens})["sentence_embedding"]
+
+    try:
+        problem = "gives other embeddings"
+        if (pool(flat) - pool({"token_embeddings": states})).abs().max() <= 1e-4:
+            return True
+    except Exception as error:  # it may expect anything
+        problem = in_one_line(error)
+    warn(f"Pooling of sentence-transformers {problem} for cu_seq_lens_q", "packed tokens are padded before pooling")
+    return False
 
 
 # ---- classifiers of sequences
@@ -576,7 +637,7 @@ def remove_padding_of_classifier(reranker) -> bool:
     """
     model, config = reranker[0].auto_model, reranker[0].auto_model.config
     encoder = model.base_model
-    if encoder is model or not model.is_backend_compatible() or not hasattr(config, "vocab_size"):
+    if not has("packing") or encoder is model or not model.is_backend_compatible() or not hasattr(config, "vocab_size"):
         return False
     names = list(inspect.signature(encoder.forward).parameters)
     given: list[Packing] = []  # of the batch that the CrossEncoder begins with
@@ -670,7 +731,9 @@ def _laid(*now: dict):
 
 def _attention_of_both(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
     if not _now:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
     if options.get("position_bias") is not None:
         raise NotImplementedError(f"attention of {type(module).__name__} cannot be packed")
     now, causal = _now[-1], bool(getattr(module, "is_causal", False))
@@ -713,7 +776,11 @@ def remove_padding_of_both(model) -> bool:
     """
     encoder, decoder, config = model.get_encoder(), model.get_decoder(), model.config
     positions = [getattr(stack, "embed_positions", None) for stack in (encoder, decoder)]
-    if not all(isinstance(module, nn.Module) for module in positions) or not hasattr(config, "vocab_size"):
+    if not has("packing") or not hasattr(config, "vocab_size"):
+        return False
+    if not all(isinstance(module, nn.Module) for module in positions):
+        if config.model_type in TYPES:
+            warn(f"a model of type {config.model_type} has no embed_positions", EFFECTS["packing"])
         return False
     generator = torch.Generator().manual_seed(0)
     lengths, targets = [9, 3, 6], [4, 7, 2]
@@ -767,8 +834,8 @@ def remove_padding_of_decoder(model) -> bool:
     the positions, for which the host waits. False, and the model is unchanged, if its attention cannot be replaced or
     its states of three random sequences differ.
     """
-    config, name = model.config.get_text_config(), DECODER.get(model.config._attn_implementation)
-    if name is None or not model.is_backend_compatible() or not hasattr(config, "vocab_size"):
+    config, name = model.config.get_text_config(), DECODER.get(getattr(model.config, "_attn_implementation", None))
+    if not has("packing") or name is None or not model.is_backend_compatible() or not hasattr(config, "vocab_size"):
         return False
     # longer than a sliding window that is not too long
     longest = min((getattr(config, "sliding_window", None) or 0) + 40, LONGEST_CHECKED)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DynamoBackend
-from accelerate.utils.other import is_repeated_blocks
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel
 
 from utils.errors import UsageError, in_one_line
 from utils.fast.cpu import FunctionalDropout, use_fast_layers
+from utils.fast.internals import warn
 from utils.fast.packing import keep_from_compiling, keep_padding, laid_as_now
 from utils.files import write_json
 from utils.models.losses import has_own_logits
@@ -102,13 +101,15 @@ def compile_layers(model: nn.Module, args, accelerator) -> nn.Module:
     """
     if not args.torch_compile:
         return model
+    if not hasattr(model, "_compiled_call_impl"):
+        warn("torch.nn.Module._compiled_call_impl is gone", "--torch_compile has no effect")
+        return model
     plugin = accelerator.state.dynamo_plugin
     backend = "inductor" if plugin.backend == DynamoBackend.NO else plugin.backend.value.lower()
     plugin.backend = DynamoBackend.NO  # else `prepare` would wrap the whole model, and rename its parameters
     inner = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
-    stacks = [
-        name for name, part in inner.named_modules() if isinstance(part, nn.ModuleList) and is_repeated_blocks(part)
-    ]
+    lists = [(name, part) for name, part in inner.named_modules() if isinstance(part, nn.ModuleList)]
+    stacks = [name for name, part in lists if len(set(map(type, part))) == 1]
     outer = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
     if not outer:
         raise UsageError(f"--torch_compile: {args.model_name_or_path} has no layers that repeat; leave the flag out")
@@ -127,8 +128,7 @@ def _call_layer(layer: nn.Module, compiled, *arguments, **options):
 
 def same_contexts() -> tuple:
     """For `checkpoint_layers`: a layer runs again within the sequences and with the dropout of its first run."""
-    is_fast = any(isinstance(mode, FunctionalDropout) for mode in _get_current_function_mode_stack())
-    return nullcontext(), _both(laid_as_now(), FunctionalDropout() if is_fast else nullcontext())
+    return nullcontext(), _both(laid_as_now(), FunctionalDropout() if FunctionalDropout.active else nullcontext())
 
 
 @contextmanager

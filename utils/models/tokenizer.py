@@ -59,8 +59,9 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool, max
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1",
         special_tokens=[(token, bpe.token_to_id(token)) for token in ("<s>", "</s>")],
     )  # fmt: skip
+    own_tokenizer = tokenizers.Tokenizer.from_str(bpe.to_str())
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, model_max_length=max_length, cls_token="<s>", sep_token="</s>", **special
+        tokenizer_object=own_tokenizer, model_max_length=max_length, cls_token="<s>", sep_token="</s>", **special
     )
 
 

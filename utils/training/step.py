@@ -101,7 +101,7 @@ class NanDetector:
 
     def __enter__(self):
         # compiled layers would not call the hooks
-        is_compiled = any(module._compiled_call_impl for module in self.model.modules())
+        is_compiled = any(getattr(module, "_compiled_call_impl", None) for module in self.model.modules())
         self.stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
         self.stance.__enter__()
         self.hooks = [module.register_forward_hook(self._look(name)) for name, module in self.model.named_modules()]
