@@ -97,11 +97,11 @@ def write_data(folder: Path, model: Path, pairs: int) -> None:
     def text(low: int, high: int) -> str:
         return " ".join(rng.choice(words, rng.integers(low, high + 1) - 2))  # less [CLS] and [SEP]
 
-    for name, count in (("train", pairs), ("validation", 4)):
+    for name, count, passages in (("train", pairs, 1), ("validation", 4, 2)):  # one of two is no evidence
         lines = [
-            {"id": str(i), "query": text(8, 24), "passages": [text(30, 256)], "summary": "none", "evidence": [0]}
-            for i in range(count)
-        ]
+            {"id": str(i), "query": text(8, 24), "passages": [text(30, 256) for _ in range(passages)],
+             "summary": "none", "evidence": [0]} for i in range(count)
+        ]  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, rate in (("dropout", None), ("none", 0.0)):
         copy = folder / name
