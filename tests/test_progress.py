@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import termios
+from functools import partial
 
 import pytest
 from conftest import OFFLINE, alone, beir_flags, command, inject, launch, write_beir
@@ -359,7 +360,14 @@ def test_ctrl_c_on_a_terminal_leaves_its_message_and_no_bar(tmp_path):
     script, flags = slow_reading(tmp_path, train=10, validation=1)
     here, there = pty.openpty()
     fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))  # rows and columns
-    process = subprocess.Popen(command(script, flags, 1), env={**os.environ, **OFFLINE}, stdout=there, stderr=there)
+    # a shell's background jobs ignore the signal, and so do their children
+    process = subprocess.Popen(
+        command(script, flags, 1),
+        env={**os.environ, **OFFLINE},
+        stdout=there,
+        stderr=there,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
     os.close(there)
     written = ""
     while "records of" not in written:

@@ -414,8 +414,9 @@ def keep_padding(model, device: torch.device, dtype, *, longest: int | None, dro
         return ""
     if not hasattr(model, "packed_attention"):
         for part in (part for part in model.modules() if isinstance(part, PreTrainedModel)):
-            name = part.config._attn_implementation
-            if name == "eager" and not hasattr(sys.modules[type(part).__module__], "eager_attention_forward"):
+            name, file = part.config._attn_implementation, sys.modules[type(part).__module__]
+            calls_by_name = hasattr(file, "ALL_ATTENTION_FUNCTIONS")  # else only the mask depends on the name
+            if name == "eager" and calls_by_name and not hasattr(file, "eager_attention_forward"):
                 continue
             # each part's own: the setter would also set the parts of this part
             part.config._attn_implementation_internal = PADDED.get(name, name)
