@@ -62,12 +62,12 @@ def lines(capsys) -> list[str]:
 
 
 def screen_of(written: str) -> list[str]:
-    """The lines of a terminal after what was written: a carriage return goes back to the start of a line."""
+    """The lines of a terminal after what was written: a carriage return goes back to a line's start, "K" empties it."""
     shown = []
     for line in written.replace("\x1b[A", "").split("\n"):
         text = ""
         for part in line.split("\r"):
-            text = part + text[len(part) :]
+            text = part.removeprefix("\x1b[K") if part.startswith("\x1b[K") else part + text[len(part) :]
         shown.append(text.rstrip())
     return shown
 

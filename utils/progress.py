@@ -229,6 +229,8 @@ def close_bars() -> None:
         bar = _bars.pop()
         bar.disable = False
         bar.close()
+    if has_bars():  # Ctrl-C may have come while tqdm was drawing one, before it knew what it had to remove
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def write(text: str, file=None) -> None:
