@@ -9,7 +9,7 @@ passages, scores and draft are in `predictions.<split>.jsonl`, which both traini
 document or question the summary goes to standard output and what led to it to standard error.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from utils.cli.arguments import (
     LanguageArguments,
@@ -20,7 +20,7 @@ from utils.cli.arguments import (
     flag,
     parse,
 )
-from utils.errors import UsageError
+from utils.errors import UsageError, refuse
 
 
 @dataclass
@@ -45,7 +45,7 @@ class HopArguments(LanguageArguments, SearchArguments, RerankerArguments, Rankin
     drafter: str | None = flag(
         None, "what writes the drafts: extract, or a retriever that scores sentences (default: the summarizer)"
     )
-    draft_words: int = flag(30, "maximum words of an extracted draft", at_least=1)
+    draft_words: int | None = flag(None, "maximum words of an extracted draft (default: 30)", at_least=1)
     hop_weight: float | None = flag(
         None, "share of a later hop in the fused scores (default: the retriever's, else 0.5)", at_least=0, at_most=1
     )
@@ -75,8 +75,11 @@ class HopArguments(LanguageArguments, SearchArguments, RerankerArguments, Rankin
             raise UsageError(f"--index {self.index} needs a --corpus_file, and a --retriever other than bm25")
         if self.passage_order == "document" and self.corpus_file:
             raise UsageError("--passage_order document cannot be used with --corpus_file: its passages have no order")
-        if self.hop_weight is not None and self.num_hops == 1:
-            raise UsageError("--hop_weight has no effect with --num_hops 1")
+        reads = ("fusion", "passage_order", "max_source_length", *(of.name for of in fields(LanguageArguments)))
+        refuse(self, reads, "with --summarizer extract", where=self.summarizer == "extract")
+        writes_drafts = self.summarizer != "extract" and self.drafter in (None, "summarizer")
+        refuse(self, ("draft_words",), "unless drafts are extracts (--drafter extract)", where=writes_drafts)
+        refuse(self, ("hop_weight",), "with --num_hops 1", where=self.num_hops == 1)
         if "/" in self.split:
             raise UsageError(f"--split {self.split}: must not contain /")
 
@@ -93,7 +96,7 @@ from functools import partial
 from accelerate import Accelerator
 
 from utils.cli.script import end_run, precision, record_run, run_script, start
-from utils.data.examples import Hop
+from utils.data.examples import Corpus, Hop
 from utils.data.hand_over import hops_record
 from utils.data.kept import content_key
 from utils.data.loading import load_input
@@ -112,13 +115,14 @@ from utils.retrieval.bm25 import check_language, say_unmatched, unmatched
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.dense import remember_passages
 from utils.retrieval.drafts import extract_drafts
-from utils.retrieval.ranking import fuse_hops, search_text
+from utils.retrieval.ranking import KEPT, fuse_hops, search_text
 from utils.retrieval.reranking import describe_cost, load_scorer, rank_passages
+from utils.tables import code_key
 from utils.training.batching import eval_batches
 from utils.training.log import score_table
 from utils.training.signals import Signals
 
-RANKED = 100  # passages of a hop's ranking that are written out
+RANKED = 100  # passages of a hop's ranking of a corpus that are written out; of a document: KEPT
 
 
 # ---- what searches and what writes
@@ -156,7 +160,7 @@ def load_models(args, accelerator) -> Models:
     if args.corpus_file and ranking["smooth_window"]:
         raise UsageError("--smooth_window cannot be used with --corpus_file, which has no neighbours; set it to 0")
     retriever = place(load(args.retriever, truncate_dim=args.truncate_dim), accelerator) if is_trained else None
-    saved = saved_settings(args.summarizer)
+    saved = saved_settings(args.summarizer) if args.summarizer != "extract" else {}
     settings = {"fusion": "concat", "max_source_length": None, "passage_order": "document", "top_k": 5,
                 "prompt_template": None, "source_prefix": None, "source_lang": None, "target_lang": None}  # fmt: skip
     for name, default in settings.items():
@@ -187,22 +191,22 @@ def load_models(args, accelerator) -> Models:
 
 
 def write_summaries(examples: list, read: list[list[int]], models: Models, spent: Counter, *, batch_size: int,
-                    accelerator, poll) -> list[str]:  # fmt: skip
-    """A summary of each example, from the passages whose numbers are in `read`; adds what it costs to `spent`."""
+                    accelerator, poll) -> tuple[list[str], list[list[int]]]:  # fmt: skip
+    """Summaries of the passages in `read`, and which of them fit into the source; adds what it costs to `spent`."""
     sources, tokenizer, summaries = models.sources, models.sources.tokenizer, [""] * len(examples)
-    built = [sources.build(e.query, e.document, passages)[0] for e, passages in zip(examples, read, strict=True)]
-    batches = eval_batches([sum(map(len, source)) for source in built], batch_size=batch_size)
-    for numbers in progress(batches, "generated", "summaries", total=len(built), size=len, is_own=True):
+    built = [sources.build(e.query, e.document, passages) for e, passages in zip(examples, read, strict=True)]
+    batches = eval_batches([sum(map(len, source)) for source, _ in built], batch_size=batch_size)
+    for group in progress(batches, "generated", "summaries", total=len(built), size=len, is_own=True):
         poll()
-        batch = collate([built[i] for i in numbers], [[]] * len(numbers), tokenizer.pad_token_id).to(accelerator.device)
+        batch = collate([built[i][0] for i in group], [[]] * len(group), tokenizer.pad_token_id).to(accelerator.device)
         del batch["labels"]
         with accelerator.autocast():
             ids = models.summarizer.generate(**batch)
         spent["source_tokens"] += int(batch["attention_mask"].sum())
         spent["generated_tokens"] += count_generated(ids, models.summarizer.model.generation_config.eos_token_id)
-        for i, text in zip(numbers, decode(tokenizer, ids), strict=True):
+        for i, text in zip(group, decode(tokenizer, ids), strict=True):
             summaries[i] = text
-    return summaries
+    return summaries, [[i for i in r if i in fit] for r, (_, fit) in zip(read, built, strict=True)]
 
 
 def run_hops(examples: list, models: Models, search, *, args, accelerator, poll) -> tuple[list[dict], list[dict]]:
@@ -215,6 +219,7 @@ def run_hops(examples: list, models: Models, search, *, args, accelerator, poll)
     score = models.reranker and models.reranker(poll=poll, alone=True, cost=spent)
     score_sentences = remember_passages(partial(encode_with, models.sentence_scorer))
     rankings: list[list] = [[] for _ in examples]  # each hop's own
+    offered: list[set] = [set() for _ in examples]  # passages for the last draft
     hops: list[list[Hop]] = [[] for _ in examples]
     costs, searching = [], list(range(len(examples)))
     while searching and len(costs) < args.num_hops:
@@ -228,21 +233,24 @@ def run_hops(examples: list, models: Models, search, *, args, accelerator, poll)
         for i, ranking in zip(searching, ranked, strict=True):
             rankings[i].append(ranking)
             fused[i] = fuse_hops(rankings[i], models.ranking["hop_weight"])
-            if hops[i] and {passage for passage, _ in fused[i][: models.top_k]} == set(hops[i][-1].read):
+            best = {passage for passage, _ in fused[i][: models.top_k]}
+            if hops[i] and best == offered[i]:
                 del fused[i]  # this hop brings nothing new: the search is over
+            offered[i] = best
         searching = list(fused)
 
         asking = [examples[i] for i in searching]
         read = [[passage for passage, _ in ranking[: models.top_k]] for ranking in fused.values()]
         if models.sentence_scorer is None:
-            drafts = write(asking, read)
+            drafts, read = write(asking, read)
         else:
-            drafts = extract_drafts(asking, read, score_sentences, args.draft_words)
+            drafts = extract_drafts(asking, read, score_sentences, args.draft_words or 30)
         for i, passages, draft in zip(searching, read, drafts, strict=True):
-            hops[i].append(Hop(draft, passages, fused[i][: max(RANKED, models.top_k)]))
+            most = RANKED if isinstance(examples[i].document, Corpus) else KEPT
+            hops[i].append(Hop(draft, passages, fused[i][: max(most, models.top_k)]))
         is_last = not searching or len(costs) + 1 == args.num_hops
         if models.summarizer and models.sentence_scorer and is_last:
-            summaries = write(examples, [of_example[-1].read for of_example in hops])
+            summaries, _ = write(examples, [of_example[-1].read for of_example in hops])
         spent["seconds"] += time.perf_counter() - began
         costs.append(dict(spent))
         spent.clear()
@@ -281,7 +289,7 @@ def main():
     decide_nothing = ("output_dir", "cache_dir", "deterministic", "json")
     key = digest([
         sorted((name, value) for name, value in vars(args).items() if name not in decide_nothing),
-        [*models.key(), accelerator.mixed_precision, content_key(examples)],
+        [*models.key(), accelerator.mixed_precision, content_key(examples), code_key(__file__)],
     ])  # fmt: skip
     blocks, parts = search.blocks(examples, args.per_device_eval_batch_size), run_folder / f"parts.{split}.{key}"
     poll_within = poll if accelerator.num_processes == 1 else lambda: None  # several agree between two blocks only
@@ -307,6 +315,8 @@ def main():
             say(score_table({f"hop {row['hop']}": row for row in of_hops}, columns))
             if models.reranker:
                 say(describe_cost(of_hops))
+        if cuts := models.sources and models.sources.cuts(0):
+            say(cuts if accelerator.num_processes == 1 else f"of what process 0 read: {cuts}")
         say(f"wrote {run_folder / f'predictions.{split}.jsonl'}")
         write_report(accelerator, run_folder, say)
     end_run(accelerator)

@@ -10,7 +10,7 @@ each split: the retriever's rankings, reranked, as the hand-over to stage 2.
 from dataclasses import dataclass
 
 from utils.cli.arguments import CorpusArguments, RankingOverrides, TrainingArguments, flag, parse
-from utils.errors import UsageError
+from utils.errors import UsageError, refuse
 
 SCORES = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@10", "ndcg@10", "gold_words@1024")
 
@@ -36,7 +36,7 @@ class RerankArguments(TrainingArguments, RankingOverrides, CorpusArguments):
     draft_share: float = flag(0.5, "share of queries that search with a draft, as at hop 2", at_least=0, at_most=1)
     drafts_file: str | None = flag(None, "training drafts, of retrieve_and_summarize.py (default: imitations)")
     validation_drafts_file: str | None = flag(None, "drafts for hop 2 in validation (default: imitations)")
-    found_weight: float | None = flag(None, "loss weight of evidence the draft used (missing: 1) [0.5]", at_least=0)
+    found_weight: float | None = flag(None, "how often evidence the draft used is drawn (missing: 1) [0.5]", at_least=0)
     supervision: str = flag("evidence", "positives: gold evidence, or a ROUGE oracle's", choices=("evidence", "rouge"))
     oracle_passages: int = flag(5, "maximum positives that the ROUGE oracle chooses", at_least=1)
     rerank_top_k: int = flag(50, "best passages of the retriever that are reranked", at_least=2)
@@ -48,9 +48,7 @@ class RerankArguments(TrainingArguments, RankingOverrides, CorpusArguments):
         super().__post_init__()
         if self.corpus_file and self.supervision != "evidence":
             raise UsageError("--supervision cannot be used with --corpus_file; leave it out")
-        for name in ("drafts_file", "found_weight"):
-            if getattr(self, name) is not None and not self.draft_share:
-                raise UsageError(f"--{name} has no effect with --draft_share 0")
+        refuse(self, ("drafts_file", "found_weight"), "with --draft_share 0", where=not self.draft_share)
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once

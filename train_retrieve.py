@@ -9,7 +9,7 @@ sentence-transformers model and `retrieved.<split>.jsonl` of each split, the han
 from dataclasses import dataclass
 
 from utils.cli.arguments import CorpusArguments, RankingArguments, RerankerArguments, TrainingArguments, flag, parse
-from utils.errors import UsageError
+from utils.errors import UsageError, refuse
 
 SCORES = ("recall@1", "recall@5", "recall@10", "recall@20", "recall@100", "mrr@10", "ndcg@10", "gold_words@1024")
 
@@ -52,9 +52,8 @@ class RetrieveArguments(TrainingArguments, RerankerArguments, RankingArguments, 
         super().__post_init__()
         if self.corpus_file and self.supervision != "evidence":
             raise UsageError("--supervision cannot be used with --corpus_file; leave it out")
-        for name in ("drafts_file", "found_weight"):
-            if getattr(self, name) is not None and not self.draft_share:
-                raise UsageError(f"--{name} has no effect with --draft_share 0")
+        refuse(self, ("teacher_temperature",), "without --teacher", where=not self.teacher)
+        refuse(self, ("drafts_file", "found_weight"), "with --draft_share 0", where=not self.draft_share)
         if self.corpus_file and self.smooth_window:
             raise UsageError("--smooth_window cannot be used with --corpus_file, whose passages have no neighbours")
         if self.index != "flat" and not self.corpus_file:

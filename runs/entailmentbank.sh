@@ -48,7 +48,7 @@ python train_summarize.py --output_dir "$out/summarize" --model_name_or_path "$m
     --num_train_epochs 2
 hops() {  # NAME [FLAGS]
     python retrieve_and_summarize.py --output_dir "$out/$1" --corpus_file "$data/corpus.jsonl" --seed "$seed" \
-        --input_file "$data/validation.jsonl" --retriever "$out/retrieve" --num_hops 3 --num_beams 1 "${@:2}"
+        --input_file "$data/validation.jsonl" --retriever "$out/retrieve" --num_hops 3 "${@:2}"
     python runs/hops_table.py "$out/$1/predictions.validation.jsonl"
     for hop in 2 3; do
         python -m utils.evaluation.compare "$out/$1/predictions.validation.jsonl#$hop" \

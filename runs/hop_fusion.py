@@ -109,7 +109,7 @@ def main():
         examples = list(load_examples(examples_file, corpus=corpus, require_summary=False))
         one = rank_passages(search, examples, encode_texts, settings, score=score)
         if drafts_file in ("conclusion", "all", "hypothesis", "found", "astray"):
-            rows = [json.loads(line) for line in Path(examples_file).read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in Path(examples_file).read_bytes().splitlines()]
             drafts = imitated(drafts_file, rows, examples, one)
         else:
             drafts = first_drafts(read_drafts(drafts_file, examples), examples, [])

@@ -15,19 +15,20 @@ from utils.evaluation.retrieval import retrieval_scores
 from utils.evaluation.rouge import Rouge
 
 path = Path(sys.argv[1])
-records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+records = [json.loads(line) for line in path.read_bytes().splitlines()]
 costs = json.loads(path.with_name(path.name.replace("predictions.", "hops.").replace(".jsonl", ".json")).read_text())
 print("| hop | recall@5 | @10 | @25 | MAP | ROUGE-1 | ROUGE-2 | ROUGE-L | searched | tokens | seconds |")
 print("| ---: " * 11 + "|")
 for cost in costs:
     found, texts = [], []
+    is_last = all(len(record["hops"]) <= cost["hop"] for record in records)
     for record in records:
         hop = record["hops"][: cost["hop"]][-1]
         if evidence := record.get("evidence"):
             ranking, words = [entry["passage"] for entry in hop["retrieved"]], [1] * len(record["passages"])
             found.append(retrieval_scores(ranking, evidence, words, recall_cutoffs=(5, 10, 25), map_cutoff=100))
         if record.get("summary"):
-            text = record["prediction"] if len(record["hops"]) <= cost["hop"] else hop["draft"]
+            text = record["prediction"] if is_last else hop["draft"]
             summaries = record["summary"]
             texts.append((text, summaries if isinstance(summaries, list) else [summaries]))
     cells = [f"{sum(row[name] for row in found) / len(found):.1f}" if found else "-"

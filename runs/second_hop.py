@@ -20,7 +20,7 @@ second = {
 }  # fmt: skip
 print(f"{'':40}second-hop recall@5   ROUGE-L of these   ROUGE-L of all")
 for file in sys.argv[1:]:
-    records = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in Path(file).read_bytes().splitlines()]
     for number in range(1, max(len(record["hops"]) for record in records) + 1):
         found, of_these, of_all = [], [], []
         for record in records:

@@ -12,7 +12,7 @@ print(
     "| --- | ---: | ---: | ---: | ---: | ---: |"
 )
 for folder in map(Path, sys.argv[1:]):
-    predictions = [json.loads(line) for line in (folder / "predictions.validation.jsonl").read_text().splitlines()]
+    predictions = [json.loads(line) for line in (folder / "predictions.validation.jsonl").read_bytes().splitlines()]
     recalls = [
         len({entry["passage"] for entry in line["passages"]} & set(line["evidence"])) / len(line["evidence"])
         for line in predictions

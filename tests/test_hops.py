@@ -125,9 +125,36 @@ def test_other_flags_start_anew(hops, tmp_path):
     assert result.returncode == 0 and "done before" not in result.stdout
     (after,) = tmp_path.glob("parts.*")
     assert before != after
-    assert [len(record["hops"][0]["read"]) for record in read_jsonl(tmp_path / "predictions.validation.jsonl")] == [
-        2
-    ] * 6
+    records = read_jsonl(tmp_path / "predictions.validation.jsonl")
+    assert [len(record["hops"][0]["read"]) for record in records] == [2] * 6
+
+    # read is what fits into the source; a search goes on while other passages are offered, whether they fit or not
+    result = launch(SCRIPT, *flags[:-5], "--max_source_length", 64)
+    assert result.returncode == 0, result.stderr
+    records = read_jsonl(tmp_path / "predictions.validation.jsonl")
+    left_out = 0
+    for record in records:
+        for hop in record["hops"]:
+            best = [entry["passage"] for entry in hop["retrieved"][:5]]
+            assert hop["read"] == best[: len(hop["read"])] and len(hop["read"]) > 0
+            left_out += 5 - len(hop["read"])
+    passages = 5 * sum(len(record["hops"]) for record in records)
+    assert left_out and f"of their {passages} passages, {left_out} are left out" in result.stdout
+
+
+def test_edited_code_starts_anew(hops, tmp_path):
+    shutil.copytree(ROOT / "utils", tmp_path / "code/utils")
+    script = shutil.copy(ROOT / SCRIPT, tmp_path / "code")
+    flags = ["--retriever", "bm25", "--summarizer", "extract", "--drafter", hops["flags"][1], "--max_examples", 6,
+             "--output_dir", tmp_path / "run"]  # fmt: skip
+    assert launch(script, *flags).returncode == 0
+    assert "1 of 1 parts were done before" in launch(script, *flags).stdout
+    before = read_jsonl(tmp_path / "run/predictions.validation.jsonl")
+    file = tmp_path / "code/utils/retrieval/ranking.py"
+    file.write_text(file.read_text() + "\n\ndef search_text(query, draft):\n    return draft or query\n")
+    result = launch(script, *flags)
+    assert result.returncode == 0 and "done before" not in result.stdout
+    assert read_jsonl(tmp_path / "run/predictions.validation.jsonl") != before
 
 
 def test_both_stages_read_what_the_hops_wrote(hops, tmp_path):
@@ -385,6 +412,9 @@ def test_one_document_is_summarized_on_standard_output_and_explained_on_standard
         (["--corpus_file", "nowhere.jsonl", "--query", "Why?"], "nowhere.jsonl: no such file or folder"),
         (["--json", "--input_file", "x"], "--json prints one record: give --document, or one --query to --corpus_file"),
         (["--hop_weight", "1", "--num_hops", "1"], "--hop_weight has no effect with --num_hops 1"),
+        (["--summarizer", "extract", "--num_beams", "2"], "--num_beams has no effect with --summarizer extract"),
+        (["--summarizer", "extract", "--fusion", "fid"], "--fusion has no effect with --summarizer extract"),
+        (["--draft_words", "9"], "--draft_words has no effect unless drafts are extracts (--drafter extract)"),
         (["--num_hop", "2"], "did you mean --num_hops?"),
     ],
 )

@@ -1,6 +1,7 @@
 """The exceptions that end a script with a readable line; `exit_code` is what the script then exits with."""
 
 import signal
+from collections.abc import Iterable
 
 
 class UsageError(ValueError):
@@ -53,3 +54,10 @@ class Interrupted(Exception):
     def __init__(self, number: int):
         super().__init__(f"{signal.Signals(number).name}; run the same command again to resume")
         self.number, self.exit_code = number, 128 + number
+
+
+def refuse(args, names: Iterable[str], why: str, *, where: bool) -> None:
+    """Raises UsageError if one of these flags is set `where` it has no effect; `why` says that."""
+    for name in names if where else ():
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name} has no effect {why}")

@@ -182,9 +182,9 @@ def write_table(path: Path, schema: pa.Schema, rows: Iterable[dict]) -> None:
 
 
 @functools.cache
-def _code() -> str:
-    """A checksum of the code in utils/, because what is kept depends on it too."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+def code_key(*others: str) -> str:
+    """A checksum of the code in utils/, because what is kept depends on it too, and of other files of code."""
+    files = [*sorted(Path(__file__).parent.rglob("*.py")), *map(Path, others)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -221,7 +221,7 @@ def cached(name: str, key: list | None, write: Callable[[Path], None]) -> Path:
         path = Path(tempfile.mkdtemp(dir=_private_folder().name)) / name
         write_whole(path, fill)
         return path
-    path = cache_folder() / f"{name}_{digest([_code(), *key])}"
+    path = cache_folder() / f"{name}_{digest([code_key(), *key])}"
     if _is_whole(path):
         return path
     try:
@@ -240,7 +240,7 @@ def cached(name: str, key: list | None, write: Callable[[Path], None]) -> Path:
 
 def find_cached(name: str, key: list) -> Path | None:
     """The folder that `cached` filled for this `name` and `key`, if it is there and whole."""
-    path = cache_folder() / f"{name}_{digest([_code(), *key])}"
+    path = cache_folder() / f"{name}_{digest([code_key(), *key])}"
     return path if _is_whole(path) else None
 
 

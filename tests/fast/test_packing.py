@@ -357,6 +357,17 @@ def assert_as_exact(packed: dict, padded: dict, summarizer, batch) -> None:
         assert (packed[name].double() - expected).norm() <= allowed + (padded[name].double() - expected).norm(), name
 
 
+def test_an_example_without_a_reference_has_no_part_in_a_packed_batch():
+    summarizer, batch = encoder_decoder("bart").eval(), sources_and_targets((1, 2, 1))
+    alone = sources_and_targets((1, 2, 1))
+    alone["labels"][1] = batch["labels"][1] = -100
+    with torch.no_grad():
+        packed = summarizer(**batch, label_smoothing_factor=0.1)
+        summarizer.is_packed = False
+        padded = summarizer(**alone, label_smoothing_factor=0.1)
+    torch.testing.assert_close(packed, padded)
+
+
 KINDS = ["bart", "mbart", "pegasus", "marian", "blenderbot"]
 
 

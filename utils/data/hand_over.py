@@ -25,11 +25,12 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
 
     A record has an `id` and either `hops`, as retrieve_and_summarize.py writes them, or one `draft` or `prediction` of
     any tool. With examples of a corpus, `read` numbers the `passage_ids` of the record, or holds such ids itself. An
-    example without a draft that has words gets an empty list. Raises DataError for unusable records, or if no example
-    has a draft.
+    example without a draft that has words gets an empty list; how many do is logged. Raises DataError for unusable
+    records, such as those of another query or of other passages, or if no example has a draft.
     """
     by_id: dict[str, list[tuple[str, list]]] = {}
     passages = {example.id: len(example.document.passages) for example in examples}
+    queries = {example.id: example.query for example in examples}
     document = examples[0].document
     corpus, places = document if isinstance(document, Corpus) else None, {}  # the first place that names each id
 
@@ -38,6 +39,13 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
         hops = row.record.get("hops", [{"draft": draft}])
         if not isinstance(hops, list) or not all(isinstance(hop, dict) for hop in hops):
             raise BadRecord(f'\'hops\' must be a list of {{"draft": "...", "read": [3, 7]}}, not {shown(hops)}')
+        query, own = row.record.get("query", queries.get(key)), row.record.get("passages")
+        if key in queries and isinstance(query, str) and query.split() != queries[key].split():
+            raise BadRecord(f"'{key}' asks {shown(query)} here, but {shown(queries[key])} in the examples")
+        are_numbered = corpus is None and isinstance(own, list) and any("read" in hop for hop in hops)
+        if are_numbered and len(own) != passages.get(key, len(own)):
+            raise BadRecord(f"'{key}' has {len(own)} passages here, but {passages[key]} in the examples; the drafts "
+                            "were made with other flags, such as --merge_passages")  # fmt: skip
         for hop in hops:
             text = hop.get("draft")
             if not isinstance(text, str):
@@ -66,6 +74,11 @@ def read_drafts(path: str | os.PathLike, examples: Sequence[Example]) -> list[li
             f"{path}: no draft for any of {len(examples)} examples, such as '{examples[0].id}'; "
             "drafts are matched by 'id'"
         )
+    absent = [example.id for example, drafts in zip(examples, found, strict=True) if not drafts]
+    if absent and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s has no draft for %d of %d examples, such as '%s': they train with drafts made of their "
+                       "references, and are validated without drafts",
+                       path, len(absent), len(found), absent[0])  # fmt: skip
     return found
 
 

@@ -187,7 +187,10 @@ def score_side(
         return score_examples(metric, hand_overs[side], [example.retrieved for example in hand_overs[side]])
     examples = next(iter(hand_overs.values()), None)
     if side == "bm25":
-        return score_examples(metric, examples, bm25_rankings(examples, language=language, say=print))
+        rankings = bm25_rankings(examples, language=language, say=print)
+        # as long as the other side's, which the file may have cut
+        rankings = [ranking[: len(e.retrieved)] for e, ranking in zip(examples, rankings, strict=True)]
+        return score_examples(metric, examples, rankings)
     run = read_run(side)
     if examples:
         scores = score_examples(metric, examples, by_passage_number(side, run, examples))

@@ -111,7 +111,7 @@ class EncoderDecoder(Summarizer):
         lengths, targets, sources = (layout[name] for name in ("lengths", "targets", "sources"))
         vocabulary, states = self.model.get_output_embeddings(), []
         wants_logits = label_smoothing_factor is None or self.has_own_logits
-        packs = self.is_packed and any(targets)  # a dummy has no target
+        packs = self.is_packed and all(targets)  # a dummy has no target, nor has an example without a reference
 
         # The output layer is by far the widest. It gets real positions only, or a single one for vocabulary_loss.
         def keep_real(module, inputs):

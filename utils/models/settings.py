@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DynamoBackend
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel
@@ -30,12 +32,13 @@ def write_settings(folder: str | os.PathLike, args, names: tuple[str, ...], **ot
 
 
 def saved_settings(folder: str | os.PathLike) -> dict:
-    """The settings of a model's folder, by name; empty if no script of this project trained it."""
+    """The settings of a model's folder, or of a model on the Hub; empty if no script of this project trained it."""
     try:
-        found = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        file = Path(folder, FILE) if Path(folder).is_dir() else Path(hf_hub_download(str(folder), FILE))
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, EntryNotFoundError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and "model_name_or_path" in found else {}  # else it is another tool's file
 
 
 def check_made(flag: str, name: str, script: str) -> None:
@@ -68,7 +71,10 @@ def checkpoint_layers(model, context_fn=noop_context_fn) -> None:
 def attention_dropout(model: nn.Module) -> float:
     """The highest attention dropout in the configurations of a model and its parts."""
     configs = [part.config for part in model.modules() if hasattr(part, "config")]
-    return max((getattr(config, name, None) or 0.0 for config in configs for name in ATTENTION_DROPOUTS), default=0.0)
+    entries = [(config, name) for config in configs for name in ATTENTION_DROPOUTS]
+    # T5 and its kin drop attention weights with their only dropout
+    entries += [(config, "dropout_rate") for config in configs if hasattr(config, "relative_attention_num_buckets")]
+    return max((getattr(config, name, None) or 0.0 for config, name in entries), default=0.0)
 
 
 def settle_packing(model: nn.Module, accelerator, longest: int | None = None, is_trained: bool = False) -> nn.Module:

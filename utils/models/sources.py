@@ -153,6 +153,9 @@ class Sources:
 
     def tokenize_targets(self, texts: Iterable[str], max_length: int) -> Sequence[list[int]]:
         """Tokens of each reference, at most `max_length`, with the end token."""
+        special = len(self.targets_end) or self.tokenizer.num_special_tokens_to_add()
+        if max_length <= special:
+            raise UsageError(f"--max_target_length {max_length}: {special} of them are special tokens; raise it")
         options = {"add_special_tokens": False} if self.targets_end else {}
         return tokenize(self.tokenizer, texts, as_target=True, whole=self.references, tail=self.targets_end,
                         truncation=True, max_length=max_length - len(self.targets_end), **options)  # fmt: skip

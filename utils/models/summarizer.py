@@ -54,6 +54,7 @@ def load_model_and_tokenizer(
         if why := REFUSED.get(config.model_type):
             raise ValueError(f"models of type {config.model_type} are not supported: {why}; choose another model")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer.truncation_side = "right"  # a reference that is too long keeps its beginning
         if getattr(config, "attention_type", "") == "block_sparse":
             # BigBird would attend to all tokens for good once it has read a short source
             config.attention_type = "original_full"

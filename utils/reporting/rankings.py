@@ -86,9 +86,10 @@ def rank_records(records: Iterable[tuple[str, dict]], language: str | None = Non
             raise DataError(f"{place}: not a record of these scripts ({error!r}); write the file again") from error
     if not examples:
         return None
-    methods = {} if of_corpus else {"BM25": [[passage for passage, _ in ranking]
-                                               for ranking in bm25_rankings(examples, language=language)]}  # fmt: skip
-    most = max(map(len, hops))
+    methods, most = {}, max(map(len, hops))
+    if not of_corpus:  # as long as this run's, which the file may have cut
+        bm25 = zip(bm25_rankings(examples, language=language), hops, strict=True)
+        methods["BM25"] = [[passage for passage, _ in ranking[: len(of_one[-1])]] for ranking, of_one in bm25]
     for hop in range(most):  # a search that ended earlier counts with its last hop
         methods[f"hop {hop + 1}" if most > 1 else "this run"] = [of_one[: hop + 1][-1] for of_one in hops]
     every = [sum(words[example.document]) for example in examples]

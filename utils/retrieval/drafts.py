@@ -41,7 +41,8 @@ class Imitations:
 
     def __init__(self, examples: Sequence[Example], seed: int):
         rng, self.summaries = np.random.default_rng(seed), values(examples, "summaries")
-        self.others = rng.permutation(len(examples))
+        others, count = rng.permutation(len(examples)), len(examples)
+        self.others = [(i + 1) % count if other == i else other for i, other in enumerate(others)]
         self.own = [rng.integers(len(of_example)) if of_example else 0 for of_example in self.summaries]
 
     def __call__(self, examples: Sequence[Example], read: Sequence[Sequence[int]], first: int = 0) -> list[str]:
@@ -50,8 +51,8 @@ class Imitations:
         for number, (example, passages) in enumerate(zip(examples, read, strict=True), first):
             texts = [example.document.passages[passage] for passage in passages]
             reference = example.summaries[self.own[number]] if example.summaries else ""
-            other = self.summaries[self.others[number]] or [""]
-            drafts.append(imitate_draft(reference, texts, other[0]))
+            other = self.summaries[self.others[number]] if self.others[number] != number else []
+            drafts.append(imitate_draft(reference, texts, (other or [""])[0]))
         return drafts
 
 

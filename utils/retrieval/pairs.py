@@ -422,8 +422,10 @@ class Pairs(Sequence):
 
     def _imitate(self, pair: Pair, rng: np.random.Generator) -> str:
         """A draft such as a summarizer would write that has read BM25's best passages for the query."""
-        other = self.table.row(rng.integers(len(self)))["example"]
-        summaries, other = pair.example.summaries, self.examples[other].summaries
+        number = rng.integers(len(self))
+        other = self.table.row(number if number != pair.number else (number + 1) % len(self))["example"]
+        summaries = pair.example.summaries
+        other = self.examples[other].summaries if len(self) > 1 else []
         texts = [pair.example.document.passages[passage] for passage in pair.read]
         return imitate_draft(summaries[rng.integers(len(summaries))], texts, (other or [""])[0])
 

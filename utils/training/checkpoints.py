@@ -148,7 +148,11 @@ class Checkpoints:
         state = LoopState(**content["loop"])
         self.saved_step = state.step if is_own else -1
         if is_own or not args.reset_lr_scheduler:
-            scheduler.load_state_dict({**content["scheduler"], "lr_lambdas": [None] * len(optimizer.param_groups)})
+            peaks = content["scheduler"]["base_lrs"] if is_own else scheduler.base_lrs  # another run has its own
+            scheduler.load_state_dict({**content["scheduler"], "base_lrs": peaks, "lr_lambdas": [None] * len(peaks)})
+            if not is_own:
+                scheduler._last_lr = [peak * factor(scheduler.last_epoch)
+                                      for peak, factor in zip(peaks, scheduler.lr_lambdas, strict=True)]  # fmt: skip
         for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
         if not is_own:
