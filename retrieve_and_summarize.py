@@ -96,7 +96,7 @@ from functools import partial
 from accelerate import Accelerator
 
 from utils.cli.script import end_run, precision, record_run, run_script, start
-from utils.data.examples import Corpus, Hop
+from utils.data.examples import Hop
 from utils.data.hand_over import hops_record
 from utils.data.kept import content_key
 from utils.data.loading import load_input
@@ -115,15 +115,12 @@ from utils.retrieval.bm25 import check_language, say_unmatched, unmatched
 from utils.retrieval.corpus_search import make_search
 from utils.retrieval.dense import remember_passages
 from utils.retrieval.drafts import extract_drafts
-from utils.retrieval.ranking import KEPT, fuse_hops, search_text
+from utils.retrieval.ranking import cut_ranking, fuse_hops, search_text
 from utils.retrieval.reranking import describe_cost, load_scorer, rank_passages
 from utils.tables import code_key
 from utils.training.batching import eval_batches
 from utils.training.log import score_table
 from utils.training.signals import Signals
-
-RANKED = 100  # passages of a hop's ranking of a corpus that are written out; of a document: KEPT
-
 
 # ---- what searches and what writes
 
@@ -246,8 +243,7 @@ def run_hops(examples: list, models: Models, search, *, args, accelerator, poll)
         else:
             drafts = extract_drafts(asking, read, score_sentences, args.draft_words or 30)
         for i, passages, draft in zip(searching, read, drafts, strict=True):
-            most = RANKED if isinstance(examples[i].document, Corpus) else KEPT
-            hops[i].append(Hop(draft, passages, fused[i][: max(most, models.top_k)]))
+            hops[i].append(Hop(draft, passages, cut_ranking(fused[i], examples[i].document, models.top_k)))
         is_last = not searching or len(costs) + 1 == args.num_hops
         if models.summarizer and models.sentence_scorer and is_last:
             summaries, _ = write(examples, [of_example[-1].read for of_example in hops])

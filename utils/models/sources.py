@@ -171,9 +171,11 @@ class Sources:
             first += len(document.passages)
 
     def build(self, query: str, document, passage_numbers: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-        """The token sequences, and the numbers of the passages in them, in the same order."""
+        """The token sequences, and the numbers of the passages in them, in the same order; counts what is cut."""
         excerpt, places = document.excerpt(passage_numbers)
-        sequences, kept = self.build_from_tokens(self.tokenize_queries([query])[0], excerpt, places)
+        tokens = self.tokenize_queries([query])[0]
+        sequences, kept = self.build_from_tokens(tokens, excerpt, places)
+        self.length(len(tokens), excerpt, places)
         if excerpt is not document:
             del self.passage_tokens[excerpt]
             kept = [passage_numbers[place] for place in kept]

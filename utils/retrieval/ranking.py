@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from utils.data.examples import Document, Example, Ranking
+from utils.data.words import count_words
 from utils.tables import values
 
 # chosen on QMSum's training meetings:
@@ -19,6 +20,7 @@ COMPARED = 10  # of its best passages
 
 RANKED_AT_ONCE = 2**11  # examples
 KEPT = 1025  # passages of a ranking that are kept: those that can be among the first 1,024 words, and the next
+WRITTEN = 100  # of them that a file of hops holds, or as many as have 1,024 words
 
 
 # ---- queries and scores
@@ -50,6 +52,17 @@ def rank(scores: np.ndarray, top_k: int | None = None) -> Ranking:
     """Orders passages by score, best first. Ties stay in document order."""
     best_first = np.argsort(-scores, kind="stable")[:top_k]
     return [(int(passage), float(scores[passage])) for passage in best_first]
+
+
+def cut_ranking(ranking: Ranking, document: Document, at_least: int) -> Ranking:
+    """What a file of hops holds of a ranking: all that scores of its best passages and its first words depend on."""
+    count, words = max(at_least, WRITTEN), 0
+    if len(ranking) > count:
+        words = sum(count_words(document.passages[passage]) for passage, _ in ranking[:count])
+    while words < KEPT - 1 and count < len(ranking):
+        words += count_words(document.passages[ranking[count][0]])
+        count += 1
+    return ranking[:count]
 
 
 # ---- combining scores within a document
