@@ -569,6 +569,8 @@ def test_settings_of_a_model_on_the_hub_are_read(tmp_path, monkeypatch):
     assert saved_settings("anna/a") == {"model_name_or_path": None, "top_k": 20}
     assert saved_settings("anna/b") == {}  # a file of another tool
     assert saved_settings("anna/c") == saved_settings("no name: of ? a model") == {}
+    monkeypatch.setattr("utils.models.settings.hf_hub_download", lambda *_: pytest.fail("asked the Hub"))
+    assert saved_settings("outputs/absent") == saved_settings(str(tmp_path)) == {}
 
 
 def test_attention_dropout_of_t5_is_its_dropout():

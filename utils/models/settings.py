@@ -33,17 +33,23 @@ def write_settings(folder: str | os.PathLike, args, names: tuple[str, ...], **ot
 
 def saved_settings(folder: str | os.PathLike) -> dict:
     """The settings of a model's folder, or of a model on the Hub; empty if no script of this project trained it."""
+    is_local = Path(folder).is_dir() or _is_run_folder(str(folder))
     try:
-        file = Path(folder, FILE) if Path(folder).is_dir() else Path(hf_hub_download(str(folder), FILE))
+        file = Path(folder, FILE) if is_local else Path(hf_hub_download(str(folder), FILE))
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, EntryNotFoundError):
         return {}
     return found if isinstance(found, dict) and "model_name_or_path" in found else {}  # else it is another tool's file
 
 
+def _is_run_folder(name: str) -> bool:
+    """Whether it is no name to ask the Hub for."""
+    return name.startswith("outputs/")
+
+
 def check_made(flag: str, name: str, script: str) -> None:
-    """Raises UsageError if a run folder is named that is not there; its name is none to ask the Hub for."""
-    if name.startswith("outputs/") and not Path(name).is_dir():
+    """Raises UsageError if a run folder is named that is not there."""
+    if _is_run_folder(name) and not Path(name).is_dir():
         raise UsageError(f"{flag} {name}: no such folder; {script} makes it, or name another")
 
 
