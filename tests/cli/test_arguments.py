@@ -140,6 +140,8 @@ def test_a_run_that_nothing_would_end_is_refused(monkeypatch, capsys, script):
     (["--merge_lora"], "--merge_lora has no effect without --lora_rank"),
     (["--hub_model_id", "anna/m"], "--hub_model_id has no effect without --push_to_hub"),
     (["--hub_private_repo", "false"], "--hub_private_repo has no effect without --push_to_hub"),
+    (["--reset_lr_scheduler"], "--reset_lr_scheduler has no effect without --init_from"),
+    (["--reset_meters"], "--reset_meters has no effect without --init_from"),
 ])  # fmt: skip
 def test_values_that_make_no_sense_are_refused_by_name(monkeypatch, capsys, flags, message):
     _, error = parse_flags(monkeypatch, capsys, *flags)

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from utils.data import loading
+from utils.data.corpus import load_corpus
 from utils.data.examples import Document, Example, Hop
 from utils.data.kept import content_key, keep_examples
 from utils.data.loading import load_examples
@@ -58,6 +59,21 @@ def test_bad_records_are_reported_again_by_a_run_that_reads_nothing(reads, tmp_p
         load_examples(path)
     with pytest.raises(DataError, match=r"d.jsonl:2"):  # what fails is not kept
         load_examples(path)
+
+
+def test_bad_judgements_are_reported_again_too(reads, tmp_path, caplog):
+    corpus = load_corpus(write(tmp_path / "corpus.jsonl", *({"_id": f"d{n}", "text": "x"} for n in (1, 2))))
+    path = write(tmp_path / "queries.jsonl", *({"_id": f"q{n}", "text": "what?"} for n in (1, 2)))
+    qrels, rejected = tmp_path / "qrels.tsv", tmp_path / "rejected.jsonl"
+    qrels.write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td9\t1\n")
+    for _ in range(2):
+        caplog.clear()
+        examples = load_examples(path, corpus=corpus, qrels_file=qrels, id_column="_id", query_column="text",
+                                 require_summary=False, skip_bad_examples=True, rejected_file=rejected)  # fmt: skip
+        assert [bool(example.evidence) for example in examples] == [True, False]
+        assert f"1 bad records skipped, the first at {qrels}:3" in caplog.text
+        assert "holds no such '_id'" in json.loads(rejected.read_text())["reason"]
+        rejected.unlink()
 
 
 def test_examples_come_back_with_all_that_they_hold(tmp_path, monkeypatch):

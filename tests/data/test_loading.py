@@ -699,6 +699,7 @@ def test_test_examples_that_are_training_examples_too_are_counted_in_one_warning
         ({"test_documents_file": "d.jsonl"}, "--test_documents_file needs --test_file"),
         ({"max_test_examples": 3}, "--max_test_examples needs --test_file"),
         ({"train_file": None, "validation_file": None, "test_file": "t.jsonl"}, "--test_file needs --train_file"),
+        ({"train_file": None, "validation_file": None, "documents_file": "d"}, "--documents_file needs --train_file"),
         ({"corpus_file": "c.jsonl", "train_file": None}, "--corpus_file needs --train_file"),
         ({"corpus_file": "c.jsonl", "merge_passages": True}, "--merge_passages cannot be used with --corpus_file"),
     ],
@@ -888,6 +889,13 @@ def test_bad_positives_are_named_with_line_and_field_and_can_be_set_aside(tmp_pa
     train = load_splits(without_drafts(path, skip_bad_examples=True), tmp_path / "r.jsonl")["train"]
     assert [e.id for e in train] == ["1"]
     assert json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8"))["record"] == record
+
+
+def test_a_question_of_the_test_split_without_a_selected_passage_is_ranked(tmp_path):
+    record, _ = BAD_PAIRS["nothing selected"]
+    [example] = load_examples(write(tmp_path / "d.jsonl", record), split="test", require_summary=False,
+                              supervision="evidence")  # fmt: skip
+    assert not example.evidence and len(example.document.passages) == 1
 
 
 # ---- bad input

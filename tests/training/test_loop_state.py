@@ -1,12 +1,13 @@
 """The learning rate schedule and the steps that it spans."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from utils.cli.arguments import LR_SCHEDULERS
-from utils.training.loop_state import schedule_steps
+from utils.training.loop_state import LoopState, schedule_steps
 
 
 def test_each_learning_rate_schedule_rises_over_the_warm_up_and_ends_where_it_should():
@@ -55,3 +56,18 @@ def test_plans_are_made_once_for_each_shape_and_no_further_than_the_limit():
     args = SimpleNamespace(max_train_steps=25, max_tokens=100, num_train_epochs=4)
     assert schedule_steps(args, plan, shapes.__getitem__) == 25
     assert planned == [0, 1, 0, 1]
+
+
+def test_a_resumed_run_with_another_metric_forgets_the_best_score_of_the_one_before():
+    args = SimpleNamespace(metric_for_best="ndcg@10", greater_is_better=None)
+    state = LoopState(step=10)
+    assert state.note_validation(args, 90)
+    state.step = 20
+    assert not state.note_validation(args, 80)
+    state = LoopState(**asdict(state))  # as from a checkpoint
+    state.follow(args)
+    assert (state.best, state.best_step, state.validations_without_improvement) == (90, 10, 1)
+    args.metric_for_best = "recall@1"
+    state.follow(args)
+    assert (state.best, state.best_step, state.validations_without_improvement) == (None, 0, 0)
+    assert state.note_validation(args, 60) and state.best_metric == "recall@1"

@@ -15,7 +15,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import UsageError
+from utils.errors import UsageError, refuse
 
 
 def flag(default, text: str, *, at_least=None, above=None, at_most=None, below=None, choices: tuple[str, ...] = ()):
@@ -64,7 +64,7 @@ ENDLESS_SCHEDULERS = ("constant", "constant_with_warmup", "inverse_sqrt")
 MAY_CHANGE = frozenset(
     """
     output_dir cache_dir num_train_epochs max_train_steps stop_time_hours stop_min_lr patience eval_steps
-    eval_after_steps checkpointing_steps checkpoints_total_limit metric_for_best greater_is_better
+    eval_after_steps checkpointing_steps checkpoints_total_limit metric_for_best
     load_best_model_at_end
     resume_from_checkpoint allow_reshard init_from reset_optimizer reset_lr_scheduler reset_dataloader reset_meters
     per_device_train_batch_size per_device_eval_batch_size max_tokens gradient_accumulation_steps curriculum_epochs
@@ -432,9 +432,10 @@ class TrainingArguments(LoraArguments):
                 f"--lr_scheduler_type {self.lr_scheduler_type} needs --num_train_epochs or --max_train_steps; "
                 f"without them choose one of {', '.join(ENDLESS_SCHEDULERS)}"
             )
-        for name in ("hub_model_id", "hub_private_repo"):
-            if getattr(self, name) is not None and not self.push_to_hub:
-                raise UsageError(f"--{name} has no effect without --push_to_hub")
+        refuse(self, ("hub_model_id", "hub_private_repo"), "without --push_to_hub", where=not self.push_to_hub)
+        for name in ("reset_optimizer", "reset_lr_scheduler", "reset_dataloader", "reset_meters"):
+            if getattr(self, name) and not self.init_from:
+                raise UsageError(f"--{name} has no effect without --init_from")
         if self.torch_compile and self.gradient_checkpointing:
             raise UsageError("--torch_compile has no effect with --gradient_checkpointing; leave one of them out")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:

@@ -14,7 +14,7 @@ from utils.data.words import count_words
 from utils.errors import BadRecord, DataError
 from utils.files import cache_folder, digest, write_jsonl, write_whole
 from utils.progress import for_all
-from utils.tables import Table, table_writer
+from utils.tables import Table, code_key, table_writer
 
 PASSAGES = pa.schema([("id", pa.large_string()), ("passage", pa.large_string())])
 
@@ -42,10 +42,10 @@ def load_corpus(
     the text.
 
     The checked passages are kept in an Arrow file in `cache_folder()`. All processes and later runs map it into memory,
-    until the path, size or modification time of the source changes. Raises DataError for unusable data;
-    `skip_bad_examples` and `rejected_file` are as in `load_examples`.
+    until the path, size or modification time of the source changes, or the code in utils/. Raises DataError for
+    unusable data; `skip_bad_examples` and `rejected_file` are as in `load_examples`.
     """
-    folder = cache_folder() / f"corpus_{digest(_source_state(path))}"
+    folder = cache_folder() / f"corpus_{digest([code_key(), *_source_state(path)])}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_suffix(".lock")).acquire()  # the first of several processes reads the corpus

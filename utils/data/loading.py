@@ -54,7 +54,7 @@ def load_splits(args, rejected_file: str | os.PathLike | None = None) -> dict[st
     if args.corpus_file and not args.train_file:
         raise DataError("--corpus_file needs --train_file, whose queries search it")
     if not args.train_file:
-        for name in ("validation_file", "test_file"):
+        for name in ("validation_file", "test_file", "documents_file", "validation_documents_file"):
             if getattr(args, name):
                 raise DataError(f"--{name} needs --train_file")
         from utils.data.sample import sample_examples
@@ -276,7 +276,7 @@ def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, docume
         numbers = {key: number for number, key in enumerate(itertools.chain.from_iterable(blocks(corpus.ids)))}
         whole_corpus = Source(0, CorpusWords(corpus), len(numbers), None)
         if qrels_file is not None:
-            qrels = read_qrels(qrels_file, known_passages=numbers, **rejection)
+            qrels = read_qrels(qrels_file, known_passages=numbers, problems=problems, **rejection)
     elif not own_text:
         rows = read_rows(documents_file, split, config_name, list_columns, text_columns)
         used = {field: columns[field] for field in ("doc_id", "document", "passages")}
@@ -314,7 +314,7 @@ def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, docume
             own_row = replace(row, record=record)
             source = documents.read(own_row, not has_marks) if own_text else documents.find(record, str(documents_file))
         evidence, evidence_words = read_evidence(record, columns["evidence"], passages_column, source)
-        if has_marks and supervision == "evidence" and not evidence:
+        if has_marks and supervision == "evidence" and not evidence and split != "test":
             raise BadRecord("no passage is marked as relevant: a retriever cannot learn from it")
         retrieved = read_ranking(record, passages_column, source)
         hops = read_hops(record, passages_column, source)

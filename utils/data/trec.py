@@ -182,13 +182,14 @@ def read_qrels(
     known_passages: Container[str] | None = None,
     skip: bool = False,
     rejected_file: str | os.PathLike | None = None,
+    problems: list | None = None,
 ) -> dict[str, dict[str, int]]:
     """Relevance judgements, {query id: {passage id: relevance}}; a passage is relevant if its relevance is above 0.
 
     Reads the layout of BEIR (a header `query-id corpus-id score`, then three columns separated by tabs) and that of
     TREC (query, an unused column, passage, relevance, separated by white space), also with .gz or .xz. Raises DataError
     for unusable lines and for relevant passages that are not in `known_passages`; `skip` and `rejected_file` are
-    `skip_bad_examples` and `rejected_file` of `load_examples`.
+    `skip_bad_examples` and `rejected_file` of `load_examples`; what is skipped is added to `problems`, too.
     """
     qrels: dict[str, dict[str, int]] = {}
 
@@ -209,7 +210,9 @@ def read_qrels(
 
     rows = read_line_rows(path, _qrels_parser())
     holds = "query with a passage and its relevance"
-    build_all(rows, str(path), add, {}, [], skip=skip, rejected_file=rejected_file, holds=holds)
+    _, bad = build_all(rows, str(path), add, {}, [], skip=skip, rejected_file=rejected_file, holds=holds)
+    if problems is not None:
+        problems.append([str(path), bad])
     return qrels
 
 

@@ -19,7 +19,7 @@ from utils.errors import UsageError
 from utils.files import cache_folder, write_whole
 from utils.progress import for_all, progress
 from utils.retrieval.ranking import examples_by_document, rank, search_texts
-from utils.tables import values
+from utils.tables import code_key, values
 
 BM25_SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75}
 
@@ -157,7 +157,7 @@ def bm25_index(corpus: Corpus, folder: str | os.PathLike | None = None, language
     settings. The first of several processes builds it, and the others wait. A damaged index is built again. Building
     takes about 20 bytes of memory per word of the corpus, without stopwords.
     """
-    settings = [corpus.id, language_name(language), BM25_SETTINGS, bm25s.__version__]
+    settings = [corpus.id, language_name(language), BM25_SETTINGS, bm25s.__version__, code_key()]
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
     path = Path(folder or cache_folder()) / f"bm25_{key}"
     path.parent.mkdir(parents=True, exist_ok=True)

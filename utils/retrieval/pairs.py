@@ -53,7 +53,7 @@ def positives(example: Example, supervision: str, oracle_passages: int) -> tuple
 def gold_passages(examples: Sequence[Example], args, required: bool = True) -> list[list[int] | None]:
     """The passages that rankings are scored against: gold evidence, or the ROUGE oracle's choice if no example has any.
 
-    If there are none at all, or no others, raises UsageError where they are `required`.
+    If there are none at all, or all passages are, raises UsageError where they are `required`.
     """
     gold = [example.evidence for example in examples]
     if not any(gold) and not args.corpus_file:
@@ -63,8 +63,10 @@ def gold_passages(examples: Sequence[Example], args, required: bool = True) -> l
         remedy = "its summaries share no word with their documents"
         remedy = "give --validation_qrels_file" if args.corpus_file else remedy
         raise UsageError(f"no validation example has evidence: nothing to score; {remedy}")
-    if any(gold) and all(
-        len(of_one or ()) in (0, len(e.document.passages)) for of_one, e in zip(gold, examples, strict=True)
+    if (
+        required
+        and any(gold)
+        and all(len(of_one or ()) in (0, len(e.document.passages)) for of_one, e in zip(gold, examples, strict=True))
     ):
         remedy = "add passages that are not, such as negatives, or let the queries search a --corpus_file"
         raise UsageError(f"every passage of the validation examples is evidence, so any ranking is perfect; {remedy}")

@@ -146,7 +146,8 @@ class Checkpoints:
         if accelerator.scaler and content["scaler"]:
             accelerator.scaler.load_state_dict(content["scaler"])
         state = LoopState(**content["loop"])
-        self.saved_step = state.step if is_own else -1
+        is_here = is_own and folder.resolve().parent == self.folder.resolve()
+        self.saved_step = state.step if is_here else -1
         if is_own or not args.reset_lr_scheduler:
             peaks = content["scheduler"]["base_lrs"] if is_own else scheduler.base_lrs  # another run has its own
             scheduler.load_state_dict({**content["scheduler"], "base_lrs": peaks, "lr_lambdas": [None] * len(peaks)})
@@ -165,6 +166,7 @@ class Checkpoints:
             if args.reset_meters:
                 state.best, state.best_step, state.validations_without_improvement = None, 0, 0
                 state.skipped, state.wall_seconds, state.meters = 0, 0.0, {}
+        state.follow(args)
         is_reshaped = saved["shape"] != self.fingerprint(state.epoch)["shape"]
         return state, folder, saved["shape"] if is_reshaped else None
 
@@ -174,7 +176,7 @@ class Checkpoints:
         Returns whether they were loaded. If that checkpoint is missing or damaged, it warns and keeps the model.
         """
         tensors = {}
-        if self.accelerator.is_main_process and state.best_step != state.step:
+        if self.accelerator.is_main_process and state.best_step not in (0, state.step):
             try:
                 tensors, *_ = checkpoint_files.read((self.folder / "best").resolve())
             except (DamagedCheckpoint, OSError) as error:

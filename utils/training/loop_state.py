@@ -17,6 +17,7 @@ class LoopState:
     done_before: list[int] = field(default_factory=list)  # examples of this epoch that were read with another plan
     best: float | None = None
     best_step: int = 0
+    best_metric: str | None = None  # whose score that is
     validations_without_improvement: int = 0
     last_validation: int = 0  # its step
     validation_due: bool = False  # a signal interrupted it
@@ -38,8 +39,13 @@ class LoopState:
         better = is_number and (self.best is None or (score > self.best if greater_is_better else score < self.best))
         self.validations_without_improvement = 0 if better else self.validations_without_improvement + 1
         if better:
-            self.best, self.best_step = score, self.step
+            self.best, self.best_step, self.best_metric = score, self.step, args.metric_for_best
         return better
+
+    def follow(self, args) -> None:
+        """Forgets the best score, and with it the patience, if it is one of another metric."""
+        if self.best_metric != args.metric_for_best:
+            self.best, self.best_step, self.validations_without_improvement = None, 0, 0
 
     def advance(self, steps_in_epoch: int) -> None:
         """Counts a step; after the last one of an epoch, the epoch."""
