@@ -95,7 +95,7 @@ def test_a_key_is_built_once_and_another_key_or_other_code_anew(tmp_path, monkey
     assert count_builds(tmp_path, "thing", ["a", 1]) == first
     assert builds(tmp_path) == 1
     assert count_builds(tmp_path, "thing", ["a", 2]) != first
-    monkeypatch.setattr(tables, "_code", lambda: "edited")
+    monkeypatch.setattr(tables, "code_key", lambda: "edited")
     assert count_builds(tmp_path, "thing", ["a", 1]) != first
     assert builds(tmp_path) == 3
 

@@ -280,7 +280,12 @@ def test_a_teacher_may_be_a_language_model(kind, tokenizer, tmp_path):
     folder = str(tmp_path)
     write_json(
         tmp_path / "settings.json",
-        {"max_source_length": 100, "max_target_length": 28, "prompt_template": "{query}\n{passages}"},
+        {
+            "model_name_or_path": None,
+            "max_source_length": 100,
+            "max_target_length": 28,
+            "prompt_template": "{query}\n{passages}",
+        },
     )
     document = Document("d", PASSAGES)
     examples = [Example("a", "Who sold it?", document, ["Anna did.", "Anna sold the mill."], *[None] * 3),
