@@ -1,4 +1,4 @@
-"""The learning rate schedule and the steps that it spans."""
+"""The learning rate schedule, the steps that it spans, and the best score that a resumed run remembers."""
 
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -65,9 +65,9 @@ def test_a_resumed_run_with_another_metric_forgets_the_best_score_of_the_one_bef
     state.step = 20
     assert not state.note_validation(args, 80)
     state = LoopState(**asdict(state))  # as from a checkpoint
-    state.follow(args)
+    state.forget_other_metric(args)
     assert (state.best, state.best_step, state.validations_without_improvement) == (90, 10, 1)
     args.metric_for_best = "recall@1"
-    state.follow(args)
+    state.forget_other_metric(args)
     assert (state.best, state.best_step, state.validations_without_improvement) == (None, 0, 0)
     assert state.note_validation(args, 60) and state.best_metric == "recall@1"

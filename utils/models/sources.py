@@ -175,7 +175,7 @@ class Sources:
         excerpt, places = document.excerpt(passage_numbers)
         tokens = self.tokenize_queries([query])[0]
         sequences, kept = self.build_from_tokens(tokens, excerpt, places)
-        self.length(len(tokens), excerpt, places)
+        self.length(len(tokens), excerpt, places)  # counts what is cut
         if excerpt is not document:
             del self.passage_tokens[excerpt]
             kept = [passage_numbers[place] for place in kept]

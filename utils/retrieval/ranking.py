@@ -20,7 +20,7 @@ COMPARED = 10  # of its best passages
 
 RANKED_AT_ONCE = 2**11  # examples
 KEPT = 1025  # passages of a ranking that are kept: those that can be among the first 1,024 words, and the next
-WRITTEN = 100  # of them that a file of hops holds, or as many as have 1,024 words
+WRITTEN = 100  # passages of a ranking in a file of hops; more if these have fewer than 1,024 words
 
 
 # ---- queries and scores
@@ -55,14 +55,13 @@ def rank(scores: np.ndarray, top_k: int | None = None) -> Ranking:
 
 
 def cut_ranking(ranking: Ranking, document: Document, at_least: int) -> Ranking:
-    """What a file of hops holds of a ranking: all that scores of its best passages and its first words depend on."""
-    count, words = max(at_least, WRITTEN), 0
-    if len(ranking) > count:
-        words = sum(count_words(document.passages[passage]) for passage, _ in ranking[:count])
-    while words < KEPT - 1 and count < len(ranking):
-        words += count_words(document.passages[ranking[count][0]])
-        count += 1
-    return ranking[:count]
+    """The part of a ranking that a file of hops holds: enough for all scores."""
+    words = 0
+    for count, (passage, _) in enumerate(ranking, 1):
+        words += count_words(document.passages[passage])
+        if count >= max(at_least, WRITTEN) and words >= KEPT - 1:
+            return ranking[:count]
+    return ranking
 
 
 # ---- combining scores within a document

@@ -166,7 +166,7 @@ class Checkpoints:
             if args.reset_meters:
                 state.best, state.best_step, state.validations_without_improvement = None, 0, 0
                 state.skipped, state.wall_seconds, state.meters = 0, 0.0, {}
-        state.follow(args)
+        state.forget_other_metric(args)
         is_reshaped = saved["shape"] != self.fingerprint(state.epoch)["shape"]
         return state, folder, saved["shape"] if is_reshaped else None
 

@@ -42,7 +42,7 @@ class LoopState:
             self.best, self.best_step, self.best_metric = score, self.step, args.metric_for_best
         return better
 
-    def follow(self, args) -> None:
+    def forget_other_metric(self, args) -> None:
         """Forgets the best score, and with it the patience, if it is one of another metric."""
         if self.best_metric != args.metric_for_best:
             self.best, self.best_step, self.validations_without_improvement = None, 0, 0
