@@ -75,6 +75,9 @@ class HopArguments(LanguageArguments, SearchArguments, RerankerArguments, Rankin
             raise UsageError(f"--index {self.index} needs a --corpus_file, and a --retriever other than bm25")
         if self.passage_order == "document" and self.corpus_file:
             raise UsageError("--passage_order document cannot be used with --corpus_file: its passages have no order")
+        self.refuse_reading("without --input_file", where=not self.input_file)
+        refuse(self, ("passage_words",), "without a text", where=not (self.input_file or self.document))
+        refuse(self, ("max_examples", "split"), "with one document or question", where=self.document or self.query)
         reads = ("fusion", "passage_order", "max_source_length", *(of.name for of in fields(LanguageArguments)))
         refuse(self, reads, "with --summarizer extract", where=self.summarizer == "extract")
         writes_drafts = self.summarizer != "extract" and self.drafter in (None, "summarizer")

@@ -46,8 +46,7 @@ class RerankArguments(TrainingArguments, RankingOverrides, CorpusArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.corpus_file and self.supervision != "evidence":
-            raise UsageError("--supervision cannot be used with --corpus_file; leave it out")
+        refuse(self, ("supervision",), "in a corpus", where=self.corpus_file)
         refuse(self, ("drafts_file", "found_weight"), "with --draft_share 0", where=not self.draft_share)
 
 

@@ -38,7 +38,7 @@ class RetrieveArguments(TrainingArguments, RerankerArguments, RankingArguments, 
     drafts_file: str | None = flag(None, "training drafts, of retrieve_and_summarize.py (default: imitations)")
     validation_drafts_file: str | None = flag(None, "drafts for hop 2 in validation (default: imitations)")
     found_weight: float | None = flag(None, "loss weight of evidence the draft used (missing: 1) [0.5]", at_least=0)
-    group_by_document: bool = flag(False, "fill batches with queries about the same document")
+    group_by_document: bool = flag(False, "fill batches with queries about the same document, after any curriculum")
     supervision: str = flag("evidence", "positives: gold evidence, or a ROUGE oracle's", choices=("evidence", "rouge"))
     oracle_passages: int = flag(5, "maximum positives that the ROUGE oracle chooses", at_least=1)
     teacher: str | None = flag(None, "a summarizer that replaces the ROUGE oracle, or a reranker that is learned from")
@@ -50,14 +50,15 @@ class RetrieveArguments(TrainingArguments, RerankerArguments, RankingArguments, 
 
     def __post_init__(self):
         super().__post_init__()
-        if self.corpus_file and self.supervision != "evidence":
-            raise UsageError("--supervision cannot be used with --corpus_file; leave it out")
-        refuse(self, ("teacher_temperature",), "without --teacher", where=not self.teacher)
+        refuse(self, ("teacher_temperature", "teacher_candidates"), "without --teacher", where=not self.teacher)
+        refuse(self, ("negatives_margin",), "without --mine_negatives_every", where=not self.mine_negatives_every)
         refuse(self, ("drafts_file", "found_weight"), "with --draft_share 0", where=not self.draft_share)
-        if self.corpus_file and self.smooth_window:
-            raise UsageError("--smooth_window cannot be used with --corpus_file, whose passages have no neighbours")
-        if self.index != "flat" and not self.corpus_file:
-            raise UsageError(f"--index {self.index} has no effect without --corpus_file")
+        refuse(self, ("bm25_weight",), "without --ranking hybrid", where=self.ranking != "hybrid")
+        refuse(self, ("smooth_decay",), "without --smooth_window", where=not self.smooth_window)
+        refuse(self, ("index",), "without --corpus_file", where=not self.corpus_file)
+        refuse(self, ("supervision", "smooth_window", "group_by_document"), "in a corpus", where=self.corpus_file)
+        if self.group_by_document and 0 < self.num_train_epochs <= self.curriculum_epochs:
+            raise UsageError("--group_by_document has no effect in the epochs of --curriculum_epochs, which are all")
 
 
 if __name__ == "__main__":  # before the imports that take seconds, so that --help and a mistyped flag answer at once

@@ -21,6 +21,6 @@ for folder in map(Path, sys.argv[1:]):
     evidence = f"{100 * sum(recalls) / len(recalls):.1f}" if recalls else "-"
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     scores = [event for event in events if event["event"] == "validation"][-1]
-    minutes = events[-1]["seconds"] / 60
+    minutes = [event["wall"] for event in events if event["event"] == "train"][-1] / 60
     rouge = " | ".join(f"{scores[name]:.1f}" for name in ("rouge1", "rouge2", "rougeL"))
     print(f"| {folder.name} | {evidence} | {rouge} | {minutes:.1f} |")

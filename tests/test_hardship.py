@@ -17,6 +17,7 @@ from conftest import (
     SCRIPTS,
     assert_same_run,
     events,
+    history,
     inject,
     kill_all,
     read_jsonl,
@@ -220,10 +221,24 @@ def test_a_signal_amid_a_validation_leaves_soon_and_the_validation_is_made_up_fo
     seconds, done = time.monotonic() - sent, batches.stat().st_size
     assert not events(folder, "validation")
     assert events(folder, "checkpoint")[-1]["step"] == events(folder, "stop")[-1]["step"] == 6
-    run(script, folder, *flags)
     run(script, tmp_path / "undisturbed", *flags)
+    (newest,) = (folder / "checkpoints").glob("*6")
+    run(script, tmp_path / "elsewhere", *flags, "--resume_from_checkpoint", newest)
+    assert history(tmp_path / "elsewhere")["validation"] == history(tmp_path / "undisturbed")["validation"]
+    run(script, folder, *flags)
     assert_same_run(folder, tmp_path / "undisturbed")
     assert done <= 5 and seconds < 4, f"it left {done - 3} batches and {seconds:.1f} s after the signal"
+
+
+def test_two_processes_resume_at_a_validation_in_the_middle_of_an_epoch(tmp_path):
+    script, folder = "train_retrieve.py", tmp_path / "run"
+    flags = ["--gradient_accumulation_steps", 1, "--eval_steps", 4, "--checkpointing_steps", 4, "--max_train_steps", 5,
+             "--log_steps", 3]  # fmt: skip
+    wrapper = inject(tmp_path, script, VALIDATION[script], "not args[0].training", "os._exit(1)")
+    run(wrapper, folder, *flags, expect=1, processes=2)
+    run(script, folder, *flags, processes=2)
+    run(script, tmp_path / "undisturbed", *flags, processes=2)
+    assert history(folder) == history(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -300,7 +300,7 @@ def test_both_stages_read_the_hops_over_a_corpus(corpus, tmp_path):
     result = launch("train_retrieve.py", "--output_dir", tmp_path / "r", "--corpus_file",
                     corpus["folder"] / "corpus.jsonl", "--train_file", queries, "--validation_file", queries,
                     "--drafts_file", written, "--validation_drafts_file", written, "--found_weight", 0.1,
-                    "--num_train_epochs", 1, "--ranking", "hybrid", "--mine_negatives_every", 1)  # fmt: skip
+                    "--num_train_epochs", 2, "--ranking", "hybrid", "--mine_negatives_every", 1)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "hop 2, given drafts" in result.stdout
     scores = events(tmp_path / "r", "validation")[-1]

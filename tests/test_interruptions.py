@@ -222,6 +222,8 @@ def test_fine_tuning_from_another_run_keeps_or_resets_its_state(tmp_path, undist
     assert events(tmp_path / "kept", "train")[0]["step"] == STEPS + 1
     ours = weights(tmp_path / "kept")  # not at the learning rate of that run
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    result = run(script, tmp_path / "ended", "--init_from", source, "--reset_dataloader", expect=2)
+    assert "its learning rate schedule has ended; add --reset_lr_scheduler" in result.stderr
     # other data, from the middle of an epoch: its own epoch is read from the start
     run(script, tmp_path / "short", "--stop_time_hours", 1e-9)
     run(script, tmp_path / "other", "--model_name_or_path", tmp_path / "short", "--init_from", tmp_path / "short",

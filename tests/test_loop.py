@@ -1,5 +1,6 @@
 """The training loop's rules and numbers: splits, memory, steps that are not finite, stop rules, intervals, the log."""
 
+import itertools
 import json
 import math
 import os
@@ -56,6 +57,17 @@ def test_a_checkpoint_of_another_shape_is_refused_or_resharded_without_losing_an
     run(script, tmp_path, "--gradient_accumulation_steps", 1, "--allow_reshard", "--num_train_epochs", 1,
         "--per_device_train_batch_size", 5, processes=2)  # fmt: skip
     assert sum(line["examples"] for line in events(tmp_path, "train")) == 48
+
+
+def test_after_resharding_the_learning_rate_falls_on_to_the_end_of_the_last_epoch(tmp_path):
+    script, flags = "train_summarize.py", ["--num_warmup_steps", 0]
+    run(script, tmp_path, *flags, "--stop_time_hours", 1e-9, "--eval_steps", 99)  # after one of twelve steps
+    [first] = events(tmp_path, "train")
+    run(script, tmp_path, *flags, "--gradient_accumulation_steps", 1, "--allow_reshard")
+    rates = [line["lr"] for line in events(tmp_path, "train")]
+    falls = [before - after for before, after in itertools.pairwise(rates[1:])]
+    assert len(rates) == 1 + 10 + 12 and rates[-1] == 0 and first["lr"] > rates[1] > 0.8 * first["lr"]
+    assert falls == pytest.approx([3e-4 / 24] * len(falls), rel=1e-3)  # 24 steps of four examples in two epochs
 
 
 OUT_OF_MEMORY = "raise torch.OutOfMemoryError('injected')"

@@ -1,5 +1,6 @@
 """The exceptions that end a script with a readable line; `exit_code` is what the script then exits with."""
 
+import dataclasses
 import signal
 from collections.abc import Iterable
 
@@ -56,8 +57,9 @@ class Interrupted(Exception):
         self.number, self.exit_code = number, 128 + number
 
 
-def refuse(args, names: Iterable[str], why: str, *, where: bool) -> None:
-    """Raises UsageError if one of these flags is set `where` it has no effect; `why` says that."""
+def refuse(args, names: Iterable[str], why: str, *, where) -> None:
+    """Raises UsageError if one of these flags is not at its default `where` it has no effect; `why` says that."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
     for name in names if where else ():
-        if getattr(args, name) is not None:
+        if getattr(args, name) != defaults[name]:
             raise UsageError(f"--{name} has no effect {why}")

@@ -142,6 +142,11 @@ def test_a_run_that_nothing_would_end_is_refused(monkeypatch, capsys, script):
     (["--hub_private_repo", "false"], "--hub_private_repo has no effect without --push_to_hub"),
     (["--reset_lr_scheduler"], "--reset_lr_scheduler has no effect without --init_from"),
     (["--reset_meters"], "--reset_meters has no effect without --init_from"),
+    (["--evidence_column", "gold"], "--evidence_column has no effect without --train_file"),
+    (["--documents_file", "d.jsonl"], "--documents_file has no effect without --train_file"),
+    (["--passage_words", "50"], "--passage_words has no effect without --train_file"),
+    (["--seed", "4294967296"], "--seed 4294967296: must be at most 4294967295"),
+    (["--sample_documents", "9", "--train_file", "t.jsonl"], "--sample_documents has no effect with --train_file"),
 ])  # fmt: skip
 def test_values_that_make_no_sense_are_refused_by_name(monkeypatch, capsys, flags, message):
     _, error = parse_flags(monkeypatch, capsys, *flags)
@@ -169,6 +174,62 @@ def test_drafts_that_would_not_be_used_are_refused(monkeypatch, capsys):
     assert "--found_weight has no effect" in parse_flags(monkeypatch, capsys, *flags, "0", script="train_retrieve")[1]
     assert parse_flags(monkeypatch, capsys, *flags, "0.1", script="train_retrieve")[0].found_weight == 0.1
     assert parse_flags(monkeypatch, capsys, "--draft_share", "0", script="train_retrieve")[0]
+
+
+@pytest.mark.parametrize(("flag", "value", "needed"), [
+    ("bm25_weight", "0.2", ["--ranking", "hybrid"]),
+    ("smooth_decay", "0.7", ["--smooth_window", "2"]),
+    ("negatives_margin", "0.1", ["--mine_negatives_every", "1"]),
+    ("teacher_candidates", "9", ["--teacher", "outputs/rerank"]),
+    ("teacher_temperature", "0.2", ["--teacher", "outputs/rerank"]),
+    ("index", "ivf", ["--corpus_file", "corpus.jsonl"]),
+])  # fmt: skip
+def test_flags_of_a_retriever_are_refused_without_the_flag_they_belong_to(monkeypatch, capsys, flag, value, needed):
+    flags = [f"--{flag}", value]
+    _, error = parse_flags(monkeypatch, capsys, *flags, script="train_retrieve")
+    check_one_line(error)
+    assert f"--{flag} has no effect without {needed[0]}" in error
+    arguments, _ = parse_flags(monkeypatch, capsys, *flags, *needed, script="train_retrieve")
+    assert str(getattr(arguments, flag)) == value
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--num_hard_negatives", "21"], "--num_hard_negatives 21: must be at most --negatives_pool 20"),
+    (["--mine_negatives_every", "3"], "--mine_negatives_every 3: must be less than --num_train_epochs 3"),
+])  # fmt: skip
+def test_negatives_that_would_never_be_drawn_are_refused(monkeypatch, capsys, flags, message):
+    _, error = parse_flags(monkeypatch, capsys, *flags, script="train_retrieve")
+    check_one_line(error)
+    assert message in error
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--documents_file", "d.jsonl"], "--documents_file has no effect without --input_file"),
+    (["--document", "a.txt", "--merge_passages"], "--merge_passages has no effect without --input_file"),
+    (["--document", "a.txt", "--max_examples", "3"], "--max_examples has no effect with one document or question"),
+    (["--passage_words", "50"], "--passage_words has no effect without a text"),
+])  # fmt: skip
+def test_flags_of_files_are_refused_where_hops_read_none(flags, message):
+    result = run("retrieve_and_summarize.py", *flags)
+    assert result.returncode == 2
+    check_one_line(result.stderr)
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("flag", [["--supervision", "rouge"], ["--smooth_window", "2"],
+                                  ["--group_by_document", "true"]])  # fmt: skip
+def test_flags_that_a_corpus_cannot_have_are_refused(monkeypatch, capsys, flag):
+    _, error = parse_flags(monkeypatch, capsys, *flag, "--corpus_file", "corpus.jsonl", script="train_retrieve")
+    check_one_line(error)
+    assert f"{flag[0]} has no effect in a corpus" in error
+
+
+def test_queries_of_one_document_cannot_be_together_where_every_epoch_is_in_order_of_length(monkeypatch, capsys):
+    flags = ["--group_by_document", "--num_train_epochs", "2", "--curriculum_epochs"]
+    _, error = parse_flags(monkeypatch, capsys, *flags, "2", script="train_retrieve")
+    check_one_line(error)
+    assert "--group_by_document has no effect" in error
+    assert parse_flags(monkeypatch, capsys, *flags, "1", script="train_retrieve")[0].group_by_document
 
 
 TRAINED = {"ranking": "hybrid", "bm25_weight": 0.3, "smooth_window": 4, "smooth_decay": 0.7, "hop_weight": 0.8}
@@ -248,7 +309,8 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(monkeypatch, capsys):
 
 def test_switches_can_be_switched_on_and_off(monkeypatch, capsys):
     assert parse_flags(monkeypatch, capsys)[0].merge_passages is False
-    assert parse_flags(monkeypatch, capsys, "--merge_passages")[0].merge_passages is True
+    own = ["--train_file", "t.jsonl", "--validation_file", "v.jsonl"]
+    assert parse_flags(monkeypatch, capsys, "--merge_passages", *own)[0].merge_passages is True
     assert parse_flags(monkeypatch, capsys, "--merge_passages", "False")[0].merge_passages is False
     assert parse_flags(monkeypatch, capsys)[0].nan_detector is True
     assert parse_flags(monkeypatch, capsys, "--no_nan_detector")[0].nan_detector is False

@@ -592,6 +592,24 @@ def test_bad_query_of_a_corpus_is_named(tmp_path, corpus, case):
     assert message.startswith(f"{path}:2: ") and reason in message and message.splitlines()[1] == REMEDY
 
 
+def test_passages_without_an_order_stay_without_one_in_files_made_of_them(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"query": "who?", "summary": "s", "pos": ["one"], "neg": ["two", "three"]})
+    for number in range(2):
+        (example,) = load_examples(path)
+        assert not example.document.is_ordered
+        path = tmp_path / f"{number}.jsonl"
+        write_retrieved(path, [example], one_hop([[(2, 0.5), (0, 0.25)]]))
+    with pytest.raises(DataError, match="its passages are not neighbours in a text; leave out --smooth_window"):
+        load_examples(path, smooth_window=2)
+
+
+def test_test_examples_need_no_evidence_where_its_field_was_named(tmp_path):
+    train = write(tmp_path / "train.jsonl", {**GOOD, "gold": [0]})
+    test = write(tmp_path / "test.jsonl", {**GOOD, "query": "other?"})
+    files = {"train_file": str(train), "validation_file": str(train), "test_file": str(test)}
+    assert load_splits(CorpusArguments(**files, evidence_column="gold"))["test"][0].evidence is None
+
+
 def test_hand_over_of_a_corpus_is_read_without_it(tmp_path, corpus):
     path = write(
         tmp_path / "queries.jsonl",
@@ -1017,6 +1035,22 @@ def test_rejected_file_keeps_other_files_records_and_replaces_this_files(tmp_pat
     entries = [json.loads(line) for line in rejected.read_text().splitlines()]
     assert sorted(entry["file"] for entry in entries) == [str(train), str(validation)]
     assert entries[0]["text"] == "broken"
+
+
+def test_rejected_records_of_the_splits_of_one_folder_are_kept_apart(tmp_path):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        write(tmp_path / f"data/{split}.jsonl", GOOD, {**GOOD, "id": "b", "summary": None})
+    folder, rejected = str(tmp_path / "data"), tmp_path / "r.jsonl"
+    for _ in range(2):  # read, and from what is kept
+        args = CorpusArguments(train_file=folder, skip_bad_examples=True)
+        assert [len(examples) for examples in load_splits(args, rejected).values()] == [1, 1]
+        entries = [json.loads(line) for line in rejected.read_text().splitlines()]
+        assert [(entry["file"], entry["line"]) for entry in entries] == [
+            (f"{folder} (train)", 2), (f"{folder} (validation)", 2)
+        ]  # fmt: skip
+    with pytest.raises(DataError, match=r"data \(train\): row 2: no 'summary'"):
+        load_splits(CorpusArguments(train_file=folder))
 
 
 def test_bad_rows_of_tables_and_arrays_are_named_by_row(tmp_path):

@@ -196,6 +196,11 @@ def test_ids_that_are_numbers_are_not_taken_for_passage_numbers():
     assert "'0' is none of the 10 passages" in error_of(by_passage_number, "a.run", {"q": [("0", 1.0)]}, [example])[0]
 
 
+def test_numbers_do_not_name_passages_that_are_in_no_order():
+    example = Example("q", "", Document("d", ["a"] * 10, is_ordered=False), [], None, None, None)
+    assert "'1' is none of the 10 passages" in error_of(by_passage_number, "a.run", {"q": [("1", 1.0)]}, [example])[0]
+
+
 def test_examples_without_lines_and_unknown_passages_are_all_named(tmp_path):
     path = tmp_path / "a.run"
     path.write_text("q1 Q0 m1#4 1 4 t\nq1 Q0 m2#0 1 3 t\nq1 Q0 4 1 2 t\nq1 Q0 m1#2 1 1 t\nq1 Q0 2 1 0 t\n")

@@ -13,7 +13,7 @@ from conftest import ROOT, one_hop
 from utils.data.examples import Document, Example, Hop
 from utils.data.hand_over import hops_record, write_retrieved
 from utils.data.trec import write_qrels, write_run
-from utils.errors import DataError
+from utils.errors import DataError, UsageError
 from utils.evaluation.compare import main
 from utils.evaluation.intervals import bootstrap_means
 from utils.evaluation.retrieval import retrieval_scores
@@ -273,16 +273,28 @@ def test_sides_that_do_not_belong_together_are_refused_in_words(files):
     write_retrieved(files / "other.jsonl", renamed, one_hop(rankings))
     unmarked = [dataclasses.replace(example, evidence=None, evidence_words=None) for example in examples]
     write_retrieved(files / "unmarked.jsonl", unmarked, one_hop(rankings))
+    asked = [dataclasses.replace(example, query="Other?") for example in examples]
+    write_retrieved(files / "asked.jsonl", asked, one_hop(rankings))
     (files / "plain.jsonl").write_text('{"id": "p", "passages": ["a"], "evidence": [0]}\n')
     for sides, message in (
         (["ours.jsonl", "other.run"], "other.run: no line for any query with evidence"),
         (["ours.jsonl", "other.jsonl"], "have no query with evidence in common"),
+        (["ours.jsonl", "asked.jsonl"], f"'{examples[0].id}' is another example there; compare files of the same data"),
         (["unmarked.jsonl"], "no evidence for an example of .*; give evidence with --qrels"),
         (["plain.jsonl"], "example 'p' has no 'retrieved'"),
         (["ours.jsonl", "none.run"], "none.run: cannot be read"),
     ):
         with pytest.raises(DataError, match=message):
             main([str(files / side) for side in sides])
+
+
+def test_bm25_is_not_scored_on_what_was_found_in_a_corpus(files):
+    path = files / "corpus.jsonl"
+    write_jsonl(path, [{"id": "q", "query": "who?", "passages": ["a"], "passage_ids": ["d7"], "evidence": [0],
+                        "retrieved": [{"passage": 0, "score": 1.0}]}])  # fmt: skip
+    with pytest.raises(UsageError, match="holds only what was found in a corpus, which bm25 cannot rank fairly"):
+        main([str(path), "bm25"])
+    main([str(path)])
 
 
 def test_a_hop_of_a_file_is_compared_by_its_ranking_and_by_its_draft(tmp_path, capsys):
@@ -332,6 +344,9 @@ def test_summaries_are_compared_by_rouge_with_documents_drawn_whole(tmp_path, ca
     for name, column in (("A ", of_each["a"]), ("B ", of_each["b"]), ("A - B", np.subtract(*of_each.values()))):
         assert re.search(rf"^{name} *{np.mean(column):.2f} ", printed, re.M)
 
+    write_jsonl(tmp_path / "b.jsonl", [{"id": "0", "prediction": "x", "summary": "another reference"}])
+    with pytest.raises(DataError, match="'0' is another example there"):
+        main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--metric", "rouge1"])
     (tmp_path / "b.jsonl").write_text('{"id": "0", "summary": "x"}\n')
     with pytest.raises(DataError, match=r"b\.jsonl:1: .*'prediction'"):
         main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--metric", "rouge1"])

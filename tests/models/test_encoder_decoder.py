@@ -208,6 +208,33 @@ def test_in_fp16_the_gradient_of_well_predicted_tokens_does_not_vanish():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-2, atol=0)
 
 
+def test_in_fp16_the_gradient_of_tokens_that_are_frequent_in_a_large_batch_does_not_overflow():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3000, 16) + 1, torch.randn(50, 16).requires_grad_()
+    targets = torch.zeros(3000, dtype=torch.long)
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            loss, _ = vocabulary_loss(hidden, targets, 0.0, weight)
+        gradients.append(torch.autograd.grad(loss / 3000, weight)[0])
+    assert torch.linalg.norm(gradients[0] - gradients[1]) <= 1e-2 * torch.linalg.norm(gradients[1])
+
+
+def test_references_have_an_end_token_also_where_the_tokenizer_adds_none(tokenizer):
+    silent = copy.deepcopy(tokenizer)  # like Gemma's: a begin token and no end token
+    start, end = silent.bos_token, silent.bos_token_id
+    silent.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, end)]
+    )
+    text = "The committee saw the mill."
+    assert silent.eos_token_id not in silent(text_target=text)["input_ids"]
+    sources = Sources(silent, "concat", 64, "document")
+    expected = [*bare(tokenizer, text), tokenizer.eos_token_id]
+    assert list(sources.tokenize_targets([text], 40)) == [expected]
+    [cut] = sources.tokenize_targets([text], 4)
+    assert list(cut) == [*expected[:3], tokenizer.eos_token_id]
+
+
 def test_the_loss_of_a_batch_is_that_of_its_logits(summarizer):
     sources, targets = [[[4, 5, 6, 7]], [[4, 8]]], [[5, 6, 2], [7, 2]]
     batch = collate(sources, targets, pad_token_id=1)

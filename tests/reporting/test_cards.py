@@ -66,13 +66,11 @@ def test_a_card_says_what_the_model_is_and_its_code_runs(script, undisturbed, tm
     exec(compile(code, "card", "exec"), {})
     assert capsys.readouterr().out.strip() or kind == "summarizer"  # one that is untrained may write nothing
 
-    (tmp_path / "outputs").mkdir()
-    (tmp_path / "outputs/summarize").symlink_to(undisturbed["train_summarize.py"])
-    (tmp_path / "outputs/retrieve").symlink_to(undisturbed["train_retrieve.py"])
     (tmp_path / folder.name).symlink_to(folder)
     (tmp_path / "meeting.txt").write_text("Ann: Shall we sell the mill? Bob: Yes, we sell the mill.")
     [command] = blocks(folder, "bash")
     python, script, *flags = shlex.split(command)
+    flags = [undisturbed["train_retrieve.py"] if flag == cards.MINILM else flag for flag in flags]
     result = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True,
                             text=True, timeout=240)  # fmt: skip
     assert python == "python" and result.returncode == 0, result.stderr
@@ -138,7 +136,8 @@ def test_names_of_the_hub_are_in_the_metadata_and_the_last_weights_are_not_calle
     run = SimpleNamespace(args=args, model=nn.Sequential(BertModel(config)), folder=tmp_path, accelerator=alone(),
                           model_step=None, state=LoopState(step=9, best=50.0, best_step=6))  # fmt: skip
     write_json(tmp_path / "arguments.json", asdict(args))
-    scores = {"ndcg@10": 40.0, "recall@1": math.nan, "examples": 2, "bm25": {"ndcg@10": 30.0}}
+    (tmp_path / "metrics.jsonl").write_text('{"event": "test", "step": 9, "model_step": 9, "ndcg@10": 20.0}\n')
+    scores = {"ndcg@10": 40.0, "recall@1": math.nan, "examples": 2, "bm25": {"ndcg@10": 30.0}, "hop2": {"ndcg@10": 60}}
     cards.card_writer(run, "retriever", {"train": range(3), "validation": range(2)}, scores)("anna/retriever")
     front, text = check_front(tmp_path), (tmp_path / "README.md").read_text()
     assert front["base_model"] == args.model_name_or_path and front["datasets"] == ["owner/data"]
@@ -147,7 +146,12 @@ def test_names_of_the_hub_are_in_the_metadata_and_the_last_weights_are_not_calle
     assert result["metrics"] == [{"type": "ndcg@10", "name": "ndcg@10", "value": 40.0}]
     assert "SentenceTransformer('anna/retriever', trust_remote_code=True)" in text
     assert "those of step 9, the last one; step 6 was the best one by ndcg@10 (50)" in text
-    assert "| ndcg@10 | 40 | 30 |" in text and "| `--train_file` | owner/data | on the Hub |" in text
+    assert "| | validation | hop 2, imitated drafts | BM25 |" in text and "| ndcg@10 | 40 | 60 | 30 |" in text
+    assert "Imitated drafts are made of the references." in text  # and no test split was given
+    assert (
+        "--retriever anna/retriever --summarizer extract --trust_remote_code" in text
+        and "| `--train_file` | owner/data | on the Hub |" in text
+    )
 
 
 @pytest.mark.parametrize("change", [lambda text: "", lambda text: text + " ", lambda text: text[1:],

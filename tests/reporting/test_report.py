@@ -1,6 +1,7 @@
 """The report of a run and of several: what stands in it, that it shows any text, and what happens if it fails."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -14,6 +15,7 @@ from reporting_cases import HOSTILE, example, hop, hops_records, retrieved_recor
 
 from utils.errors import UsageError
 from utils.files import write_json, write_jsonl
+from utils.models.settings import FILE as SETTINGS
 from utils.reporting import report
 from utils.reporting.folder import read_folder
 from utils.reporting.plots import MOST_POINTS, Line, Plot, svg, thinned, write_png
@@ -84,6 +86,42 @@ def test_of_losses_the_smallest_is_best_and_of_equal_scores_the_first(tmp_path):
 def test_flags_of_the_command_are_those_that_were_set(tmp_path):
     run = read_folder(write_training(tmp_path / "run", nan_detector=False))
     assert run.flags == [("learning_rate", "0.001"), ("nan_detector", "false")]
+    run = read_folder(write_hops(tmp_path / "hops", no_repeat_ngram_size=6))
+    run.command += " --no_repeat_ngram_size 6"
+    assert run.flags == [("num_hops", "2"), ("no_repeat_ngram_size", "6")]
+
+
+def test_results_of_an_earlier_command_are_not_shown_beside_the_flags_of_another(tmp_path):
+    folder = write_hops(tmp_path / "run")
+    (folder / "retrieved.other.jsonl").write_text("")  # no older than the flags
+    os.utime(folder / "predictions.validation.jsonl", (0, 0))
+    run = read_folder(folder)
+    assert run.files.keys() == {"other"}
+    assert run.note == "Of an earlier command than the one below: predictions.validation.jsonl, not shown"
+    (folder / "retrieved.other.jsonl").unlink()  # as the command that is running will write it
+    page = page_of(folder)
+    assert "Of an earlier command than the one below: predictions.validation.jsonl" in page.text
+    assert "Summaries, validation" in page.text
+
+
+def test_drafts_of_a_second_hop_are_called_imitated_unless_they_were_given(tmp_path):
+    for given, name in ((None, "hop 2, imitated drafts"), ("drafts.jsonl", "hop 2, given drafts")):
+        folder = write_training(tmp_path / name, validation_drafts_file=given)
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for event in events:
+            event |= {"hop2": {"ndcg@10": 70.0}} if event["event"] == "validation" else {}
+        write_jsonl(folder / "metrics.jsonl", events)
+        page = page_of(folder)
+        assert f"ndcg@10, {name}" in page.text and page.text.count("hop 2") == page.text.count(name)
+
+
+def test_the_words_of_a_report_are_of_the_language_of_the_retriever(tmp_path):
+    retriever = tmp_path / "retriever"
+    retriever.mkdir()
+    write_json(retriever / SETTINGS, {"model_name_or_path": None, "language": "german"})
+    assert read_folder(write_hops(tmp_path / "a", retriever=str(retriever))).language == "german"
+    assert read_folder(write_hops(tmp_path / "b", retriever="bm25", language="de")).language == "de"
+    assert read_folder(write_hops(tmp_path / "c", retriever=str(tmp_path / "gone"))).language is None
 
 
 def test_a_run_that_goes_on_shows_its_curves_and_no_examples_of_an_earlier_end(tmp_path):
@@ -114,7 +152,29 @@ def test_rankings_beside_bm25_and_the_questions_that_changed(tmp_path):
     assert [[row["id"] for row in table["rows"]] for table in section["changed"]] == [["q0"], ["q1"]]
     assert section["changed"][1]["rows"][0]["evidence"][0]["after"] == 4
     assert [plot.name for plot in plots][-2:] == ["recall_validation", "gold_words_validation"]
-    assert "Gained most" in page_of(folder).text
+    assert "Gained most" in page_of(folder).text and "holds only" not in page_of(folder).text
+
+
+def test_rankings_that_the_file_cuts_too_early_for_the_scores_are_said_to_be(tmp_path):
+    records = retrieved_records()
+    for record in records:
+        record["retrieved"] = record["retrieved"][:2]
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        write_jsonl(write_training(folder) / "retrieved.validation.jsonl", records)
+    said = "holds only the 2 best passages of a question ( --top_k )"
+    _, plots = one_run(read_folder(tmp_path / "a"), 300)
+    assert [len(line.y) for plot in plots if plot.name == "recall_validation" for line in plot.lines] == [2, 2]
+    assert said in page_of(tmp_path / "a").text
+    assert said in page_of(tmp_path / "a", tmp_path / "b", output=tmp_path / "both.html").text
+
+
+def test_extracts_as_drafts_are_not_shown_as_a_gain_of_the_last_hop(tmp_path):
+    for drafter, shown in ((None, True), ("extract", False)):
+        folder = write_hops(tmp_path / f"{drafter}", drafter=drafter)
+        write_json(folder / "hops.validation.json", [{"hop": 1, "rougeL": 20.0}, {"hop": 2, "rougeL": 30.5}])
+        text = page_of(folder).text
+        assert ("ROUGE-L by hop, validation" in text) == shown
+        assert ("which are not written like the summaries" in text) == (not shown)
 
 
 # ---- summaries

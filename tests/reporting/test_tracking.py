@@ -99,8 +99,10 @@ def test_a_resumed_run_continues_its_events_without_a_step_twice(script, tmp_pat
     assert [event.step for event in after.Scalars("train/loss")] == list(range(1, 13))
     logged = [event.value for event in after.Scalars("train/loss")]
     assert logged == pytest.approx([line["loss"] for line in lines], rel=1e-4)
-    metric = "validation/rougeL" if script == "train_summarize.py" else "validation/ndcg@10"
-    assert [event.step for event in after.Scalars(metric)] == [6, 12]
+    metric, beside = ("rougeL", "oracle") if script == "train_summarize.py" else ("ndcg@10", "bm25")
+    assert [event.step for event in after.Scalars(f"validation/{metric}")] == [6, 12]
+    [first, _] = after.Scalars(f"validation/{beside}/{metric}")
+    assert first.value == pytest.approx(events(folder, "validation")[0][beside][metric], rel=1e-4)
     tags = [tag for tag in after.Tags()["tensors"] if tag.startswith("examples/")]
     assert len(tags) == 6  # of as many examples
     for tag in tags:

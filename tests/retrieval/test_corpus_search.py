@@ -69,6 +69,21 @@ def test_candidates_of_either_search_have_the_exact_scores_of_both(search, monke
         assert [score for _, score in ranking] == pytest.approx([score for score, _ in expected], abs=1e-5)
 
 
+def test_passages_are_encoded_again_only_after_the_encoder_or_the_code_has_changed(search, monkeypatch):
+    times = []
+
+    def prepare():
+        times.clear()
+        search.prepare(lambda texts, kind: times.append(kind) or Encoder()(texts))
+        return len(times)
+
+    assert (prepare(), prepare()) == (1, 0)
+    search.weights_key = lambda: "trained"
+    assert (prepare(), prepare()) == (1, 0)
+    monkeypatch.setattr("utils.retrieval.corpus_search.code_key", lambda: "edited")
+    assert (prepare(), prepare()) == (1, 0)
+
+
 def test_a_process_that_searches_alone_asks_no_other_and_encodes_nothing_again(search):
     examples = [make_example(query=query, document=search.corpus) for query in QUERIES]
     together = search.dense_rankings(examples, encode)

@@ -82,6 +82,12 @@ def test_a_reranker_teaches_all_examples_with_their_evidence_among_the_candidate
         np.testing.assert_allclose(pair.weights, expected, atol=1e-4)
 
 
+def test_a_summarizer_as_teacher_is_refused_where_all_examples_have_evidence(encoder, tmp_path):
+    examples = [Example("a", "the mill", Document("d1", PASSAGES), ["It burned."], [0, 3], [1, 3], None)]
+    with pytest.raises(UsageError, match="has no effect: it is a summarizer, and all training examples have evidence"):
+        make_pairs(encoder, examples=examples, teacher=str(tmp_path), teacher_candidates=2)
+
+
 def test_positives_are_marked_evidence_or_what_the_oracle_chooses(encoder):
     pairs = make_pairs(encoder)
     assert [pair.example.id for pair in pairs] == ["a", "b", "d"]

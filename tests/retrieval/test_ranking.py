@@ -9,6 +9,7 @@ from utils.retrieval.ranking import (
     agreement,
     combine,
     fuse_hops,
+    fuse_scores,
     hard_negatives,
     rank,
     reciprocal_rank_fusion,
@@ -129,6 +130,13 @@ def test_neighbours_share_what_stands_out_of_each_kind_of_score():
     assert scores == sorted(scores, reverse=True)
 
 
+def test_scores_may_be_standardized_over_some_of_the_passages_only():
+    dense, lexical = [(0, 9.0), (1, 7.0), (2, 0.0), (3, -50.0)], [(1, 3.0), (0, 2.0), (2, 1.0), (3, 0.0)]
+    few = fuse_scores(dense[:3], lexical[:3], 0.5)
+    more = fuse_scores(dense, lexical, 0.5, among=[0, 1, 2])
+    assert more[:3] == [(passage, pytest.approx(score)) for passage, score in few] and more[3][0] == 3
+
+
 def test_hard_negatives_are_the_best_passages_without_evidence():
     ranking = [(4, 0.9), (2, 0.8), (0, 0.7), (1, 0.2), (3, -0.1)]
     assert hard_negatives(ranking, [2], pool=3) == [4, 0, 1]
@@ -140,4 +148,4 @@ def test_what_scores_close_to_the_best_evidence_is_no_hard_negative():
     assert hard_negatives(ranking, [2, 3], pool=9, margin=0.05) == [1]  # 0.76 and less
     assert hard_negatives(ranking, [2, 3], pool=9, margin=0) == [0, 1]
     assert hard_negatives([(0, -0.4), (1, -0.5), (2, -0.6)], [0], pool=9, margin=0.4) == [2]
-    assert hard_negatives(ranking, [7], pool=2, margin=0.05) == [4, 2]  # its evidence is not in the ranking
+    assert hard_negatives(ranking, [7], pool=2, margin=0.05) == []  # its evidence comes later

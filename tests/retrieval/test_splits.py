@@ -40,3 +40,14 @@ def test_a_reranker_is_refused_where_no_search_ranks(flags, source):
         rank_splits(given(), args, accelerator=accelerator, say=print)
     hops, named = rank_splits(given(), Flags(**flags), accelerator=accelerator, say=print)
     assert named == source and hops["train"][0][0]
+
+
+def test_of_passages_in_no_order_none_comes_first_and_what_else_chooses_among_them_is_told():
+    example = make_example("1", "yellow")
+    example.document.is_ordered = False
+    accelerator, said = Accelerator(cpu=True), []
+    with pytest.raises(UsageError, match="--retriever lead: the passages have no order"):
+        rank_splits({"train": [example]}, Flags(retriever="lead"), accelerator=accelerator, say=said.append)
+    assert not said
+    rank_splits({"train": [example]}, Flags(retriever="bm25"), accelerator=accelerator, say=said.append)
+    assert said == ["note: bm25 chooses among the passages that each record holds, and evidence is always among them"]

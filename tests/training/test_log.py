@@ -64,6 +64,8 @@ def test_meters_add_up_their_steps_and_start_anew_once_read():
     again = Meters(alone(), middle)  # from a checkpoint
     memory = {"memory_gb": 0}
     assert again.read(alone()) | memory == line | memory
+    other = Meters(alone(is_main_process=False), middle)  # has the names, to add up with the main process
+    assert other.sums == dict.fromkeys(middle["sums"], 0.0) and other.steps == 0
     meters.add_step(9.0, max_grad_norm=0)
     assert meters.read(alone())["clip"] == 0  # 0: never clipped
 

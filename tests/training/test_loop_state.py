@@ -1,13 +1,14 @@
 """The learning rate schedule, the steps that it spans, and the best score that a resumed run remembers."""
 
+import json
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from utils.cli.arguments import LR_SCHEDULERS
-from utils.training.loop_state import LoopState, schedule_steps
+from utils.cli.arguments import LR_SCHEDULERS, TrainingArguments
+from utils.training.loop_state import LoopState, schedule_steps, steps_left
 
 
 def test_each_learning_rate_schedule_rises_over_the_warm_up_and_ends_where_it_should():
@@ -59,7 +60,7 @@ def test_plans_are_made_once_for_each_shape_and_no_further_than_the_limit():
 
 
 def test_a_resumed_run_with_another_metric_forgets_the_best_score_of_the_one_before():
-    args = SimpleNamespace(metric_for_best="ndcg@10", greater_is_better=None)
+    args = SimpleNamespace(metric_for_best="ndcg@10", greater_is_better=None, judged_by=lambda: [20])
     state = LoopState(step=10)
     assert state.note_validation(args, 90)
     state.step = 20
@@ -71,3 +72,24 @@ def test_a_resumed_run_with_another_metric_forgets_the_best_score_of_the_one_bef
     state.forget_other_metric(args)
     assert (state.best, state.best_step, state.validations_without_improvement) == (None, 0, 0)
     assert state.note_validation(args, 60) and state.best_metric == "recall@1"
+
+
+def test_a_resumed_run_that_validates_otherwise_forgets_the_best_score_of_the_one_before():
+    args = TrainingArguments()
+    args.max_eval_examples = 20
+    state = LoopState(step=10)
+    assert state.forget_other_validation(args) == ""  # there is none
+    assert state.note_validation(args, 2.0)
+    state = LoopState(**json.loads(json.dumps(asdict(state))))  # as from a checkpoint
+    assert state.forget_other_validation(args) == "" and state.best == 2
+    args.max_eval_examples = None
+    assert "the best score so far is forgotten" in state.forget_other_validation(args)
+    assert state.best is None and state.note_validation(args, 3.0)
+
+
+def test_the_steps_that_are_left_are_those_of_the_rest_of_this_epoch_and_of_all_later_ones():
+    def plan(epoch, without=()):
+        return [None] * (10 + epoch - len(without))
+
+    args = SimpleNamespace(num_train_epochs=3)
+    assert steps_left(args, plan, LoopState(epoch=1, done_before=[5, 6, 7, 8])) == 11 - 4 + 12

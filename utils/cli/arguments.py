@@ -45,6 +45,14 @@ def check_values(arguments) -> None:
     least, most = (getattr(arguments, name, None) for name in ("min_new_tokens", "max_new_tokens"))
     if least is not None and most is not None and least > most:
         raise UsageError(f"--min_new_tokens {least}: must be at most --max_new_tokens {most}")
+    count, pool = (getattr(arguments, name, None) or 0 for name in ("num_hard_negatives", "negatives_pool"))
+    if count > pool > 0:
+        raise UsageError(
+            f"--num_hard_negatives {count}: must be at most --negatives_pool {pool}, which they are drawn from"
+        )
+    every, epochs = (getattr(arguments, name, 0) for name in ("mine_negatives_every", "num_train_epochs"))
+    if 0 < epochs <= every:
+        raise UsageError(f"--mine_negatives_every {every}: must be less than --num_train_epochs {epochs}")
     dims = getattr(arguments, "matryoshka_dims", "")
     numbers = [int(part) if part.isdecimal() else 0 for part in dims.split(",")]
     if dims and (0 in numbers or numbers != sorted(set(numbers), reverse=True)):
@@ -99,6 +107,13 @@ class ReadingArguments:
     merge_passages: bool = flag(False, "merge consecutive passages into chunks of up to --passage_words words")
     skip_bad_examples: bool = flag(False, "skip unusable examples and list them in rejected.jsonl")
 
+    def refuse_reading(self, why: str, *, where) -> None:
+        """Raises UsageError for a flag of reading files `where` no file of examples is read."""
+        others = ("passage_words", "skip_bad_examples")  # of texts and corpora too
+        refuse(
+            self, [of.name for of in dataclasses.fields(ReadingArguments) if of.name not in others], why, where=where
+        )
+
     def reading_options(self) -> dict:
         """These flags, less the documents file, as keywords of `load_examples`."""
         names = (field.name for field in dataclasses.fields(ReadingArguments) if field.name != "documents_file")
@@ -128,6 +143,12 @@ class DataArguments(ReadingArguments):
     sample_documents: int = flag(
         1500, "size of the embedded training set in transcripts, with six examples each", at_least=1
     )
+
+    def check_data(self) -> None:
+        """Raises UsageError for a flag of other data than what is trained on."""
+        refuse(self, ("sample_documents",), "with --train_file", where=self.train_file)
+        self.refuse_reading("without --train_file", where=not self.train_file)
+        refuse(self, ("passage_words",), "without --train_file", where=not self.train_file)
 
 
 @dataclass
@@ -166,7 +187,7 @@ class RunArguments:
     )
     deterministic: bool = flag(False, "use only deterministic operations")
     trust_remote_code: bool = flag(False, "run the Python code that a model of the Hub or a folder brings with it")
-    seed: int = flag(42, "random seed of data order, dropout and new weights", at_least=0)
+    seed: int = flag(42, "random seed of data order, dropout and new weights", at_least=0, at_most=2**32 - 1)
     language: str | None = flag(
         None,
         "language of the texts, for BM25: a code or name such as de or german; none: no stemmer and no stop words "
@@ -329,10 +350,8 @@ class LoraArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        default = {field.name: field.default for field in dataclasses.fields(LoraArguments)}
-        for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "merge_lora"):
-            if not self.lora_rank and getattr(self, name) != default[name]:
-                raise UsageError(f"--{name} has no effect without --lora_rank")
+        of_adapters = ("lora_alpha", "lora_dropout", "lora_target_modules", "merge_lora")
+        refuse(self, of_adapters, "without --lora_rank", where=not self.lora_rank)
         if self.lora_rank and not self.model_name_or_path:  # a flag of the scripts
             raise UsageError("--lora_rank needs a pretrained model: set --model_name_or_path")
 
@@ -433,9 +452,10 @@ class TrainingArguments(LoraArguments):
                 f"without them choose one of {', '.join(ENDLESS_SCHEDULERS)}"
             )
         refuse(self, ("hub_model_id", "hub_private_repo"), "without --push_to_hub", where=not self.push_to_hub)
-        for name in ("reset_optimizer", "reset_lr_scheduler", "reset_dataloader", "reset_meters"):
-            if getattr(self, name) and not self.init_from:
-                raise UsageError(f"--{name} has no effect without --init_from")
+        resets = ("reset_optimizer", "reset_lr_scheduler", "reset_dataloader", "reset_meters")
+        refuse(self, resets, "without --init_from", where=not self.init_from)
+        if isinstance(self, DataArguments):  # as in all scripts
+            self.check_data()
         if self.torch_compile and self.gradient_checkpointing:
             raise UsageError("--torch_compile has no effect with --gradient_checkpointing; leave one of them out")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
@@ -452,6 +472,14 @@ class TrainingArguments(LoraArguments):
         """The flags that decide what a step computes, beside data and batches. To resume, they must be the same."""
         others = {field.name for owner in (CorpusArguments, GenerationArguments) for field in dataclasses.fields(owner)}
         return {name: value for name, value in vars(self).items() if name not in MAY_CHANGE | others}
+
+    def judged_by(self) -> list:
+        """What the score of a validation depends on, beside the metric and the weights."""
+        names = """validation_file validation_documents_file validation_qrels_file max_eval_examples retriever ranking
+                   bm25_weight smooth_window smooth_decay truncate_dim index reranker rerank_top_k
+                   rerank_weight""".split()
+        names += [field.name for field in dataclasses.fields(GenerationArguments)]
+        return [getattr(self, name, None) for name in names]
 
     def accumulation(self, epoch: int) -> int:
         """Micro-batches in a step of this epoch. The last number of a list holds for all later epochs."""

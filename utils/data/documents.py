@@ -69,7 +69,7 @@ class Documents:
         key = doc_id or hashlib.blake2b(json.dumps(passages).encode(), digest_size=8).hexdigest()
         if key not in self.by_id:
             words = np.fromiter((count_words(passage) for passage in passages), np.int32, count=len(passages))
-            number = self.keep(key, passages, is_ordered and "passage_ids" not in row.record)
+            number = self.keep(key, passages, is_ordered and not is_unordered(row.record))
             self.by_id[key] = (Source(number, words, given, placed), row.place, text_key)
         first, place, first_key = self.by_id[key]
         if first_key != text_key:
@@ -103,6 +103,11 @@ class Documents:
         if not text.strip():
             raise BadRecord(f"'{document_column}' is empty; it must hold the text to summarize")
         return text
+
+
+def is_unordered(record: dict) -> bool:
+    """Whether a record of these scripts says that its passages are in no order of a text (see `hops_record`)."""
+    return "passage_ids" in record or record.get("is_ordered") is False
 
 
 def _checksum(content) -> bytes:

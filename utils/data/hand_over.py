@@ -117,7 +117,7 @@ def write_hand_over(
 
     write_retrieved(path, examples, cut())
     if with_trec:
-        write_run(folder / f"run.{split}.trec", examples, rankings, tag="train_retrieve")
+        write_run(folder / f"run.{split}.trec", examples, rankings, tag="multistep-retrieve-summarize")
         write_qrels(folder / f"qrels.{split}.trec", examples)
     return path
 
@@ -187,6 +187,8 @@ def hops_record(example: Example, hops: Sequence[Hop], prediction: str | None = 
         number = range(len(document.passages))  # the same numbers
         text = {"passages": list(document.passages)}  # the longest field comes last
         record["doc_id"] = document.id
+        if not document.is_ordered:
+            record["is_ordered"] = False
     if example.summaries:
         record["summary"] = example.summaries if len(example.summaries) > 1 else example.summaries[0]
     if evidence:

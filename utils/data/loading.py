@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils.data.corpus import CorpusWords, load_corpus
-from utils.data.documents import Documents, Source
+from utils.data.documents import Documents, Source, is_unordered
 from utils.data.examples import Corpus, Document, Example, blocks
 from utils.data.fields import number_evidence, read_evidence, read_hops, read_ranking, read_summaries
 from utils.data.kept import Examples, Keeper, keeper, kept_examples
@@ -25,6 +25,7 @@ from utils.data.rows import (
     read_rows,
     report_problems,
     shown,
+    source_name,
 )
 from utils.data.trec import read_qrels
 from utils.errors import BadRecord, DataError
@@ -281,8 +282,9 @@ def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, docume
         rows = read_rows(documents_file, split, config_name, list_columns, text_columns)
         used = {field: columns[field] for field in ("doc_id", "document", "passages")}
         required = [("doc_id",), ("document", "passages")]
-        _, bad = build_all(rows, str(documents_file), documents.add, used, required, **rejection)
-        problems.append([str(documents_file), bad])
+        documents_name = source_name(documents_file, split)
+        _, bad = build_all(rows, documents_name, documents.add, used, required, **rejection)
+        problems.append([documents_name, bad])
 
     first_places: dict[str, str] = {}
 
@@ -291,9 +293,9 @@ def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, docume
         if not own_text and "positive_passages" in record:
             flag = "--corpus_file" if documents_file is None else "--documents_file"
             raise DataError(f"{row.place}: 'positive_passages' are passages of the record's own; leave out {flag}")
-        if has_marks and (merge_passages or smooth_window):
+        if (has_marks or is_unordered(record)) and (merge_passages or smooth_window):
             flag = "--merge_passages" if merge_passages else "--smooth_window"
-            raise DataError(f"{row.place}: positives and negatives of a query are not neighbours; leave out {flag}")
+            raise DataError(f"{row.place}: its passages are not neighbours in a text; leave out {flag}")
         # qrels need true ids: a row number could match one of their ids by chance
         example_id = read_identifier(record, id_column) if qrels or id_column in record else str(row.number)
         if example_id in first_places:
@@ -334,10 +336,13 @@ def _read_examples(path, keep: Keeper, columns: dict[str, str], *, split, docume
         required.append(("summary",))
     elif not require_summary:
         del used["summary"]  # a file to be summarized may lack the column that was named for the training file
-    _, bad = build_all(rows, str(path), keep_example, used, required, max_built=max_examples, **rejection)
+    name = source_name(path, split)
+    if split == "test":
+        del used["evidence"]  # likewise
+    _, bad = build_all(rows, name, keep_example, used, required, max_built=max_examples, **rejection)
     if qrels and not max_examples and not any(key in qrels for key in first_places):
         raise DataError(
             f"{qrels_file}: none of its queries, such as '{next(iter(qrels))}', is among the examples of {path}, such "
             f"as '{next(iter(first_places))}'; name the field of their ids with --id_column"
         )
-    return [*problems, [str(path), bad]]
+    return [*problems, [name, bad]]

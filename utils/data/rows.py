@@ -233,6 +233,12 @@ def read_line_rows(path: str | os.PathLike, parse: Callable[[str], dict | None])
     return _guarded(path, lambda: _line_rows(str(path), _open_bytes(path), parse))
 
 
+def source_name(path: str | os.PathLike, split: str) -> str:
+    """A file, or a folder or Hub data set with the split that is read, as messages and rejected records name it."""
+    file = Path(path)
+    return str(path) if file.exists() and not file.is_dir() else f"{path} ({split})"
+
+
 def _guarded(path: str | os.PathLike, read: Callable[[], Iterator[Row]]) -> Iterator[Row]:
     """Rows of `read()`; raises DataError if the file cannot be opened or read to its end."""
     number = 0
@@ -483,8 +489,9 @@ def _dataset_rows(
             f"{name}: no such file or folder, nor can it be loaded from the Hub: {message}; "
             "check the name, or download the data and give its path"
         ) from None
+    source = source_name(name, options["split"])
     for number, record in enumerate(rows, 1):
-        yield Row(number, f"{name}: row {number}", _decode_lists(record, columns), share=number / len(rows))
+        yield Row(number, f"{source}: row {number}", _decode_lists(record, columns), share=number / len(rows))
 
 
 def _decode_lists(record: dict, columns: tuple[Sequence[str], Sequence[str]]) -> dict:

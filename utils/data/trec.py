@@ -168,7 +168,7 @@ def by_passage_number(
 def _passage_numbers(document: Document) -> dict[str, int]:
     """docid -> passage number, for every docid that `by_passage_number` accepts."""
     numbers = {document.passage_id(number): number for number in range(len(document.passages))}
-    if not any(map(str.isdecimal, numbers)):
+    if document.is_ordered and not any(map(str.isdecimal, numbers)):
         numbers |= {str(number): number for number in range(len(document.passages))}
     return numbers
 

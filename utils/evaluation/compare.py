@@ -80,13 +80,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     sides = [args.A, args.B] if args.B else [args.A]
+    if "bm25" in sides:
+        for path in {split_hop(side)[0] for side in sides if is_hand_over(side)}:
+            if is_of_corpus(path):
+                raise UsageError(f"{path}: holds only what was found in a corpus, which bm25 cannot rank fairly; the "
+                                 "log of train_retrieve.py has BM25's scores in the corpus")  # fmt: skip
     document_of = {}
+    asked: list[dict] = []  # of each side that has them, the texts that an id stands for
     if args.metric in ROUGE:
-        by_side = [score_predictions(side, args.metric, document_of) for side in sides]
+        by_side = [score_predictions(side, args.metric, document_of, asked) for side in sides]
     else:
         hand_overs = {side: read_hand_over(side, args.qrels) for side in sides if is_hand_over(side)}
         by_side = [score_side(side, hand_overs, args.metric, args.qrels, args.language) for side in sides]
         document_of = {example.id: example.document.id for example in next(iter(hand_overs.values()), ())}
+        asked = [{example.id: example.query for example in examples} for examples in hand_overs.values()]
+    for query, text in asked[0].items() if asked else ():
+        if asked[-1].get(query, text) != text:
+            raise DataError(
+                f"{args.A} and {args.B}: '{query}' is another example there; compare files of the same data"
+            )
     queries = [query for query in by_side[0] if query in by_side[-1]]
     left_out = len(set().union(*by_side)) - len(queries)
     if not queries:
@@ -116,11 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"A is better on {better} queries, equal on {len(queries) - better - worse}, worse on {worse}")
 
 
-def score_predictions(path: str, metric: str, document_of: dict[str, str]) -> dict[str, float]:
-    """ROUGE of each prediction that has a reference, by example id. Adds the documents of the examples."""
+def score_predictions(path: str, metric: str, document_of: dict[str, str], asked: list) -> dict[str, float]:
+    """ROUGE of each prediction that has a reference, by example id. Adds the documents and texts of the examples."""
     from utils.evaluation.rouge import rouge_scores  # imports `evaluate`, which takes seconds
 
     scores, (path, hop), most = {}, split_hop(path), [0]
+    asked.append({})
 
     def take(row: Row) -> None:
         key, prediction = read_identifier(row.record, "id"), row.record.get("prediction")
@@ -131,7 +144,9 @@ def score_predictions(path: str, metric: str, document_of: dict[str, str]) -> di
         if not isinstance(prediction, str):
             raise BadRecord(f"no 'prediction'; {listed_fields(row.record)}")
         document_of[key] = document_of.get(key) or row.record.get("doc_id")
-        if references := read_summaries(row.record, "summary", required=False):
+        references = read_summaries(row.record, "summary", required=False)
+        asked[-1][key] = row.record.get("query") or "", references
+        if references:
             scores[key] = rouge_scores(prediction, references)[metric]
 
     columns = {name: name for name in ("id", "prediction", "summary")}
@@ -141,6 +156,12 @@ def score_predictions(path: str, metric: str, document_of: dict[str, str]) -> di
     if hop > most[0]:
         raise UsageError(f"{path}#{hop}: no example was searched for {hop} hops")
     return scores
+
+
+def is_of_corpus(path: str) -> bool:
+    """Whether a hand-over file's passages are those that were found in a corpus, and the evidence."""
+    first = next(read_rows(path, "validation", None, ()), None)
+    return bool(first and first.record and "passage_ids" in first.record)
 
 
 def is_hand_over(side: str) -> bool:

@@ -50,6 +50,7 @@ class _VocabularyLoss(torch.autograd.Function):
         is_trained = with_gradient and ctx.needs_input_grad[3]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
         scale = 2**10 if dtype == torch.float16 else 1  # in float16 small gradients would become 0
+        shrink = 2**-8 if scale > 1 else 1  # and sums over many tokens would overflow
         size = max(1, _VocabularyLoss.CHUNK // len(weight))
         for start in range(0, len(hidden), size):
             rows, labels = low_hidden[start : start + size], targets[start : start + size]
@@ -65,7 +66,9 @@ class _VocabularyLoss(torch.autograd.Function):
                 gradient = gradient.mul_(scale).to(dtype) if scale > 1 else gradient.to(dtype)
                 grad_hidden[start : start + size] = multiply(gradient, low_weight)
                 if is_trained:
-                    grad_weight += multiply(gradient.T, rows)
+                    grad_weight += multiply(gradient.T, rows * shrink if scale > 1 else rows)
+        if is_trained and scale > 1:
+            grad_weight /= shrink
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.dtype)
         ctx.mark_non_differentiable(nll)

@@ -110,6 +110,9 @@ class Sources:
         """The tokens between and around the texts of a sequence are those of the tokenizer."""
         tokenizer, self.prompt, self.targets_end = self.tokenizer, None, []
         self.separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+        ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+        if ends.isdisjoint(tokenizer(text_target="a")["input_ids"]):  # Gemma's tokenizer adds no end
+            self.targets_end = [self.separator if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
         self.between = [self.separator]
         bare, whole = self.tokenize(["a"])[0], tokenizer("a")["input_ids"]
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)

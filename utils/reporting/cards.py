@@ -22,7 +22,6 @@ from utils.models.settings import saved_settings
 from utils.reporting.examples import visible
 from utils.reporting.folder import is_number, read_folder
 from utils.reporting.markdown import as_text
-from utils.reporting.report import BESIDE
 
 FILE = "README.md"
 SUITE = "multistep-retrieve-summarize"
@@ -33,7 +32,9 @@ WHAT = {"retriever": "A retriever (bi-encoder)", "reranker": "A reranker (cross-
 TASKS = {"retriever": "sentence-similarity", "reranker": "text-ranking"}
 TAGS = {"retriever": ["sentence-transformers", "feature-extraction"], "reranker": ["sentence-transformers", "reranker"],
         "summarizer": ["summarization"]}  # fmt: skip
-FLAGS = {"retriever": "--retriever {} --summarizer extract", "reranker": "--reranker {}",
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+FLAGS = {"retriever": "--retriever {} --summarizer extract",
+         "reranker": f"--retriever {MINILM} --reranker {{}} --summarizer extract",
          "summarizer": "--retriever bm25 --summarizer {}"}  # fmt: skip
 LIBRARIES = ("python", "torch", "accelerate", "transformers", "sentence-transformers")
 OWN = ("output_dir", "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo")  # flags that no card shows
@@ -54,8 +55,9 @@ def card_writer(run, kind: str, splits: dict, scores: dict) -> Callable[[str], N
     files, about = _data_files(args), environment(run.accelerator)
     versions = {name: about[name] for name in LIBRARIES} | ({"peft": version("peft")} if adapters else {})
 
-    tests = [event for event in read_folder(run.folder).of("test") if event.get("model_step") == _step(run)]
-    columns = {"validation": scores} | {label: scores[key] for key, label in BESIDE.items() if key in scores}
+    folder = read_folder(run.folder)
+    tests = [event for event in folder.of("test") if event.get("model_step") == _step(run) and args.test_file]
+    columns = {"validation": scores} | {label: scores[key] for key, label in folder.beside.items() if key in scores}
     columns |= {"test": tests[-1]} if tests else {}
     metrics = [name for name, value in scores.items() if is_number(value) and name != "examples"]  # which is a count
     results = [
@@ -92,6 +94,7 @@ def card_writer(run, kind: str, splits: dict, scores: dict) -> Callable[[str], N
             datasets=list(dict.fromkeys(value for value, _ in files.values() if is_hub_name(value))) or None,
         )  # fmt: skip
         flags = FLAGS[kind].format(shlex.quote(name) if name.isprintable() else "FOLDER")
+        flags += " --trust_remote_code" if args.trust_remote_code else ""
         card = ModelCard.from_template(data, template_path=str(Path(__file__).with_name("card.md")),
                                        title=as_text(name), name=repr(name), flags=flags, **shown)  # fmt: skip
         write_lines(path, [seal(visible(str(card)))])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.errors import DataError, UsageError
+from utils.models.settings import saved_settings
 
 
 @dataclass
@@ -66,7 +67,23 @@ class RunFolder:
 
     @property
     def language(self) -> str | None:
-        return self.arguments.get("language")
+        """The language of BM25's words: that of a trained retriever, else of the flag."""
+        retriever = self.arguments.get("retriever")
+        saved = saved_settings(retriever) if retriever and Path(retriever).is_dir() else {}
+        return saved.get("language") or self.arguments.get("language")
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """What else a validation scores: key and name. Imitated drafts are made of the references."""
+        drafts = "given" if self.arguments.get("validation_drafts_file") else "imitated"
+        return {"hop2": f"hop 2, {drafts} drafts", "bm25": "BM25", "retriever": "retriever alone",
+                "lead": "lead extract", "oracle": "oracle extract"}  # fmt: skip
+
+    @property
+    def drafts_are_summaries(self) -> bool:
+        """Whether drafts and summaries are written by the same model, or both are extracts."""
+        drafter, extracts = self.arguments.get("drafter"), self.arguments.get("summarizer") == "extract"
+        return drafter in (None, "extract" if extracts else "summarizer")
 
     @property
     def flags(self) -> list[tuple[str, str]]:
@@ -75,7 +92,8 @@ class RunFolder:
             words = shlex.split(self.command)
         except ValueError:
             words = []
-        names = (word[2:].partition("=")[0].removeprefix("no_") for word in words if word.startswith("--"))
+        given = (word[2:].partition("=")[0] for word in words if word.startswith("--"))
+        names = (name if name in self.arguments else name.removeprefix("no_") for name in given)
         return [(name, shown(self.arguments[name])) for name in dict.fromkeys(names) if name in self.arguments]
 
 
@@ -100,6 +118,15 @@ def read_folder(path: Path) -> RunFolder:
         files |= {file.name.split(".", 1)[1].removesuffix(".jsonl"): file for file in path.glob(f"{kind}.*.jsonl")}
     if not (files or run.events or run.arguments):
         raise UsageError(f"{path}: holds no run; name a folder with metrics.jsonl or predictions.<split>.jsonl")
+    if not run.events and run.arguments:  # of retrieve_and_summarize.py, where each command replaces the flags
+        began = (path / "arguments.json").stat().st_mtime_ns
+        older = sorted(split for split, file in files.items() if file.stat().st_mtime_ns < began)
+        if older:
+            names = " and ".join(files[split].name for split in older)
+            run.note = f"Of an earlier command than the one below: {names}"
+        if newer := {split: file for split, file in files.items() if split not in older}:
+            run.note += ", not shown" if older else ""
+            files = newer
     others = sorted(files.keys() - {"train"}, key=lambda split: (split != "validation", split))
     splits = others or list(files)  # what was trained on says little
     if run.events and not run.is_over:

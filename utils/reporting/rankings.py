@@ -10,6 +10,7 @@ from utils.data.examples import Document, Example
 from utils.data.words import count_words
 from utils.errors import DataError
 from utils.retrieval.bm25 import bm25_rankings
+from utils.retrieval.ranking import KEPT, WRITTEN
 
 MOST_SCORED = 2000  # questions; of a longer file the first
 RANKS = 100
@@ -31,6 +32,7 @@ class Ranked:
             drafts of the second were given or imitated.
         ranks: {the same: for each question {passage of evidence: its rank, from 1}}.
         is_cut: whether the file has more questions than were scored.
+        whole_ranks: where the file has cut rankings, if that is too early for all scores; else 0.
     """
 
     examples: list[Example]
@@ -40,6 +42,7 @@ class Ranked:
     ranks: dict[str, list[dict[int, int]]]
     own: str
     is_cut: bool = False
+    whole_ranks: int = 0
 
     def means(self) -> dict[str, dict[str, float]]:
         return {name: {metric: float(column.mean()) for metric, column in of_one.items()}
@@ -95,7 +98,11 @@ def rank_records(records: Iterable[tuple[str, dict]], language: str | None = Non
     every = [sum(words[example.document]) for example in examples]
     budgets = np.arange(STEP, min(BUDGETS, max(max(every), STEP)) + STEP, STEP)
     own = [name for name in methods if name != "BM25"]
-    ranked = Ranked(examples, {}, {}, {}, {}, own[-1 if is_summarized else 0], is_cut)
+    last, longest = [of_one[-1] for of_one in hops], max(len(of_one[-1]) for of_one in hops)
+    if not any(len(ranking) == longest and _is_too_short(ranking, words[example.document], of_corpus)
+               for example, ranking in zip(examples, last, strict=True)):  # fmt: skip
+        longest = 0
+    ranked = Ranked(examples, {}, {}, {}, {}, own[-1 if is_summarized else 0], is_cut, longest)
     for name, rankings in methods.items():
         scores, recall, gold, ranks = [], np.zeros(RANKS), np.zeros(len(budgets)), []
         for example, ranking in zip(examples, rankings, strict=True):
@@ -108,8 +115,16 @@ def rank_records(records: Iterable[tuple[str, dict]], language: str | None = Non
             ranks.append({passage: places[passage] for passage in example.evidence if passage in places})
         ranked.scores[name] = {metric: np.array([of_one[metric] for of_one in scores]) for metric in COLUMNS}
         ranked.recall[name], ranked.gold_words[name] = 100 * recall / len(examples), 100 * gold / len(examples)
+        if longest:  # beyond it, the curves would only show that
+            ranked.recall[name] = ranked.recall[name][:longest]
         ranked.ranks[name] = ranks
     return ranked
+
+
+def _is_too_short(ranking: list[int], passage_words: list[int], of_corpus: bool) -> bool:
+    """Whether a ranking in a file ends before scores do (see `cut_ranking`); a record of a corpus has few passages."""
+    is_whole = len(ranking) == len(passage_words) and not of_corpus
+    return not is_whole and (len(ranking) < WRITTEN or sum(passage_words[i] for i in ranking) < KEPT - 1)
 
 
 def beside(first: Ranked, second: Ranked) -> Ranked:

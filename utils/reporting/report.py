@@ -18,9 +18,6 @@ MOST_EXAMPLES = 300
 MOST_BYTES = 9_500_000  # of the examples of a page; the rest of it is small
 MOST_CHANGED = 10  # questions that gained, and that lost
 MOST_ROWS = 40  # validations in the table
-# what else a validation scores: in the plot, under these names
-BESIDE = {"hop2": "hop 2", "bm25": "BM25", "retriever": "retriever alone", "lead": "lead extract",
-          "oracle": "oracle extract"}  # fmt: skip
 UNITS = {"loss": " (bits)", "nll_loss": " (bits)", "ppl": ""}  # of other scores: percent
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -107,7 +104,8 @@ def training_plots(runs: Sequence[RunFolder]) -> list[Plot]:
         own = [run for run in runs if run.metric == metric]
         lines = [Line("this run" if is_one else run.name, *run.curve("validation", metric), "dots") for run in own]
         if is_one:
-            lines += [Line(label, *runs[0].curve("validation", key, metric), "dashed") for key, label in BESIDE.items()]
+            lines += [Line(label, *runs[0].curve("validation", key, metric), "dashed")
+                      for key, label in runs[0].beside.items()]  # fmt: skip
         best = runs[0].best if is_one else None
         best = best and (*best, f"{score(best[1])} at step {best[0]:,}")
         name = "scores" if metric == runs[0].metric else f"scores_{metric.replace('@', '_at_')}"
@@ -177,7 +175,7 @@ def validations(run: RunFolder) -> dict | None:
         name for name, value in lines[-1].items() if is_number(value) and name not in ("step", "epoch", "examples")
     ]
     columns = list(dict.fromkeys(name for name in first + names))[:9]
-    beside = [(key, label) for key, label in BESIDE.items() if isinstance(lines[-1].get(key), dict) and run.metric]
+    beside = [(key, label) for key, label in run.beside.items() if isinstance(lines[-1].get(key), dict) and run.metric]
     best = run.best[0] if run.best else None
     rows = [
         {"step": line["step"], "epoch": line.get("epoch"), "is_best": line["step"] == best,
@@ -196,7 +194,7 @@ def test_scores(run: RunFolder) -> list[dict]:
     return [
         {"step": line.get("model_step", line["step"]),
          "scores": [(name, value) for name, value in line.items() if is_number(value) and "step" not in name]
-         + [(f"{run.metric}, {label}", line[key].get(run.metric)) for key, label in BESIDE.items()
+         + [(f"{run.metric}, {label}", line[key].get(run.metric)) for key, label in run.beside.items()
             if isinstance(line.get(key), dict)]}
         for line in run.of("test")
     ]  # fmt: skip
@@ -215,7 +213,9 @@ def ranking_plots(by_name: dict[str, Ranked], split: str) -> list[Plot]:
     ranked = next(iter(by_name.values()))
     if "BM25" in ranked.recall:
         rankings.append(("BM25", "dashed", ranked.recall["BM25"], ranked.gold_words["BM25"]))
-    recall = [Line(name, range(1, len(values) + 1), values, style) for name, style, values, _ in rankings]
+    recall = [
+        Line(name, range(1, len(values) + 1), values, style) for name, style, values, _ in rankings if len(values)
+    ]
     gold = [Line(name, [STEP * number for number in range(len(values) + 1)], [0, *values], style)
             for name, style, _, values in rankings]  # fmt: skip
     return [
@@ -254,7 +254,7 @@ def ranking_section(run: RunFolder, split: str) -> tuple[dict | None, list[Plot]
     return {
         "kind": "retrieval", "title": f"Retrieval, {split}", "key": f"r-{split}", "plots": plots, "metric": metric,
         "questions": len(ranked.examples), "is_cut": ranked.is_cut, "means": ranked.means(),
-        "first": first, "last": last,
+        "first": first, "last": last, "whole_ranks": ranked.whole_ranks,
         "changed": [] if first == last else changed_questions(ranked, metric, first, last),
     }, plots  # fmt: skip
 
@@ -267,11 +267,8 @@ def views(run: RunFolder, split: str, count: int) -> Iterator[View]:
     path = run.files[split]
     if not path.name.startswith("predictions."):
         return
-    drafter = run.arguments.get("drafter")
-    are_summaries = drafter == "summarizer" or (drafter is None and run.arguments.get("summarizer") != "extract")
-    are_summaries |= run.arguments.get("summarizer") == "extract" and drafter in (None, "extract")
     for place, record in itertools.islice(read_records(path), count):
-        yield view(record, place, language=run.language, drafts_are_summaries=are_summaries)
+        yield view(record, place, language=run.language, drafts_are_summaries=run.drafts_are_summaries)
 
 
 def count_examples(path: Path) -> int:
@@ -295,7 +292,8 @@ def one_run(run: RunFolder, max_examples: int) -> tuple[dict, list[Plot]]:
         if hops := run.hops.get(split):
             names = dict.fromkeys(name for row in hops for name, value in row.items() if is_number(value))
             sections.append({"kind": "hops", "title": f"Scores of each hop, {split}", "key": f"h-{split}",
-                             "names": [name for name in names if name != "hop"], "hops": hops})  # fmt: skip
+                             "names": [name for name in names if name != "hop"], "hops": hops,
+                             "drafts_are_summaries": run.drafts_are_summaries})  # fmt: skip
         if section:
             sections.append(section)
             plots = plots + of_rankings
@@ -329,7 +327,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     if tests := run.of("test"):
         facts.append((f"test {run.metric}", score(tests[-1].get(run.metric))))
     for split, hops in run.hops.items():
-        if hops and is_number(hops[-1].get("rougeL")):
+        if hops and is_number(hops[-1].get("rougeL")) and run.drafts_are_summaries:
             facts.append((f"ROUGE-L by hop, {split}", " → ".join(score(row.get("rougeL")) for row in hops)))
         if hops and is_number(hops[-1].get("recall@5")):
             facts.append((f"recall@5 by hop, {split}", " → ".join(score(row.get("recall@5")) for row in hops)))
@@ -372,12 +370,13 @@ def several_runs(runs: Sequence[RunFolder], max_examples: int) -> tuple[dict, li
 
 def compared(runs: Sequence[RunFolder], split: str) -> tuple[dict | None, list[dict[str, View]]]:
     """The section with the scores of a split, None if there are none, and the examples of each run by id."""
-    tables, plots, changed, metric = {}, [], [], None
+    tables, plots, changed, metric, whole_ranks = {}, [], [], None, 0
     ranked = [rank_records(read_records(run.files[split]), run.language) for run in runs]
     if all(ranked):
         _check_same(runs, [{e.id: e.query for e in of_run.examples} for of_run in ranked])
         plots = ranking_plots({run.name: of_run for run, of_run in zip(runs, ranked, strict=True)}, split)
         document_of = {example.id: example.document.id for example in ranked[0].examples}
+        whole_ranks = min((of_run.whole_ranks for of_run in ranked if of_run.whole_ranks), default=0)
         for name in ranked[0].scores[ranked[0].own]:
             tables[name] = compare([of_run.by_id(name) for of_run in ranked], document_of)
         metric = runs[0].metric if runs[0].metric in tables else "ndcg@10"
@@ -394,7 +393,7 @@ def compared(runs: Sequence[RunFolder], split: str) -> tuple[dict | None, list[d
     if not tables and not plots:
         return None, by_id
     return {"kind": "comparison", "title": f"Scores, {split}", "key": f"c-{split}", "tables": tables, "plots": plots,
-            "changed": changed, "metric": metric,
+            "changed": changed, "metric": metric, "whole_ranks": whole_ranks,
             "is_cut": any(count_examples(run.files[split]) > MOST_SCORED for run in runs)}, by_id  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from utils.retrieval.exact_search import add_passages, dense_search, merge, reca
 from utils.retrieval.faiss_index import approximate_index
 from utils.retrieval.ranking import KEPT, fuse_scores, search_texts
 from utils.retrieval.vectors import encode_corpus, find_vectors
+from utils.tables import code_key
 
 DEPTH = 200  # passages of a ranking at least, because rankings of searches and of hops are fused
 MOST_SEARCHED = 512  # examples of a block
@@ -27,7 +28,7 @@ class CorpusSearch:
 
     Args:
         folder: where the passages' vectors are kept. They are encoded again when `weights_key()`, a checksum of the
-            encoder, changes.
+            encoder, or the code in utils/ changes.
         index: "flat", "ivf" or "hnsw". The last two are approximate; the log says how many passages they miss.
         language: that of BM25's words (see `search_tokenizer`).
         depth: passages of a ranking, if a call does not ask for another number.
@@ -57,7 +58,7 @@ class CorpusSearch:
 
         `encode(texts, kind)` runs on all of them.
         """
-        key = f"{self.corpus.id} {self.weights_key()} {self.accelerator.mixed_precision}"
+        key = f"{self.corpus.id} {self.weights_key()} {self.accelerator.mixed_precision} {code_key()}"
         if self.trained_in and self.index == "flat":  # other indexes would be written there
             found = find_vectors(self.trained_in, key=key, count=len(self.corpus.passages))
             if add_up([found is None]) == [0.0]:  # by every process
@@ -106,7 +107,7 @@ class CorpusSearch:
         """Ranks passages as the retriever's `settings` (flags of train_retrieve.py) say: by vectors, or with BM25 too.
 
         BM25 is added by score, as within a document (see `fuse_scores`). Candidates are the `top_k` best passages of
-        either search, at least `DEPTH`; each has both scores, and they are standardized over the candidates.
+        either search, at least `DEPTH`; each has both scores, standardized over the `DEPTH` best of either search.
         """
         top_k, queries = top_k or self.depth, search_texts(examples, queries)
         if settings.get("ranking") != "hybrid":
@@ -114,9 +115,12 @@ class CorpusSearch:
 
         def fuse(query_vectors: np.ndarray, dense: list[Ranking]) -> list[Ranking]:
             lexical = bm25_search(self.lexical, queries, max(top_k, DEPTH), self.language, also=dense)
+            best = [{passage for passage, _ in (*one[:DEPTH], *other[:DEPTH])}
+                    for one, other in zip(dense, lexical, strict=True)]  # fmt: skip
             dense = add_passages(query_vectors, self.vectors, dense, lexical)
             weight = settings["bm25_weight"]
-            return [fuse_scores(*both, weight)[:top_k] for both in zip(dense, lexical, strict=True)]
+            return [fuse_scores(one, other, weight, among)[:top_k]
+                    for one, other, among in zip(dense, lexical, best, strict=True)]  # fmt: skip
 
         return self._search(encode, queries, max(top_k, DEPTH), fuse)
 

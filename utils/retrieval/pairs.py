@@ -293,6 +293,9 @@ class Pairs(Sequence):
                 f"--supervision {args.supervision} has no effect with a reranker as --teacher; leave it out"
             )
         numbers = [n for n, example in enumerate(examples) if reranks or not is_marked(example, args.supervision)]
+        if not numbers:
+            raise UsageError(f"--teacher {args.teacher} has no effect: it is a summarizer, and all training examples "
+                             "have evidence; add --supervision rouge, or leave it out")  # fmt: skip
         asking = [examples[number] for number in numbers]
         rankings = self.search(asking, top_k=args.teacher_candidates)
         candidates = [

@@ -84,14 +84,16 @@ def combine(
     return rank(smooth(scores, smooth_window, smooth_decay))
 
 
-def fuse_scores(first: Ranking, second: Ranking, weight: float) -> Ranking:
+def fuse_scores(first: Ranking, second: Ranking, weight: float, among: Iterable[int] | None = None) -> Ranking:
     """Ranks by the standardized scores of `first` plus `weight` times those of `second`, which rank the same passages.
 
-    Scores of different kinds can be added once they are standardized (mean 0, deviation 1 over these passages). Unlike
-    reciprocal ranks they tell by how much one passage is better than the next.
+    Scores of different kinds can be added once they are standardized: mean 0 and deviation 1 over these passages, or
+    over those `among` them. Unlike reciprocal ranks they tell by how much one passage is better than the next.
     """
     passages = sorted(passage for passage, _ in first)
-    return [(passages[place], score) for place, score in rank(_standardized(first) + weight * _standardized(second))]
+    counts = slice(None) if among is None else np.isin(passages, list(among))
+    total = _standardized(first, counts) + weight * _standardized(second, counts)
+    return [(passages[place], score) for place, score in rank(total)]
 
 
 def smooth(scores: np.ndarray, window: int, decay: float) -> np.ndarray:
@@ -108,14 +110,14 @@ def smooth(scores: np.ndarray, window: int, decay: float) -> np.ndarray:
     return total
 
 
-def _standardized(ranking: Ranking) -> np.ndarray:
+def _standardized(ranking: Ranking, counts=slice(None)) -> np.ndarray:
     """(passages,) The scores of a ranking, in the order of the passages' numbers, with mean 0 and deviation 1."""
-    return standardized(np.array([score for _, score in sorted(ranking)]))
+    return standardized(np.array([score for _, score in sorted(ranking)]), counts)
 
 
-def standardized(scores: np.ndarray) -> np.ndarray:
-    """Scores (passages,) with mean 0 and deviation 1; if all are equal, 0."""
-    return (scores - scores.mean()) / (scores.std() or 1.0)
+def standardized(scores: np.ndarray, counts=slice(None)) -> np.ndarray:
+    """Scores (passages,) with mean 0 and deviation 1 over those that count; if these are equal, their score is 0."""
+    return (scores - scores[counts].mean()) / (scores[counts].std() or 1.0)
 
 
 # ---- fusing rankings
@@ -183,9 +185,10 @@ def hard_negatives(ranking: Ranking, evidence: Iterable[int], pool: int, margin:
     """The `pool` best different passages of a ranking that are not evidence, best first.
 
     With `margin`, a passage must score at least that share below the best evidence, because a closer one is probably
-    unmarked evidence (NV-Retriever, Moreira et al., 2024, arXiv:2407.15831).
+    unmarked evidence (NV-Retriever, Moreira et al., 2024, arXiv:2407.15831). So a ranking that ends before any evidence
+    has none.
     """
-    evidence, limit = set(evidence), math.inf
+    evidence, limit = set(evidence), math.inf if margin is None else -math.inf
     found = [score for passage, score in ranking if passage in evidence]
     if found and margin is not None:
         limit = max(found) - margin * abs(max(found))

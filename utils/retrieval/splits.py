@@ -49,6 +49,10 @@ def rank_splits(
     if args.reranker or is_trained:
         return _search(splits, source if is_trained else None, settings, args, accelerator, say), source
     if source == "bm25" or source in BASELINES:
+        if not all(document.is_ordered for of in splits.values() for document in dict.fromkeys(values(of, "document"))):
+            if source == "lead":
+                raise UsageError("--retriever lead: the passages have no order, so none come first; name another")
+            say(f"note: {source} chooses among the passages that each record holds, and evidence is always among them")
         return {split: _kept(examples, source, args, say) for split, examples in splits.items()}, source
     # a TREC run, in one call, which refuses ids that two splits have
     ranked = iter(run_rankings(source, list(itertools.chain(*splits.values()))))

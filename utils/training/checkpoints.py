@@ -151,11 +151,7 @@ class Checkpoints:
         if is_own or not args.reset_lr_scheduler:
             peaks = content["scheduler"]["base_lrs"] if is_own else scheduler.base_lrs  # another run has its own
             scheduler.load_state_dict({**content["scheduler"], "base_lrs": peaks, "lr_lambdas": [None] * len(peaks)})
-            if not is_own:
-                scheduler._last_lr = [peak * factor(scheduler.last_epoch)
-                                      for peak, factor in zip(peaks, scheduler.lr_lambdas, strict=True)]  # fmt: skip
-        for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
+        set_learning_rate(optimizer, scheduler)
         if not is_own:
             state.stop, state.validation_due = None, False
             if args.reset_dataloader:
@@ -173,9 +169,13 @@ class Checkpoints:
     def load_best(self, state: LoopState) -> bool:
         """Loads the weights of the best validation unless the model has them. Called on all processes.
 
-        Returns whether they were loaded. If that checkpoint is missing or damaged, it warns and keeps the model.
+        Returns whether they were loaded. If that checkpoint is missing or damaged, or if no validation was judged by
+        `--metric_for_best`, it warns and keeps the model.
         """
         tensors = {}
+        if self.accelerator.is_main_process and state.step and not state.best_step:
+            self.log.warn("the model is the last one, in spite of --load_best_model_at_end: no validation was judged "
+                          f"by --metric_for_best {self.args.metric_for_best}")  # fmt: skip
         if self.accelerator.is_main_process and state.best_step not in (0, state.step):
             try:
                 tensors, *_ = checkpoint_files.read((self.folder / "best").resolve())
@@ -186,6 +186,14 @@ class Checkpoints:
             restore_tensors(self.accelerator, self.model, self.optimizer, tensors, with_optimizer=False)
             self.log.say(f"the model is that of step {state.best_step}, the best by --metric_for_best")
         return is_found
+
+
+def set_learning_rate(optimizer, scheduler) -> None:
+    """Gives the optimizer the learning rate of the place where the schedule is."""
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    scheduler._last_lr = [peak * factor for peak, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, lr in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = lr
 
 
 def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:

@@ -67,7 +67,9 @@ class RunLog:
             elif event != "done":  # the run says that in words
                 self.say(_readable(event, values))
         if self.accelerator.trackers and event in ("train", "epoch", "validation", "test"):
-            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+            parts = [(key, values[key]) for key in values if isinstance(values[key], dict)]  # such as hop2 and bm25
+            flat = values | {f"{key}/{name}": value for key, part in parts for name, value in part.items()}
+            numbers = {f"{event}/{k}": v for k, v in flat.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(numbers, step=values.get("step"))
 
     def track(self, texts: dict[str, str], step: int) -> None:
@@ -172,10 +174,13 @@ class Meters:
 
     def __init__(self, accelerator, saved: dict | None = None):
         self.reset()
-        if saved and accelerator.is_main_process:
-            self.sums, self.gnorm, self.clipped, self.steps, self.seconds = (
-                saved[name] for name in ("sums", "gnorm", "clipped", "steps", "seconds")
-            )
+        if saved:
+            keeps = accelerator.is_main_process
+            self.sums = {name: value if keeps else 0.0 for name, value in saved["sums"].items()}  # all have the names
+            if keeps:
+                self.gnorm, self.clipped, self.steps, self.seconds = (
+                    saved[name] for name in ("gnorm", "clipped", "steps", "seconds")
+                )
 
     def reset(self) -> None:
         self.sums: dict[str, float | torch.Tensor] = {}

@@ -18,6 +18,7 @@ class LoopState:
     best: float | None = None
     best_step: int = 0
     best_metric: str | None = None  # whose score that is
+    best_judged_by: list | None = None  # and how the validation was made
     validations_without_improvement: int = 0
     last_validation: int = 0  # its step
     validation_due: bool = False  # a signal interrupted it
@@ -39,13 +40,21 @@ class LoopState:
         better = is_number and (self.best is None or (score > self.best if greater_is_better else score < self.best))
         self.validations_without_improvement = 0 if better else self.validations_without_improvement + 1
         if better:
-            self.best, self.best_step, self.best_metric = score, self.step, args.metric_for_best
+            self.best, self.best_step = score, self.step
+            self.best_metric, self.best_judged_by = args.metric_for_best, args.judged_by()
         return better
 
     def forget_other_metric(self, args) -> None:
         """Forgets the best score, and with it the patience, if it is one of another metric."""
         if self.best_metric != args.metric_for_best:
             self.best, self.best_step, self.validations_without_improvement = None, 0, 0
+
+    def forget_other_validation(self, args) -> str:
+        """Forgets the best score if later validations are made otherwise; says so, or ""."""
+        if self.best is None or self.best_judged_by == args.judged_by():
+            return ""
+        self.best, self.best_step, self.validations_without_improvement = None, 0, 0
+        return "the best score so far is forgotten: it is of another kind of validation than the next ones"
 
     def advance(self, steps_in_epoch: int) -> None:
         """Counts a step; after the last one of an epoch, the epoch."""
@@ -101,6 +110,12 @@ def schedule_steps(args, plan, shape) -> int:
         if 0 < args.max_train_steps <= steps:
             break
     return min((limit for limit in (args.max_train_steps, steps) if limit), default=0)
+
+
+def steps_left(args, plan, state: LoopState) -> int:
+    """Optimizer steps until the last epoch ends, from where a run stands between two plans of an epoch."""
+    here = len(plan(state.epoch, without=state.done_before))
+    return here + sum(len(plan(epoch)) for epoch in range(state.epoch + 1, args.num_train_epochs))
 
 
 def stop_reason(accelerator, args, state: LoopState, lr: float, warmup: int) -> str | None:

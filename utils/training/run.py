@@ -17,9 +17,9 @@ from utils.errors import Interrupted, UsageError
 from utils.progress import close_bars
 from utils.training import checkpoint_files
 from utils.training.batching import StepBatches
-from utils.training.checkpoints import Checkpoints
+from utils.training.checkpoints import Checkpoints, set_learning_rate
 from utils.training.log import Meters, RunLog
-from utils.training.loop_state import stop_reason
+from utils.training.loop_state import steps_left, stop_reason
 from utils.training.memory import give_back_memory, is_out_of_memory
 from utils.training.signals import Signals
 from utils.training.step import (
@@ -68,6 +68,9 @@ class Run:
         self.state, resumed_from, old_shape = self.checkpoints.resume()
         if old_shape:  # the epoch continues with the examples that were not yet read with the old shape
             self.state.leave_out(plan(self.state.epoch, without=self.state.done_before, shape=old_shape))
+            if max_steps != args.max_train_steps:  # the schedule ends with the last epoch, whose steps are others now
+                scheduler.last_epoch = max_steps - steps_left(args, plan, self.state)
+                set_learning_rate(optimizer, scheduler)
         self.meters = {name: Meters(accelerator, self.state.meters.get(name)) for name in ("train", "epoch")}
         log.begin(self.state.step, self.state.validation_due, tests=bool(args.test_file))
         if resumed_from:
@@ -86,6 +89,10 @@ class Run:
         self._look_for_a_stop()
         if self.state.stop:
             log.say(f"nothing to train: {self.state.stop}")
+        else:
+            log.say(self.state.forget_other_validation(args))
+            if args.learning_rate and scheduler.last_epoch and not any(scheduler.get_last_lr()):
+                raise UsageError(f"{resumed_from}: its learning rate schedule has ended; add --reset_lr_scheduler")
 
     def _look_for_a_stop(self) -> None:
         lr = self.scheduler.get_last_lr()[0]
@@ -242,7 +249,7 @@ class Run:
 
     def _seconds_left(self) -> float | None:
         """Until the last step of the learning rate schedule, at the pace since the start; None if it has no end."""
-        remaining, done = self.max_steps - self.state.step, self.state.step - self.first_step
+        remaining, done = self.max_steps - self.scheduler.last_epoch, self.state.step - self.first_step
         return remaining * (self.counted - self.began) / done if remaining >= 0 else None
 
     def _seed_step(self) -> None:
