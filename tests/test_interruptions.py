@@ -223,11 +223,17 @@ def test_fine_tuning_from_another_run_keeps_or_resets_its_state(tmp_path, undist
     ours = weights(tmp_path / "kept")  # not at the learning rate of that run
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     result = run(script, tmp_path / "ended", "--init_from", source, "--reset_dataloader", expect=2)
-    assert "its learning rate schedule has ended; add --reset_lr_scheduler" in result.stderr
+    assert (
+        f"is at step {STEPS} of {STEPS}, and this run has {STEPS} steps more; add --reset_lr_scheduler" in result.stderr
+    )
+    # its own schedule from the beginning, although the batches are others too
+    run(script, tmp_path / "halved", "--init_from", source, "--reset_lr_scheduler", "--num_train_epochs", 3,
+        "--gradient_accumulation_steps", 1, "--num_warmup_steps", 0)  # fmt: skip
+    assert events(tmp_path / "halved", "train")[0]["lr"] > 0.9 * 3e-4
     # other data, from the middle of an epoch: its own epoch is read from the start
     run(script, tmp_path / "short", "--stop_time_hours", 1e-9)
     run(script, tmp_path / "other", "--model_name_or_path", tmp_path / "short", "--init_from", tmp_path / "short",
-        "--num_train_epochs", 1, "--max_train_examples", 8)  # fmt: skip
+        "--reset_lr_scheduler", "--num_train_epochs", 1, "--max_train_examples", 8)  # fmt: skip
     assert [line["examples"] for line in events(tmp_path / "other", "train")] == [8]
 
 

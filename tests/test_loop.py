@@ -192,8 +192,13 @@ def test_each_stop_rule_ends_the_run_when_it_is_met_and_not_before(flags, before
     assert words in stop_reason(alone, rules(**flags), LoopState(**reached), lr=0.1, warmup=2)
 
 
+def judged(**flags):
+    """Flags that decide which validation is the best."""
+    return SimpleNamespace(**flags, judged_by=list)
+
+
 def test_a_score_that_is_no_number_is_never_the_best():
-    args, state = SimpleNamespace(metric_for_best="rougeL", greater_is_better=None), LoopState()
+    args, state = judged(metric_for_best="rougeL", greater_is_better=None), LoopState()
     assert not state.note_validation(args, math.nan)
     assert state.note_validation(args, 1.0)
     assert not state.note_validation(args, math.nan)
@@ -201,7 +206,7 @@ def test_a_score_that_is_no_number_is_never_the_best():
 
 
 def test_a_tie_is_no_improvement_and_patience_counts_anew_after_one():
-    best = SimpleNamespace(metric_for_best="rougeL", greater_is_better=None)
+    best = judged(metric_for_best="rougeL", greater_is_better=None)
     state = LoopState(step=1)
     assert state.note_validation(best, 1.0)
     assert not state.note_validation(best, 1.0)
@@ -212,7 +217,7 @@ def test_a_tie_is_no_improvement_and_patience_counts_anew_after_one():
 
 @pytest.mark.parametrize(("metric", "greater_is_better"), [("loss", None), ("rougeL", False)])
 def test_lower_is_better_for_a_loss_or_if_the_flag_says_so(metric, greater_is_better):
-    best = SimpleNamespace(metric_for_best=metric, greater_is_better=greater_is_better)
+    best = judged(metric_for_best=metric, greater_is_better=greater_is_better)
     state = LoopState(step=1, best=1.0)
     assert not state.note_validation(best, 2.0)
     assert state.note_validation(best, 0.5)

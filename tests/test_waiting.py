@@ -229,7 +229,7 @@ def test_reading_is_noticed():
 
 
 COUNTED = """
-import json, runpy, sys
+import json, linecache, runpy, sys
 sys.path.insert(0, {root!r})
 import utils.training.batching as batching
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -242,7 +242,10 @@ counts = []
 class Count(TorchDispatchMode):
     inside = []
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        counts[-1] += function.overloadpacket.__name__ == "_local_scalar_dense"
+        if function.overloadpacket.__name__ == "_local_scalar_dense":
+            caller = sys._getframe(1)
+            line = linecache.getline(caller.f_code.co_filename, caller.f_lineno)
+            counts[-1] += "layerdrop" not in line  # in older Transformers, a number that the host has drawn
         return function(*arguments, **(options or {{}}))
     def begin():
         Count.inside.append(Count().__enter__())

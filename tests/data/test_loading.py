@@ -603,6 +603,10 @@ def test_passages_without_an_order_stay_without_one_in_files_made_of_them(tmp_pa
         load_examples(path, smooth_window=2)
 
 
+def test_a_name_that_no_file_can_have_is_refused_in_words():
+    assert "cannot be read: File name too long" in error_of("x" * 300 + ".jsonl")
+
+
 def test_test_examples_need_no_evidence_where_its_field_was_named(tmp_path):
     train = write(tmp_path / "train.jsonl", {**GOOD, "gold": [0]})
     test = write(tmp_path / "test.jsonl", {**GOOD, "query": "other?"})

@@ -28,6 +28,10 @@ from utils.data.words import count_words
         ("It cost 3.5 dollars. 7 were sold.", ["It cost 3.5 dollars.", "7 were sold."]),
         ("1. Introduction\n2. Methods", ["1. Introduction", "2. Methods"]),
         ("First turn\n\nSecond turn", ["First turn", "Second turn"]),
+        ("„Das ist gut.“ Dann ging er. »Ja.« Sie auch.", ["„Das ist gut.“", "Dann ging er.", "»Ja.«", "Sie auch."]),
+        ("“I know.” So “he” left. « Oui. » Il part.", ["“I know.”", "So “he” left.", "« Oui. »", "Il part."]),
+        ("Նա ասաց դա։ Հետո գնաց։", ["Նա ասաց դա։", "Հետո գնաց։"]),
+        ("እሱ ሄደ። እሷ መጣች።", ["እሱ ሄደ።", "እሷ መጣች።"]),
     ],
 )
 def test_text_is_split_at_sentence_and_line_ends_only(text, sentences):
@@ -56,6 +60,9 @@ def test_text_is_split_at_sentence_and_line_ends_only(text, sentences):
         ("「行こう。」彼は言った。“好。”她说。", ["「行こう。」", "彼は言った。", "“好。”", "她说。"]),
         ("「行こう。」 彼は言った。", ["「行こう。」", "彼は言った。"]),
         ("It is 3.5.2 here。And there.", ["It is 3.5.2 here。", "And there."]),
+        ("東京は首都である．人口は3．5倍。", ["東京は首都である．", "人口は3．5倍。"]),
+        ("“好。”，他说。然后走了。", ["“好。”，他说。", "然后走了。"]),
+        ("「行こう。」、彼は。", ["「行こう。」、彼は。"]),
     ],
 )
 def test_a_full_width_stop_ends_a_sentence_without_white_space(text, sentences):

@@ -128,6 +128,26 @@ def test_rouge_words_keep_other_scripts():
     assert rouge_words("人々・ＡＢＣ") == ("人", "々", "abc")
 
 
+@pytest.mark.parametrize(("spelled", "otherwise"), [
+    ("\u09b8\u09ae\u09df", "\u09b8\u09ae\u09af\u09bc"),  # Bengali: NFC takes the last letter apart
+    ("\u0938\u095c\u0915", "\u0938\u0921\u093c\u0915"),  # Hindi
+    ("\ufb2aלום", "ש\u05c1לום"),  # Hebrew
+    ("Ver\u00adfas\u00adsung", "Verfassung"),  # soft hyphens
+    ("\ufeffWort\u2060spiel\u200e", "Wortspiel"),
+    ("Caf\u0065\u0301", "Café"),
+])  # fmt: skip
+def test_spellings_that_look_alike_are_one_word(spelled, otherwise):
+    assert rouge_words(spelled) == rouge_words(otherwise) and len(rouge_words(spelled)) == 1
+    both = search_words([spelled, otherwise, f"{spelled} ক়"], "none")  # beside a mark, too
+    assert both[0] == both[1] == both[2][:1]
+
+
+def test_turkish_capitals_are_those_of_its_small_letters():
+    words = search_words(["IŞIK HIZI", "Işık hızı", "ışık hızı", "İstanbul", "istanbul", "I\u0307stanbul"], "tr")
+    assert words[0] == words[1] == words[2] and words[3] == words[4] == words[5]
+    assert words[0] != search_words(["isik hizi"], "tr")[0]
+
+
 def test_rouge_words_keep_their_combining_marks():
     for text in ("पुल की मरम्मत", "كَتَبَ الوَلَدُ", "שָׁלוֹם עוֹלָם", "x\u0302y"):
         assert rouge_words(text) == tuple(text.split())

@@ -347,6 +347,8 @@ def test_summaries_are_compared_by_rouge_with_documents_drawn_whole(tmp_path, ca
     write_jsonl(tmp_path / "b.jsonl", [{"id": "0", "prediction": "x", "summary": "another reference"}])
     with pytest.raises(DataError, match="'0' is another example there"):
         main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--metric", "rouge1"])
+    write_jsonl(tmp_path / "b.jsonl", [{"id": "0", "query": "who?", "prediction": "x", "summary": references[0]}])
+    main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--metric", "rouge1"])  # the other has no question
     (tmp_path / "b.jsonl").write_text('{"id": "0", "summary": "x"}\n')
     with pytest.raises(DataError, match=r"b\.jsonl:1: .*'prediction'"):
         main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--metric", "rouge1"])

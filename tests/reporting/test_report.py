@@ -91,17 +91,14 @@ def test_flags_of_the_command_are_those_that_were_set(tmp_path):
     assert run.flags == [("num_hops", "2"), ("no_repeat_ngram_size", "6")]
 
 
-def test_results_of_an_earlier_command_are_not_shown_beside_the_flags_of_another(tmp_path):
+def test_results_of_an_earlier_command_are_said_to_be(tmp_path):
     folder = write_hops(tmp_path / "run")
-    (folder / "retrieved.other.jsonl").write_text("")  # no older than the flags
+    assert read_folder(folder).note == ""
+    write_jsonl(folder / "predictions.document.jsonl", hops_records())
     os.utime(folder / "predictions.validation.jsonl", (0, 0))
-    run = read_folder(folder)
-    assert run.files.keys() == {"other"}
-    assert run.note == "Of an earlier command than the one below: predictions.validation.jsonl, not shown"
-    (folder / "retrieved.other.jsonl").unlink()  # as the command that is running will write it
     page = page_of(folder)
-    assert "Of an earlier command than the one below: predictions.validation.jsonl" in page.text
-    assert "Summaries, validation" in page.text
+    assert "Of an earlier command than the one below, with other flags: predictions.validation.jsonl" in page.text
+    assert "Summaries, validation" in page.text and "Summaries, document" in page.text
 
 
 def test_drafts_of_a_second_hop_are_called_imitated_unless_they_were_given(tmp_path):

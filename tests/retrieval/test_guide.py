@@ -66,6 +66,7 @@ def test_passages_of_a_corpus_that_are_mined_later_are_read_too_and_none_twice(
 ):  # fmt: skip
     from train_retrieve import collate_pairs
 
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))  # where nothing is kept yet
     asked = []
     plain = guide.encode
     monkeypatch.setattr(guide, "encode", lambda model, texts, kind, **options: (

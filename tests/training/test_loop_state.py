@@ -85,11 +85,20 @@ def test_a_resumed_run_that_validates_otherwise_forgets_the_best_score_of_the_on
     args.max_eval_examples = None
     assert "the best score so far is forgotten" in state.forget_other_validation(args)
     assert state.best is None and state.note_validation(args, 3.0)
+    state.best_judged_by = None
+    assert state.forget_other_validation(args) == "" and state.best == 3  # not known to be another
 
 
 def test_the_steps_that_are_left_are_those_of_the_rest_of_this_epoch_and_of_all_later_ones():
     def plan(epoch, without=()):
         return [None] * (10 + epoch - len(without))
 
-    args = SimpleNamespace(num_train_epochs=3)
-    assert steps_left(args, plan, LoopState(epoch=1, done_before=[5, 6, 7, 8])) == 11 - 4 + 12
+    args = SimpleNamespace(num_train_epochs=3, max_train_steps=0, max_tokens=9)
+    here = LoopState(epoch=1, step=14, step_in_epoch=0, done_before=[5, 6, 7, 8])
+    assert steps_left(args, plan, None, here) == 11 - 4 + 12
+    assert steps_left(args, plan, None, LoopState(epoch=1, step_in_epoch=3)) == 11 - 3 + 12
+    assert steps_left(args, plan, None, LoopState(epoch=3)) == 0
+    args.max_train_steps = 20
+    assert steps_left(args, plan, None, here) == 6
+    args.num_train_epochs = 0
+    assert steps_left(args, plan, None, here) == 6

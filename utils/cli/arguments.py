@@ -51,7 +51,8 @@ def check_values(arguments) -> None:
             f"--num_hard_negatives {count}: must be at most --negatives_pool {pool}, which they are drawn from"
         )
     every, epochs = (getattr(arguments, name, 0) for name in ("mine_negatives_every", "num_train_epochs"))
-    if 0 < epochs <= every:
+    has_run = Path(getattr(arguments, "output_dir", ""), "checkpoints").is_dir()  # which fewer epochs may end
+    if 0 < epochs <= every and not has_run:
         raise UsageError(f"--mine_negatives_every {every}: must be less than --num_train_epochs {epochs}")
     dims = getattr(arguments, "matryoshka_dims", "")
     numbers = [int(part) if part.isdecimal() else 0 for part in dims.split(",")]
@@ -473,11 +474,14 @@ class TrainingArguments(LoraArguments):
         others = {field.name for owner in (CorpusArguments, GenerationArguments) for field in dataclasses.fields(owner)}
         return {name: value for name, value in vars(self).items() if name not in MAY_CHANGE | others}
 
+    def schedule_ends(self) -> bool:
+        """Whether the learning rate falls to 0, or nearly, at the end of its schedule."""
+        return self.learning_rate > 0 and self.lr_scheduler_type not in ENDLESS_SCHEDULERS
+
     def judged_by(self) -> list:
         """What the score of a validation depends on, beside the metric and the weights."""
-        names = """validation_file validation_documents_file validation_qrels_file max_eval_examples retriever ranking
-                   bm25_weight smooth_window smooth_decay truncate_dim index reranker rerank_top_k
-                   rerank_weight""".split()
+        names = """max_eval_examples ranking bm25_weight smooth_window smooth_decay truncate_dim index reranker
+                   rerank_top_k rerank_weight""".split()
         names += [field.name for field in dataclasses.fields(GenerationArguments)]
         return [getattr(self, name, None) for name in names]
 

@@ -9,13 +9,16 @@ from collections.abc import Iterator, Sequence
 
 from utils.data.words import FULL_STOPS, count_words, has_unspaced, split_words
 
-_STOPS = f".!?…{FULL_STOPS}।॥؟۔།။។"
+_STOPS = f".!?…{FULL_STOPS}．।॥؟۔།။។։።፧"
 _CLOSERS = "\"'”’»)]}"
+_CLOSERS_ELSEWHERE = "“‘«‹›"  # after a stop, as in „Ja.“ and »Ja.«; in other languages they open
 _OPENERS = "\"'“‘«([{"
 # The end of a Chinese or Japanese sentence that `_ends_sentence` misses: no white space follows its stop and closing
-# marks, or one of these marks is full-width. Burmese and Khmer stops likewise.
-_FULL_WIDTH_END = re.compile(f"[{FULL_STOPS}။។][{_STOPS}]*+[{re.escape(_CLOSERS)}」』）｣]*+(?:(?=\\S)|(?<=[」』）｣]))")
+# marks, or one of these marks is full-width. Burmese and Khmer stops likewise. A pause after them goes on.
 _PAUSES = ",;:，、；：､"  # where a sentence that is too long is cut, if its script has no spaces
+_FULL_WIDTH_END = re.compile(
+    f"(?:[{FULL_STOPS}။។]|．(?!\\d))[{_STOPS}]*+[{re.escape(_CLOSERS)}」』）｣]*+(?![{_PAUSES}])(?:(?=\\S)|(?<=[」』）｣]))"
+)
 # Abbreviations before a name never end a sentence.
 _TITLES = frozenset(
     "mr mrs ms messrs mme dr prof st mt sen rep gov gen col maj sgt capt lt cmdr rev hon pres vs cf viz".split()
@@ -106,7 +109,7 @@ def _ends_sentence(words: list[str], start: int, last: int, any_case: bool) -> b
         return False  # in tokenized text a closing mark is a word of its own (a straight " may also open)
     while last > start and all(character in _CLOSERS for character in words[last]):
         last -= 1
-    core = words[last].rstrip(_CLOSERS)
+    core = words[last].rstrip(_CLOSERS + _CLOSERS_ELSEWHERE)
     stem = core.rstrip(_STOPS)
     stop = core[len(stem) :]
     if not stop:

@@ -235,8 +235,7 @@ def read_line_rows(path: str | os.PathLike, parse: Callable[[str], dict | None])
 
 def source_name(path: str | os.PathLike, split: str) -> str:
     """A file, or a folder or Hub data set with the split that is read, as messages and rejected records name it."""
-    file = Path(path)
-    return str(path) if file.exists() and not file.is_dir() else f"{path} ({split})"
+    return str(path) if os.path.exists(path) and not os.path.isdir(path) else f"{path} ({split})"
 
 
 def _guarded(path: str | os.PathLike, read: Callable[[], Iterator[Row]]) -> Iterator[Row]:

@@ -124,7 +124,14 @@ def search_tokenizer(language: str | None = None):
 
     name = language_name(language)
     stemmer = str if name == "none" else Stemmer.Stemmer(name)  # `str` leaves a word as it is
-    return Tokenizer(splitter=_search_split, stopwords=name if name in _WITH_STOPWORDS else None, stemmer=stemmer)
+    splitter = _search_split if name != "turkish" else lambda text: _search_split(_turkish_lower(text))
+    return Tokenizer(lower=name != "turkish", splitter=splitter, stemmer=stemmer,
+                     stopwords=name if name in _WITH_STOPWORDS else None)  # fmt: skip
+
+
+def _turkish_lower(text: str) -> str:
+    """A text in lower case, where I becomes a dotless i."""
+    return unicodedata.normalize("NFC", text).replace("I", "ı").replace("İ", "i").lower()
 
 
 def search_words(texts: Sequence[str], language: str | None = None) -> list[list[str]]:
@@ -136,7 +143,9 @@ def search_words(texts: Sequence[str], language: str | None = None) -> list[list
 
 _PAIRED = UNSPACED + HANGUL
 _plain_words = re.compile(r"\b\w\w+\b").findall
-_SPECIAL = f"{_PAIRED}{MARKS}\u200c\u200d\ufe00-\ufe0f\uff00-\uffef"
+# within a word: soft hyphens, joiners, marks of direction, variation selectors
+_INVISIBLE = "\u00ad\u061c\u200d-\u200f\u2060\ufeff\ufe00-\ufe0f"
+_SPECIAL = f"{_PAIRED}{MARKS}\u200c{_INVISIBLE}\uff00-\uffef"
 # one range for all characters beyond U+FFFF: this runs over every text
 _SPECIAL = re.sub("[\U00010000-\U0010ffff]-?", "", _SPECIAL) + "\U00010000-\U0010ffff"
 _is_special = re.compile(f"[{_SPECIAL}]").search
@@ -146,7 +155,10 @@ _LETTER = re.compile(f"[{_PAIRED}][{MARKS}]*")
 
 def _search_split(text: str) -> list[str]:
     """The words of a text in lower case."""
-    if text.isascii() or not _is_special(text):
+    if text.isascii():
+        return _plain_words(text)
+    text = unicodedata.normalize("NFC", text)  # which takes some letters apart, such as one of Bengali
+    if not _is_special(text):
         return _plain_words(text)
     text, words, paired_until = _clean(text), [], -1
     for piece in _PIECE.finditer(text):
@@ -159,8 +171,8 @@ def _search_split(text: str) -> list[str]:
     return words
 
 
-# joiners and variation selectors within a letter; a non-joiner between letters separates parts of Persian words
-_NO_LETTER = re.compile(f"[\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]|\u200c(?<=[{MARKS}]\u200c)")
+# a non-joiner between letters separates parts of Persian words
+_NO_LETTER = re.compile(f"[{_INVISIBLE}\U000e0100-\U000e01ef]|\u200c(?<=[{MARKS}]\u200c)")
 _FULL_WIDTH = re.compile("[\uff00-\uffef]+")
 
 
@@ -185,11 +197,8 @@ def rouge_words(text: str) -> tuple[str, ...]:
     and 0-9; here letters and digits of all scripts count. The stemmer is Porter's in every language: it changes only
     English endings, and a score does not depend on a flag.
     """
-    text = text.lower()
-    if _is_special(text):
-        words = _ROUGE_WORD.findall(_clean(text))
-    else:
-        words = _plain_rouge_words(unicodedata.normalize("NFC", text))
+    text = unicodedata.normalize("NFC", text.lower())
+    words = _ROUGE_WORD.findall(_clean(text)) if _is_special(text) else _plain_rouge_words(text)
     return tuple(_porter_stem(word) if len(word) > 3 else word for word in words)
 
 

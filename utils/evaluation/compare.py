@@ -93,9 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hand_overs = {side: read_hand_over(side, args.qrels) for side in sides if is_hand_over(side)}
         by_side = [score_side(side, hand_overs, args.metric, args.qrels, args.language) for side in sides]
         document_of = {example.id: example.document.id for example in next(iter(hand_overs.values()), ())}
-        asked = [{example.id: example.query for example in examples} for examples in hand_overs.values()]
-    for query, text in asked[0].items() if asked else ():
-        if asked[-1].get(query, text) != text:
+        asked = [{example.id: [example.query] for example in examples} for examples in hand_overs.values()]
+    for query, texts in asked[0].items() if asked else ():
+        others = asked[-1].get(query, texts)
+        if any(one and other and one != other for one, other in zip(texts, others, strict=True)):
             raise DataError(
                 f"{args.A} and {args.B}: '{query}' is another example there; compare files of the same data"
             )
@@ -145,7 +146,7 @@ def score_predictions(path: str, metric: str, document_of: dict[str, str], asked
             raise BadRecord(f"no 'prediction'; {listed_fields(row.record)}")
         document_of[key] = document_of.get(key) or row.record.get("doc_id")
         references = read_summaries(row.record, "summary", required=False)
-        asked[-1][key] = row.record.get("query") or "", references
+        asked[-1][key] = [row.record.get("query"), references]
         if references:
             scores[key] = rouge_scores(prediction, references)[metric]
 

@@ -123,10 +123,7 @@ def read_folder(path: Path) -> RunFolder:
         older = sorted(split for split, file in files.items() if file.stat().st_mtime_ns < began)
         if older:
             names = " and ".join(files[split].name for split in older)
-            run.note = f"Of an earlier command than the one below: {names}"
-        if newer := {split: file for split, file in files.items() if split not in older}:
-            run.note += ", not shown" if older else ""
-            files = newer
+            run.note = f"Of an earlier command than the one below, with other flags: {names}"
     others = sorted(files.keys() - {"train"}, key=lambda split: (split != "validation", split))
     splits = others or list(files)  # what was trained on says little
     if run.events and not run.is_over:

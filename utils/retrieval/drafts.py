@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from utils.data.examples import Example
-from utils.data.passages import split_sentences
+from utils.data.passages import split_document, split_sentences
 from utils.data.words import MARKS, UNSPACED, count_words, join_sentences, rouge_words, split_words
 from utils.tables import values
 
@@ -63,6 +63,7 @@ def imitations(examples: Sequence[Example], args) -> Imitations | None:
 
 def without_last_word(draft: str) -> str:
     """Cuts the last word off a draft, with the space before it."""
+    draft = draft.rstrip()
     head, _, last = draft.rpartition(" ")
     words = split_words(last)
     return draft.removesuffix(words[-1]) if len(words) > 1 else head
@@ -81,12 +82,13 @@ def extract_drafts(
 ) -> list[str]:
     """Extracts a draft for each example: the sentences nearest to its query, from its passages in `read`.
 
-    The nearest sentences are taken until `max_words` is reached (always at least one), and put in document order.
+    The nearest sentences are taken until `max_words` is reached, and put in document order. A longer one is cut.
     `encode(texts, kind)` is a retriever's, with kind "query" or "passage"; the retriever may be trained on sentences.
     """
     sentences = []
     for example, passages in zip(examples, read, strict=True):
-        texts = (split_sentences(example.document.passages[passage]) for passage in sorted(passages))
+        texts = (split_document(sentence, max_words) for passage in sorted(passages)
+                 for sentence in split_sentences(example.document.passages[passage]))  # fmt: skip
         of_example = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
         sentences.append([text for text in of_example if count_words(text) >= MIN_SENTENCE_WORDS] or of_example)
     texts = list(dict.fromkeys(sentence for group in sentences for sentence in group))

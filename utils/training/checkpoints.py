@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Thread
 
 from accelerate.utils import broadcast_object_list
+from torch.optim.lr_scheduler import LambdaLR
 
 from utils.errors import CheckpointError, DamagedCheckpoint, UsageError
 from utils.files import remove
@@ -109,11 +110,16 @@ class Checkpoints:
             raise CheckpointError(failure) from self.error
         self.is_writing, self.thread = False, None
 
-    def resume(self) -> tuple[LoopState, Path | None, dict | None]:
+    def begin(self) -> None:
+        """Deletes the checkpoints of an earlier run with `--resume_from_checkpoint none`, once nothing is refused."""
+        if self.accelerator.is_main_process and self.args.resume_from_checkpoint == "none":
+            remove(self.folder)
+
+    def resume(self) -> tuple[LoopState, Path | None, bool, dict | None]:
         """Restores model, optimizer and schedule as `--resume_from_checkpoint` and `--init_from` say.
 
-        Returns the loop's state, the checkpoint (or None), and the checkpoint's batch shape if it differs from this
-        run's (or None), which needs `--allow_reshard`. Called on all processes. Raises UsageError.
+        Returns the loop's state, the checkpoint (or None), whether it is this run's own, and its batch shape if that
+        differs from this run's (or None), which needs `--allow_reshard`. Called on all processes. Raises UsageError.
         """
         accelerator, args, optimizer, scheduler = self.accelerator, self.args, self.optimizer, self.scheduler
         found = [None]
@@ -136,7 +142,7 @@ class Checkpoints:
         wait_for_all()
         broadcast_object_list(found)
         if found[0] is None:
-            return LoopState(), None, None
+            return LoopState(), None, False, None
         if "error" in found[0]:
             raise UsageError(found[0]["error"])
 
@@ -151,7 +157,7 @@ class Checkpoints:
         if is_own or not args.reset_lr_scheduler:
             peaks = content["scheduler"]["base_lrs"] if is_own else scheduler.base_lrs  # another run has its own
             scheduler.load_state_dict({**content["scheduler"], "base_lrs": peaks, "lr_lambdas": [None] * len(peaks)})
-        set_learning_rate(optimizer, scheduler)
+        set_learning_rate(optimizer, scheduler, scheduler.last_epoch)
         if not is_own:
             state.stop, state.validation_due = None, False
             if args.reset_dataloader:
@@ -164,7 +170,7 @@ class Checkpoints:
                 state.skipped, state.wall_seconds, state.meters = 0, 0.0, {}
         state.forget_other_metric(args)
         is_reshaped = saved["shape"] != self.fingerprint(state.epoch)["shape"]
-        return state, folder, saved["shape"] if is_reshaped else None
+        return state, folder, is_own, saved["shape"] if is_reshaped else None
 
     def load_best(self, state: LoopState) -> bool:
         """Loads the weights of the best validation unless the model has them. Called on all processes.
@@ -188,11 +194,13 @@ class Checkpoints:
         return is_found
 
 
-def set_learning_rate(optimizer, scheduler) -> None:
-    """Gives the optimizer the learning rate of the place where the schedule is."""
-    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    scheduler._last_lr = [peak * factor for peak, factor in zip(scheduler.base_lrs, factors, strict=True)]
-    for group, lr in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+def set_learning_rate(optimizer, scheduler, step: int) -> None:
+    """Gives the optimizer the learning rate of a step of the schedule; of a scheduler of another kind, its last one."""
+    if isinstance(scheduler, LambdaLR):
+        factors = [factor(step) for factor in scheduler.lr_lambdas]
+        scheduler.last_epoch = step
+        scheduler._last_lr = [peak * factor for peak, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
 
 
@@ -224,8 +232,6 @@ def _find(args, run_folder: Path, warn) -> tuple[Path | None, bool]:
             raise UsageError(
                 f"--init_from {folder}: --resume_from_checkpoint none would remove it; choose another --output_dir"
             )
-    if args.resume_from_checkpoint == "none":  # only now: a command that is refused removes nothing
-        remove(checkpoints)
     return folder, False
 
 

@@ -1,6 +1,7 @@
 """Where a run stands, and the rules that end it."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from utils.errors import Diverged
@@ -51,7 +52,7 @@ class LoopState:
 
     def forget_other_validation(self, args) -> str:
         """Forgets the best score if later validations are made otherwise; says so, or ""."""
-        if self.best is None or self.best_judged_by == args.judged_by():
+        if self.best is None or self.best_judged_by in (None, args.judged_by()):
             return ""
         self.best, self.best_step, self.validations_without_improvement = None, 0, 0
         return "the best score so far is forgotten: it is of another kind of validation than the next ones"
@@ -101,21 +102,31 @@ def schedule_steps(args, plan, shape) -> int:
 
     `plan(epoch)` gives the steps of an epoch. Without `--max_tokens` their number depends on `shape(epoch)` only.
     """
-    steps, counts = 0, {}
-    for epoch in range(args.num_train_epochs):
-        key = epoch if args.max_tokens else tuple(shape(epoch).values())
-        if key not in counts:
-            counts[key] = len(plan(epoch))
-        steps += counts[key]
+    steps = 0
+    for count in _steps_of_epochs(args, plan, shape, range(args.num_train_epochs)):
+        steps += count
         if 0 < args.max_train_steps <= steps:
             break
     return min((limit for limit in (args.max_train_steps, steps) if limit), default=0)
 
 
-def steps_left(args, plan, state: LoopState) -> int:
-    """Optimizer steps until the last epoch ends, from where a run stands between two plans of an epoch."""
-    here = len(plan(state.epoch, without=state.done_before))
-    return here + sum(len(plan(epoch)) for epoch in range(state.epoch + 1, args.num_train_epochs))
+def _steps_of_epochs(args, plan, shape, epochs: Iterable[int]) -> Iterator[int]:
+    counts = {}
+    for epoch in epochs:
+        key = epoch if args.max_tokens else tuple(shape(epoch).values())
+        if key not in counts:
+            counts[key] = len(plan(epoch))
+        yield counts[key]
+
+
+def steps_left(args, plan, shape, state: LoopState) -> int:
+    """Optimizer steps from where a run stands until the last epoch ends, or until `--max_train_steps`."""
+    left = 0
+    if state.epoch < args.num_train_epochs:
+        left = len(plan(state.epoch, without=state.done_before)) - state.step_in_epoch
+        left += sum(_steps_of_epochs(args, plan, shape, range(state.epoch + 1, args.num_train_epochs)))
+    by_steps = args.max_train_steps - state.step
+    return by_steps if args.max_train_steps and (by_steps < left or not args.num_train_epochs) else left
 
 
 def stop_reason(accelerator, args, state: LoopState, lr: float, warmup: int) -> str | None:

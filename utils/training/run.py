@@ -65,12 +65,18 @@ class Run:
         self.signals, self.received = Signals(), None
         self.checkpoints = Checkpoints(accelerator, args, folder, log, self.signals, model=model, optimizer=optimizer,
                                        scheduler=scheduler, data=data, shape=shape)  # fmt: skip
-        self.state, resumed_from, old_shape = self.checkpoints.resume()
+        self.state, resumed_from, is_own, old_shape = self.checkpoints.resume()
         if old_shape:  # the epoch continues with the examples that were not yet read with the old shape
             self.state.leave_out(plan(self.state.epoch, without=self.state.done_before, shape=old_shape))
-            if max_steps != args.max_train_steps:  # the schedule ends with the last epoch, whose steps are others now
-                scheduler.last_epoch = max_steps - steps_left(args, plan, self.state)
-                set_learning_rate(optimizer, scheduler)
+        if max_steps and resumed_from:
+            left = steps_left(args, plan, shape, self.state)
+            if is_own and old_shape:  # the schedule ends with the last step, and all steps are others now
+                set_learning_rate(optimizer, scheduler, max(max_steps - left, 0))
+            at = scheduler.last_epoch
+            if not is_own and args.schedule_ends() and at + left > max_steps:
+                raise UsageError(f"{resumed_from}: its learning rate schedule is at step {at:,} of {max_steps:,}, and "
+                                 f"this run has {left:,} steps more; add --reset_lr_scheduler")  # fmt: skip
+        self.checkpoints.begin()
         self.meters = {name: Meters(accelerator, self.state.meters.get(name)) for name in ("train", "epoch")}
         log.begin(self.state.step, self.state.validation_due, tests=bool(args.test_file))
         if resumed_from:
@@ -91,8 +97,6 @@ class Run:
             log.say(f"nothing to train: {self.state.stop}")
         else:
             log.say(self.state.forget_other_validation(args))
-            if args.learning_rate and scheduler.last_epoch and not any(scheduler.get_last_lr()):
-                raise UsageError(f"{resumed_from}: its learning rate schedule has ended; add --reset_lr_scheduler")
 
     def _look_for_a_stop(self) -> None:
         lr = self.scheduler.get_last_lr()[0]
