@@ -61,6 +61,7 @@ def test_text_is_split_at_sentence_and_line_ends_only(text, sentences):
         ("「行こう。」 彼は言った。", ["「行こう。」", "彼は言った。"]),
         ("It is 3.5.2 here。And there.", ["It is 3.5.2 here。", "And there."]),
         ("東京は首都である．人口は3．5倍。", ["東京は首都である．", "人口は3．5倍。"]),
+        ("東京は首都である． 人口は", ["東京は首都である．", "人口は"]),
         ("“好。”，他说。然后走了。", ["“好。”，他说。", "然后走了。"]),
         ("「行こう。」、彼は。", ["「行こう。」、彼は。"]),
     ],
@@ -70,6 +71,11 @@ def test_a_full_width_stop_ends_a_sentence_without_white_space(text, sentences):
     passages = split_document(text, max(map(count_words, sentences)))
     assert "".join(passages).replace(" ", "") == text.replace(" ", "")
     assert all(any(passage.endswith(sentence) for sentence in sentences) for passage in passages)
+
+
+@pytest.mark.parametrize("text", ["１．はじめに", "１．　方法", "図1．結果を示す。", "Ｊ．Ｓ．バッハは"])
+def test_a_full_width_point_after_a_number_or_a_letter_ends_no_sentence(text):
+    assert split_sentences(text) == [" ".join(text.split())]
 
 
 def test_a_chinese_document_is_split_at_its_sentence_ends():

@@ -51,8 +51,7 @@ def check_values(arguments) -> None:
             f"--num_hard_negatives {count}: must be at most --negatives_pool {pool}, which they are drawn from"
         )
     every, epochs = (getattr(arguments, name, 0) for name in ("mine_negatives_every", "num_train_epochs"))
-    has_run = Path(getattr(arguments, "output_dir", ""), "checkpoints").is_dir()  # which fewer epochs may end
-    if 0 < epochs <= every and not has_run:
+    if 0 < epochs <= every and not _resumes(arguments):  # fewer epochs may end a run
         raise UsageError(f"--mine_negatives_every {every}: must be less than --num_train_epochs {epochs}")
     dims = getattr(arguments, "matryoshka_dims", "")
     numbers = [int(part) if part.isdecimal() else 0 for part in dims.split(",")]
@@ -60,6 +59,11 @@ def check_values(arguments) -> None:
         raise UsageError(
             f"--matryoshka_dims {dims}: must be numbers of at least 1, the largest first, such as 384,256,128,64"
         )
+
+
+def _resumes(arguments) -> bool:
+    has_run = os.path.isdir(os.path.join(arguments.output_dir, "checkpoints"))
+    return has_run and arguments.resume_from_checkpoint != "none"
 
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -480,8 +484,9 @@ class TrainingArguments(LoraArguments):
 
     def judged_by(self) -> list:
         """What the score of a validation depends on, beside the metric and the weights."""
-        names = """max_eval_examples ranking bm25_weight smooth_window smooth_decay truncate_dim index reranker
-                   rerank_top_k rerank_weight""".split()
+        names = """validation_file validation_documents_file validation_qrels_file max_eval_examples ranking
+                   bm25_weight smooth_window smooth_decay truncate_dim index reranker rerank_top_k
+                   rerank_weight""".split()
         names += [field.name for field in dataclasses.fields(GenerationArguments)]
         return [getattr(self, name, None) for name in names]
 

@@ -17,7 +17,7 @@ _OPENERS = "\"'“‘«([{"
 # marks, or one of these marks is full-width. Burmese and Khmer stops likewise. A pause after them goes on.
 _PAUSES = ",;:，、；：､"  # where a sentence that is too long is cut, if its script has no spaces
 _FULL_WIDTH_END = re.compile(
-    f"(?:[{FULL_STOPS}။។]|．(?!\\d))[{_STOPS}]*+[{re.escape(_CLOSERS)}」』）｣]*+(?![{_PAUSES}])(?:(?=\\S)|(?<=[」』）｣]))"
+    f"(?:[{FULL_STOPS}။។]|(?<![0-9A-Za-z０-９Ａ-Ｚａ-ｚ])．)[{_STOPS}]*+[{re.escape(_CLOSERS)}」』）｣]*+(?![{_PAUSES}])(?:(?=\\S)|(?<=[」』）｣]))"
 )
 # Abbreviations before a name never end a sentence.
 _TITLES = frozenset(
@@ -109,7 +109,7 @@ def _ends_sentence(words: list[str], start: int, last: int, any_case: bool) -> b
         return False  # in tokenized text a closing mark is a word of its own (a straight " may also open)
     while last > start and all(character in _CLOSERS for character in words[last]):
         last -= 1
-    core = words[last].rstrip(_CLOSERS + _CLOSERS_ELSEWHERE)
+    core = words[last].rstrip(_CLOSERS + _CLOSERS_ELSEWHERE).replace("．", ".")
     stem = core.rstrip(_STOPS)
     stop = core[len(stem) :]
     if not stop:

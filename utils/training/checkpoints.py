@@ -112,8 +112,16 @@ class Checkpoints:
 
     def begin(self) -> None:
         """Deletes the checkpoints of an earlier run with `--resume_from_checkpoint none`, once nothing is refused."""
-        if self.accelerator.is_main_process and self.args.resume_from_checkpoint == "none":
-            remove(self.folder)
+
+        def clear() -> str:
+            try:
+                remove(self.folder)
+            except OSError as error:
+                return str(error)
+            return ""
+
+        if self.args.resume_from_checkpoint == "none" and (failure := from_main(self.accelerator, clear)):
+            raise UsageError(failure)
 
     def resume(self) -> tuple[LoopState, Path | None, bool, dict | None]:
         """Restores model, optimizer and schedule as `--resume_from_checkpoint` and `--init_from` say.

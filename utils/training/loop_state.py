@@ -121,12 +121,17 @@ def _steps_of_epochs(args, plan, shape, epochs: Iterable[int]) -> Iterator[int]:
 
 def steps_left(args, plan, shape, state: LoopState) -> int:
     """Optimizer steps from where a run stands until the last epoch ends, or until `--max_train_steps`."""
+    most = max(args.max_train_steps - state.step, 0) if args.max_train_steps else math.inf
+    if not args.num_train_epochs:
+        return most
     left = 0
     if state.epoch < args.num_train_epochs:
         left = len(plan(state.epoch, without=state.done_before)) - state.step_in_epoch
-        left += sum(_steps_of_epochs(args, plan, shape, range(state.epoch + 1, args.num_train_epochs)))
-    by_steps = args.max_train_steps - state.step
-    return by_steps if args.max_train_steps and (by_steps < left or not args.num_train_epochs) else left
+    for count in _steps_of_epochs(args, plan, shape, range(state.epoch + 1, args.num_train_epochs)):
+        if left >= most:
+            break
+        left += count
+    return min(left, most)
 
 
 def stop_reason(accelerator, args, state: LoopState, lr: float, warmup: int) -> str | None:

@@ -68,9 +68,9 @@ class Run:
         self.state, resumed_from, is_own, old_shape = self.checkpoints.resume()
         if old_shape:  # the epoch continues with the examples that were not yet read with the old shape
             self.state.leave_out(plan(self.state.epoch, without=self.state.done_before, shape=old_shape))
-        if max_steps and resumed_from:
+        if max_steps and resumed_from and (old_shape or not is_own):
             left = steps_left(args, plan, shape, self.state)
-            if is_own and old_shape:  # the schedule ends with the last step, and all steps are others now
+            if is_own and max_steps != args.max_train_steps:  # it ends with the last epoch, whose steps are others now
                 set_learning_rate(optimizer, scheduler, max(max_steps - left, 0))
             at = scheduler.last_epoch
             if not is_own and args.schedule_ends() and at + left > max_steps:
