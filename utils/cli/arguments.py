@@ -62,6 +62,7 @@ def check_values(arguments) -> None:
 
 
 def _resumes(arguments) -> bool:
+    """Whether the run folder has checkpoints that the command goes on from."""
     has_run = os.path.isdir(os.path.join(arguments.output_dir, "checkpoints"))
     return has_run and arguments.resume_from_checkpoint != "none"
 
@@ -115,9 +116,8 @@ class ReadingArguments:
     def refuse_reading(self, why: str, *, where) -> None:
         """Raises UsageError for a flag of reading files `where` no file of examples is read."""
         others = ("passage_words", "skip_bad_examples")  # of texts and corpora too
-        refuse(
-            self, [of.name for of in dataclasses.fields(ReadingArguments) if of.name not in others], why, where=where
-        )
+        names = (field.name for field in dataclasses.fields(ReadingArguments) if field.name not in others)
+        refuse(self, names, why, where=where)
 
     def reading_options(self) -> dict:
         """These flags, less the documents file, as keywords of `load_examples`."""

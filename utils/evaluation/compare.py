@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise UsageError(f"{path}: holds only what was found in a corpus, which bm25 cannot rank fairly; the "
                                  "log of train_retrieve.py has BM25's scores in the corpus")  # fmt: skip
     document_of = {}
-    asked: list[dict] = []  # of each side that has them, the texts that an id stands for
+    asked: list[dict] = []  # of each side that has them, the question and references that an id stands for
     if args.metric in ROUGE:
         by_side = [score_predictions(side, args.metric, document_of, asked) for side in sides]
     else:

@@ -55,7 +55,7 @@ class LoopState:
         if self.best is None or self.best_judged_by in (None, args.judged_by()):
             return ""
         self.best, self.best_step, self.validations_without_improvement = None, 0, 0
-        return "the best score so far is forgotten: it is of another kind of validation than the next ones"
+        return "the best score so far is forgotten: the next validations are made otherwise"
 
     def advance(self, steps_in_epoch: int) -> None:
         """Counts a step; after the last one of an epoch, the epoch."""
@@ -111,6 +111,7 @@ def schedule_steps(args, plan, shape) -> int:
 
 
 def _steps_of_epochs(args, plan, shape, epochs: Iterable[int]) -> Iterator[int]:
+    """Optimizer steps of each of these epochs; epochs of one shape are planned once."""
     counts = {}
     for epoch in epochs:
         key = epoch if args.max_tokens else tuple(shape(epoch).values())
