@@ -14,7 +14,8 @@ _CLOSERS = "\"'”’»)]}"
 _CLOSERS_ELSEWHERE = "“‘«‹›"  # after a stop, as in „Ja.“ and »Ja.«; in other languages they open
 _OPENERS = "\"'“‘«([{"
 # The end of a Chinese or Japanese sentence that `_ends_sentence` misses: no white space follows its stop and closing
-# marks, or one of these marks is full-width. Burmese and Khmer stops likewise. A pause after them goes on.
+# marks, or one of these marks is full-width. Burmese and Khmer stops likewise. Where a pause follows, the
+# sentence goes on.
 _PAUSES = ",;:，、；：､"  # where a sentence that is too long is cut, if its script has no spaces
 _FULL_WIDTH_END = re.compile(
     f"(?:[{FULL_STOPS}။។]|(?<![0-9A-Za-z０-９Ａ-Ｚａ-ｚ])．)[{_STOPS}]*+[{re.escape(_CLOSERS)}」』）｣]*+(?![{_PAUSES}])(?:(?=\\S)|(?<=[」』）｣]))"
